@@ -1,0 +1,54 @@
+# Two commands set everything up: `make demo` and `make test`.
+VENV := $(if $(STEP_VENV),$(STEP_VENV),.venv)
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# Dependencies are installed once per set of pinned requirements, the package itself every time:
+# an environment may be shared by checkouts.
+DEPS := $(VENV)/.deps-$(shell $(PYTHON) .ci/key.py)
+NATIVE := $(wildcard csrc/* tests/simt/*.cpp tests/simt/include/*)
+SERVER := SGLANG_PLATFORM=step_cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.PHONY: env test test-unit test-slow test-gpu lint format demo check clean
+
+env: $(DEPS)
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+
+$(DEPS):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "step-sglang needs Python 3.11 or later")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q --group build
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-unit: env
+	$(BIN)/python -m pytest tests/unit tests/simt
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: env
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+check: env
+	$(BIN)/python -W ignore -m step_sglang.check
+
+demo: env
+	$(SERVER) $(BIN)/python -W ignore bench/demo.py
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+clean:
+	rm -rf build dist *.egg-info step_sglang/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

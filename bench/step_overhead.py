@@ -1,0 +1,131 @@
+"""Decode-step time of a real CPU server: STEP off, on but unused, and on with every trace scored.
+
+The three servers stand side by side and take turns within one run, so that whatever else the
+machine does hits them alike. Prints a table of medians and ratios, and JSON with --json.
+
+    python bench/step_overhead.py --hidden 1024 --layers 4 --batch 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.models import build_scorer, build_tokenizer  # noqa: E402
+from tests.server.launch import Server, serve  # noqa: E402
+
+PROMPT = list(range(40, 72))
+
+
+def build_model(folder: Path, hidden: int, layers: int) -> Path:
+    """A random Qwen3 of the given width and depth."""
+    tokenizer = build_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=320,
+        hidden_size=hidden,
+        intermediate_size=hidden * 3,
+        num_hidden_layers=layers,
+        num_attention_heads=max(hidden // 64, 4),
+        num_key_value_heads=max(hidden // 128, 2),
+        head_dim=64 if hidden >= 256 else 16,
+        max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def step_time(server: Server, batch: int, tokens: int, step: Any) -> float:
+    """Milliseconds per decode step of a batch that decodes together, its short prefill included."""
+    params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
+    body = {
+        "input_ids": [PROMPT] * batch,
+        "sampling_params": {**params, "custom_params": {"step": step}},
+    }
+    started = time.perf_counter()
+    answers = server.generate(**body)
+    elapsed = time.perf_counter() - started
+    assert all(a["meta_info"]["completion_tokens"] == tokens for a in answers)
+    return elapsed / tokens * 1e3
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=100, help="decode steps per measurement")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        model = build_model(folder / "model", options.hidden, options.layers)
+        scorer = build_scorer(folder / "scorer.safetensors", hidden=options.hidden)
+        flags = ("--enable-step", "--step-scorer", str(scorer))
+        quiet = ("--disable-radix-cache", "--max-total-tokens", "16384")
+        off = stack.enter_context(
+            serve(
+                model,
+                *quiet,
+                log=folder / "off.log",
+                SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY="0",
+            )
+        )
+        on = stack.enter_context(
+            serve(
+                model, *quiet, *flags, log=folder / "on.log",
+                SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY="0",
+            )
+        )  # fmt: skip
+        cases: dict[str, tuple[Server, Any]] = {
+            "off": (off, None),
+            "on, unused": (on, None),
+            "on, all scored": (on, True),
+        }
+        times: dict[str, list[float]] = {case: [] for case in cases}
+        for round_number in range(options.rounds + 1):
+            for case, (server, step) in cases.items():
+                measured = step_time(server, options.batch, options.tokens, step)
+                if round_number:  # the first round warms up
+                    times[case].append(measured)
+    report(options, times)
+
+
+def report(options: argparse.Namespace, times: dict[str, list[float]]) -> None:
+    """Print medians, and the median of the per-round ratios to `off`."""
+    rows = {}
+    print(f"\n$ python {' '.join(sys.argv)}")
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+    print(f"{'':16}{'ms/step':>10}{'ratio':>9}{'quartiles of the ratio':>26}")
+    for case, values in times.items():
+        ratios = [value / base for value, base in zip(values, times["off"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if case != "off" else (1, 1, 1)
+        rows[case] = {"ms": statistics.median(values), "ratio": middle, "low": low, "high": high}
+        print(f"{case:16}{rows[case]['ms']:>10.3f}{middle:>9.3f}{f'{low:.3f} to {high:.3f}':>26}")
+    if options.json:
+        shown = {key: str(value) for key, value in vars(options).items()}
+        options.json.write_text(json.dumps({"options": shown, "rows": rows, "raw": times}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+// Registers the op and checks its arguments. Compiled twice: the CPU library owns the schema, the
+// CUDA library (STEP_CUDA_LIBRARY) adds the CUDA implementation and is loaded after it.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <string>
+
+#include "cpu.h"
+#include "cuda.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kAny = -1;
+
+std::string dtype_name(ScalarType dtype) {
+    switch (dtype) {
+        case ScalarType::Byte:
+            return "uint8";
+        case ScalarType::Int:
+            return "int32";
+        case ScalarType::Long:
+            return "int64";
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::Double:
+            return "float64";
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        case ScalarType::Bool:
+            return "bool";
+        default:
+            return "dtype " + std::to_string(static_cast<int>(dtype));
+    }
+}
+
+std::string shape_text(const int64_t* sizes, int64_t dim) {
+    std::string text = "[";
+    for (int64_t i = 0; i < dim; ++i) {
+        if (i > 0) text += ", ";
+        text += sizes[i] == kAny ? "*" : std::to_string(sizes[i]);
+    }
+    return text + "]";
+}
+
+std::string found(const Tensor& t) {
+    return dtype_name(t.scalar_type()) + " " + shape_text(t.sizes().data(), t.dim()) +
+           (t.is_contiguous() ? "" : " (not contiguous)");
+}
+
+bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
+    if (t.dim() != static_cast<int64_t>(shape.size())) return false;
+    const auto sizes = t.sizes();
+    size_t i = 0;
+    for (int64_t want : shape) {
+        if (want != kAny && sizes[i] != want) return false;
+        ++i;
+    }
+    return true;
+}
+
+std::string device_name(int32_t device) {
+    return device < 0 ? "cpu" : "cuda:" + std::to_string(device);
+}
+
+// -1 on the CPU. Asks for the index only where there is one: each question is a call into torch.
+int32_t cuda_index(const Tensor& t) { return t.is_cuda() ? t.get_device_index() : -1; }
+
+// Contiguous, of one of `dtypes`, of this shape, on CUDA device `device` (-1 = CPU).
+void check(const char* name, const Tensor& t, int32_t device,
+           std::initializer_list<ScalarType> dtypes, std::initializer_list<int64_t> shape) {
+    const ScalarType found_dtype = t.scalar_type();
+    bool known_dtype = false;
+    for (ScalarType dtype : dtypes) known_dtype |= found_dtype == dtype;
+    const int32_t found_device = cuda_index(t);
+    if (known_dtype && has_shape(t, shape) && t.is_contiguous() && found_device == device) return;
+
+    STD_TORCH_CHECK(found_device == device, "step_score_: ", name,
+                    " must be on the device of hidden, ", device_name(device), ", found ",
+                    device_name(found_device));
+    std::string wanted;
+    for (ScalarType dtype : dtypes) wanted += (wanted.empty() ? "" : " or ") + dtype_name(dtype);
+    STD_TORCH_CHECK(
+        false, "step_score_: ", name, " must be a contiguous ", wanted, " tensor of shape ",
+        shape_text(shape.begin(), static_cast<int64_t>(shape.size())), ", found ", found(t));
+}
+
+step::DType dtype_of(const Tensor& t) {
+    switch (t.scalar_type()) {
+        case ScalarType::BFloat16:
+            return step::DType::kBFloat16;
+        case ScalarType::Half:
+            return step::DType::kFloat16;
+        default:
+            return step::DType::kFloat32;
+    }
+}
+
+void check_hidden(const Tensor& hidden) {
+    const ScalarType dtype = hidden.scalar_type();
+    STD_TORCH_CHECK(
+        hidden.dim() == 2 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                              dtype == ScalarType::Half),
+        "step_score_: hidden must be a float32, bfloat16 or float16 tensor of shape "
+        "[tokens, width], found ",
+        found(hidden));
+    const int64_t dim = hidden.size(1);
+    STD_TORCH_CHECK(dim >= 8 && dim <= step::kMaxDim && dim % 8 == 0,
+                    "step_score_: the width of hidden must be a multiple of 8 from 8 to ",
+                    step::kMaxDim, ", found ", dim);
+    STD_TORCH_CHECK(hidden.stride(1) == 1,
+                    "step_score_: the last dimension of hidden must be contiguous (stride 1), "
+                    "found stride ",
+                    hidden.stride(1));
+}
+
+step::Params check_arguments(const Tensor& hidden, const Tensor& row_index, const Tensor& slot_ids,
+                             const Tensor& input_ids, const Tensor& positions,
+                             const Tensor& boundary, int64_t think_end_id, const Tensor& score_from,
+                             const Tensor& thinking, const Tensor& score_sum,
+                             const Tensor& num_steps, const Tensor& out, const Tensor& w1,
+                             const Tensor& b1, const Tensor& w2, const Tensor& b2) {
+    check_hidden(hidden);
+    const int32_t device = cuda_index(hidden);
+    const int64_t tokens = hidden.size(0);
+    const int64_t dim = hidden.size(1);
+    constexpr int64_t units = step::kHiddenUnits;
+    check("row_index", row_index, device, {ScalarType::Long}, {kAny});
+    const int64_t rows = row_index.size(0);
+    STD_TORCH_CHECK(rows <= step::kMaxRows, "step_score_: row_index must have at most ",
+                    step::kMaxRows, " rows, found ", rows);
+    check("slot_ids", slot_ids, device, {ScalarType::Long}, {rows});
+    check("input_ids", input_ids, device, {ScalarType::Long}, {tokens});
+    check("positions", positions, device, {ScalarType::Long}, {tokens});
+    check("boundary", boundary, device, {ScalarType::Int}, {kAny});
+    check("score_from", score_from, device, {ScalarType::Int}, {kAny});
+    const int64_t slots = score_from.size(0);
+    check("thinking", thinking, device, {ScalarType::Byte}, {slots});
+    check("score_sum", score_sum, device, {ScalarType::Float}, {slots});
+    check("num_steps", num_steps, device, {ScalarType::Int}, {slots});
+    check("out", out, device, {ScalarType::Float}, {rows, 2});
+    check("w1", w1, device, {ScalarType::Float, ScalarType::BFloat16}, {units, dim});
+    check("b1", b1, device, {ScalarType::Float}, {units});
+    if (w2.dim() == 1) {
+        check("w2", w2, device, {ScalarType::Float}, {units});
+    } else {
+        check("w2", w2, device, {ScalarType::Float}, {1, units});
+    }
+    check("b2", b2, device, {ScalarType::Float}, {1});
+
+    step::Params p{};
+    p.hidden = hidden.const_data_ptr();
+    p.row_index = static_cast<const int64_t*>(row_index.const_data_ptr());
+    p.slot_ids = static_cast<const int64_t*>(slot_ids.const_data_ptr());
+    p.input_ids = static_cast<const int64_t*>(input_ids.const_data_ptr());
+    p.positions = static_cast<const int64_t*>(positions.const_data_ptr());
+    p.boundary = static_cast<const int32_t*>(boundary.const_data_ptr());
+    p.score_from = static_cast<const int32_t*>(score_from.const_data_ptr());
+    p.thinking = static_cast<uint8_t*>(thinking.mutable_data_ptr());
+    p.score_sum = static_cast<float*>(score_sum.mutable_data_ptr());
+    p.num_steps = static_cast<int32_t*>(num_steps.mutable_data_ptr());
+    p.out = static_cast<float*>(out.mutable_data_ptr());
+    p.w1 = w1.const_data_ptr();
+    p.b1 = static_cast<const float*>(b1.const_data_ptr());
+    p.w2 = static_cast<const float*>(w2.const_data_ptr());
+    p.b2 = static_cast<const float*>(b2.const_data_ptr());
+    p.hidden_stride = hidden.stride(0);
+    p.num_tokens = tokens;
+    p.num_words = boundary.size(0);
+    p.num_slots = slots;
+    p.think_end_id = think_end_id;
+    p.num_rows = static_cast<int32_t>(rows);
+    p.dim = static_cast<int32_t>(dim);
+    p.hidden_units = step::kHiddenUnits;
+    p.hidden_dtype = dtype_of(hidden);
+    p.w1_dtype = dtype_of(w1);
+    return p;
+}
+
+#ifdef STEP_CUDA_LIBRARY
+
+void run(step::Params& params, const Tensor& hidden, const Tensor& workspace) {
+    const int32_t device = cuda_index(hidden);
+    check("workspace", workspace, device, {ScalarType::Int}, {kAny});
+    STD_TORCH_CHECK(workspace.size(0) >= step::workspace_size(params.num_rows),
+                    "step_score_: workspace must have at least ",
+                    step::workspace_size(params.num_rows), " elements for ", params.num_rows,
+                    " rows (step_sglang.op.workspace_size), found ", workspace.size(0));
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(params.w1) % 16 == 0,
+                    "step_score_: w1 must start at a multiple of 16 bytes, found address ",
+                    reinterpret_cast<uintptr_t>(params.w1));
+    params.workspace = static_cast<int32_t*>(workspace.mutable_data_ptr());
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    void* stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
+    const char* error = step::step_score_cuda(params, stream);
+    STD_TORCH_CHECK(error == nullptr, "step_score_: the kernel was not launched: ", error);
+}
+
+#else
+
+void run_parallel(int64_t count, void (*body)(void*, int64_t, int64_t), void* ctx) {
+    torch::stable::parallel_for(0, count, 1,
+                                [&](int64_t begin, int64_t end) { body(ctx, begin, end); });
+}
+
+void run(step::Params& params, const Tensor&, const Tensor&) {
+    step::step_score_cpu(params, run_parallel);
+}
+
+#endif
+
+void step_score_(const Tensor& hidden, const Tensor& row_index, const Tensor& slot_ids,
+                 const Tensor& input_ids, const Tensor& positions, const Tensor& boundary,
+                 int64_t think_end_id, const Tensor& score_from, const Tensor& thinking,
+                 const Tensor& score_sum, const Tensor& num_steps, const Tensor& out,
+                 const Tensor& workspace, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                 const Tensor& b2) {
+    step::Params params =
+        check_arguments(hidden, row_index, slot_ids, input_ids, positions, boundary, think_end_id,
+                        score_from, thinking, score_sum, num_steps, out, w1, b1, w2, b2);
+    if (params.num_rows > 0) run(params, hidden, workspace);
+}
+
+}  // namespace
+
+#ifdef STEP_CUDA_LIBRARY
+
+STABLE_TORCH_LIBRARY_IMPL(step_sglang, CUDA, m) { m.impl("step_score_", TORCH_BOX(&step_score_)); }
+
+#else
+
+STABLE_TORCH_LIBRARY(step_sglang, m) {
+    m.def(
+        "step_score_(Tensor hidden, Tensor row_index, Tensor slot_ids, Tensor input_ids, "
+        "Tensor positions, Tensor boundary, int think_end_id, Tensor score_from, "
+        "Tensor(a!) thinking, Tensor(b!) score_sum, Tensor(c!) num_steps, Tensor(d!) out, "
+        "Tensor(e!) workspace, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(step_sglang, CPU, m) { m.impl("step_score_", TORCH_BOX(&step_score_)); }
+
+// The instruction set the CPU path chose, for reports and tests.
+extern "C" __attribute__((visibility("default"))) const char* step_cpu_isa() {
+    return step::cpu_kernels().name;
+}
+
+#endif

@@ -1,0 +1,225 @@
+"""The one table of everything in SGLang that STEP hooks or calls, as it must be.
+
+Checked against the installed SGLang whenever STEP is asked for: a server that silently runs
+without pruning would be a defect.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """A name in SGLang and the parameters it must have (None: it only has to exist)."""
+
+    path: str
+    parameters: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the installed SGLang has in a target's place; ``found`` None means it matches."""
+
+    target: Target
+    found: str | None = None
+
+    def __str__(self) -> str:
+        expected = _shown(self.target.parameters)
+        if self.found is None:
+            return f"ok        {self.target.path}{expected}"
+        return f"MISMATCH  {self.target.path}\n  expected: {expected}\n  found:    {self.found}"
+
+
+_SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+_ENGINE = "sglang.srt.entrypoints.engine.Engine"
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
+_ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
+_STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
+
+# Flags and engine arguments: hooked in every process, because only they can ask for STEP.
+ADD_CLI_ARGS = Target(f"{_SERVER_ARGS}.add_cli_args", ("parser",))
+FROM_CLI_ARGS = Target(f"{_SERVER_ARGS}.from_cli_args", ("cls", "args"))
+LAUNCH_SUBPROCESSES = Target(
+    f"{_ENGINE}._launch_subprocesses",
+    (
+        "cls", "server_args", "init_tokenizer_manager_func", "run_scheduler_process_func",
+        "run_detokenizer_process_func", "port_args", "placement_group",
+    ),
+)  # fmt: skip
+
+# The tokenizer manager's process.
+HANDLE_BATCH_REQUEST = Target(
+    f"{_TOKENIZER}._handle_batch_request", ("self", "obj", "request", "request_states")
+)
+CREATE_TOKENIZED_OBJECT = Target(
+    f"{_TOKENIZER}._create_tokenized_object",
+    ("self", "obj", "input_text", "input_ids", "input_embeds", "mm_inputs",
+     "token_type_ids"),
+)  # fmt: skip
+UPDATE_REQUEST_META_INFO = Target(
+    f"{_TOKENIZER}.update_request_meta_info",
+    ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),
+)
+GENERATE_REQUEST = Target(f"{_TOKENIZER}.generate_request", ("self", "obj", "request"))
+
+# The HTTP server, in the tokenizer manager's process.
+SERVE_GENERATE_REQUEST = Target(
+    "sglang.srt.entrypoints.http_server.serve_generate_request", ("obj", "request")
+)
+GENERATE_CHAT_STREAM = Target(
+    "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream",
+    ("self", "adapted_request", "request", "raw_request"),
+)
+GENERATE_COMPLETION_STREAM = Target(
+    "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion"
+    "._generate_completion_stream",
+    ("self", "adapted_request", "request", "raw_request"),
+)
+
+# The scheduler's process.
+INIT_ALL_CUDA_GRAPHS = Target(f"{_SCHEDULER}.init_all_cuda_graphs", ("self",))
+CREATE_GENERATION_REQ = Target(
+    f"{_SCHEDULER}._create_generation_req", ("self", "recv_req", "args", "kwargs")
+)
+UPDATE_RUNNING_BATCH = Target(f"{_SCHEDULER}.update_running_batch", ("self", "batch"))
+ADD_REQUEST_TO_QUEUE = Target(
+    f"{_SCHEDULER}._add_request_to_queue", ("self", "req", "is_retracted")
+)
+GET_NEW_BATCH_PREFILL = Target(f"{_SCHEDULER}.get_new_batch_prefill", ("self", "running_batch"))
+GET_PREFILL_ADDER_CLASS = Target(f"{_SCHEDULER}.get_prefill_adder_class", ("self",))
+GET_OUTPUT_STREAMER_CLASS = Target(f"{_SCHEDULER}.get_output_streamer_class", ("self",))
+SEND_ABORT_OUTPUT = Target(f"{_SCHEDULER}.send_abort_output", ("self", "abort_req", "req"))
+FORWARD_BATCH_GENERATION = Target(
+    "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
+    (
+        "self", "batch", "forward_batch", "pp_proxy_tensors", "is_verify",
+        "skip_attn_backend_init", "capture_hidden_mode", "return_kv_loc_plan",
+    ),
+)  # fmt: skip
+LOGITS_FORWARD = Target(
+    "sglang.srt.layers.logits_processor.LogitsProcessor.forward",
+    (
+        "self", "input_ids", "hidden_states", "lm_head", "logits_metadata",
+        "aux_hidden_states", "hidden_states_before_norm",
+    ),
+)  # fmt: skip
+SAMPLE = Target(
+    "sglang.srt.model_executor.model_runner.ModelRunner.sample",
+    ("self", "logits_output", "forward_batch"),
+)
+GET_INTERNAL_STATE = Target(f"{_SCHEDULER}.get_internal_state", ("self", "recv_req"))
+
+HOOKED = (
+    ADD_CLI_ARGS,
+    FROM_CLI_ARGS,
+    LAUNCH_SUBPROCESSES,
+    HANDLE_BATCH_REQUEST,
+    CREATE_TOKENIZED_OBJECT,
+    UPDATE_REQUEST_META_INFO,
+    GENERATE_REQUEST,
+    SERVE_GENERATE_REQUEST,
+    GENERATE_CHAT_STREAM,
+    GENERATE_COMPLETION_STREAM,
+    INIT_ALL_CUDA_GRAPHS,
+    CREATE_GENERATION_REQ,
+    UPDATE_RUNNING_BATCH,
+    ADD_REQUEST_TO_QUEUE,
+    GET_NEW_BATCH_PREFILL,
+    GET_PREFILL_ADDER_CLASS,
+    GET_OUTPUT_STREAMER_CLASS,
+    SEND_ABORT_OUTPUT,
+    FORWARD_BATCH_GENERATION,
+    LOGITS_FORWARD,
+    SAMPLE,
+    GET_INTERNAL_STATE,
+)
+
+# Called or subclassed, not hooked.
+USED = (
+    Target(f"{_ENGINE}.server_args_class"),
+    Target("sglang.srt.plugins.hook_registry.HookRegistry.apply_hooks", ("cls",)),
+    Target(f"{_SCHEDULER}._reqs_finishing_inflight", ("self", "batch")),
+    Target(f"{_BATCH}.check_decode_mem", ("self", "selected_indices")),
+    Target(f"{_BATCH}.filter_batch", ("self", "reqs_to_exclude", "keep_indices")),
+    Target("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "checkpoint")),
+    Target("sglang.srt.managers.schedule_batch.Req.release_mm_inputs_on_abort", ("self",)),
+    Target(
+        "sglang.srt.managers.schedule_batch.FINISH_ABORT",
+        ("message", "status_code", "err_type"),
+    ),
+    Target("sglang.srt.managers.auxiliary_output.append_auxiliary_output", ("current", "output")),
+    Target(f"{_ADDER}._get_running_request_total_token_offset", ("self", "req")),
+    Target(f"{_ADDER}.add_one_req", ("self", "req", "has_chunked_req", "truncation_align_size")),
+    Target(f"{_ADDER}.add_chunked_req", ("self", "req")),
+    Target(f"{_ADDER}.budget_state", ("self",)),
+    Target(f"{_ADDER}.ceil_paged_tokens", ("self", "tokens")),
+    Target(f"{_ADDER}._lock_node", ("self", "last_node", "lock_host")),
+    Target(f"{_ADDER}.cur_rem_tokens"),
+    Target(f"{_ADDER}.rem_total_tokens"),
+    Target("sglang.srt.managers.schedule_policy.AddReqResult.NO_TOKEN"),
+    Target("sglang.srt.managers.schedule_policy.CLIP_MAX_NEW_TOKENS"),
+    Target(f"{_TOKENIZER}.abort_request", ("self", "rid", "abort_all")),
+    Target("sglang.srt.managers.io_struct.TokenizedGenerateReqInput.routed_dp_rank"),
+    Target("sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.queue_duration_s"),
+    Target("sglang.srt.utils.auth.auth_level", ("level",)),
+    Target("sglang.srt.utils.auth.AuthLevel.ADMIN_OPTIONAL"),
+    Target(f"{_STREAMER}.stream_output", ("self", "reqs", "return_logprob", "skip_req")),
+    Target(f"{_STREAMER}.build_additional_customized_info", ("self", "reqs")),
+    Target(f"{_STREAMER}.is_request_level_customized_info_key", ("self", "key")),
+    Target(
+        "sglang.srt.utils.broadcast_pyobj",
+        ("data", "rank", "dist_group", "src", "force_cpu_device"),
+    ),
+    Target("sglang.srt.constants.HEALTH_CHECK_RID_PREFIX"),
+    Target("sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments"),
+    Target("sglang.srt.managers.io_struct.GenerateReqInput.regenerate_rid", ("self",)),
+    Target("sglang.srt.entrypoints.http_server._global_state"),
+    Target(
+        "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.generate",
+        ("self", "s", "sampling_params"),
+    ),
+    Target(
+        "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.generate_stream",
+        ("self", "s", "sampling_params"),
+    ),
+    Target("sglang.lang.ir.SglSamplingParams.to_srt_kwargs", ("self",)),
+    Target("sglang.srt.arg_groups.overrides.resolving_view", ("server_args",)),
+    Target("sglang.srt.arg_groups.model_override_base.model_config_of", ("server_args",)),
+    Target("sglang.srt.utils.hf_transformers_utils.get_tokenizer"),
+)
+
+
+def inspect_targets(targets: tuple[Target, ...] = (*HOOKED, *USED)) -> list[Finding]:
+    """Compare targets with the installed SGLang, in the table's order."""
+    return [_inspect(target) for target in targets]
+
+
+def mismatches(targets: tuple[Target, ...] = (*HOOKED, *USED)) -> list[Finding]:
+    """The targets that the installed SGLang does not have as they must be."""
+    return [finding for finding in inspect_targets(targets) if finding.found is not None]
+
+
+def _inspect(target: Target) -> Finding:
+    try:
+        parent = pkgutil.resolve_name(target.path.rpartition(".")[0])
+        # A classmethod's function, so that `cls` shows as SGLang's own hooks see it.
+        raw = inspect.getattr_static(parent, target.path.rpartition(".")[2])
+    except (ImportError, AttributeError) as error:
+        return Finding(target, f"missing ({error})")
+    if target.parameters is None:
+        return Finding(target)
+    function = raw.__func__ if isinstance(raw, classmethod | staticmethod) else raw
+    try:
+        found = tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return Finding(target, f"{raw!r}, which is not callable")
+    return Finding(target) if found == target.parameters else Finding(target, _shown(found))
+
+
+def _shown(parameters: tuple[str, ...] | None) -> str:
+    return "" if parameters is None else f"({', '.join(parameters)})"

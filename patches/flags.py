@@ -1,0 +1,83 @@
+"""STEP's flags and engine arguments, and what asking for STEP sets in motion."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from step_sglang import words
+from step_sglang.config import StepConfig, add_cli_arguments, take_options
+from step_sglang.errors import ConfigError, StepError
+from step_sglang.patches import contract, hooks, preflight
+from step_sglang.patches.record import attach
+
+
+def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
+    """AFTER ``ServerArgs.add_cli_args``."""
+    add_cli_arguments(parser)
+
+
+def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    """AROUND ``ServerArgs.from_cli_args``: the record takes no fields that it does not declare."""
+    try:
+        config = take_options(vars(args))
+        server_args = original(cls, args)
+        if config is not None:
+            _enable(server_args, config, from_cli=True)
+    except StepError as error:
+        raise SystemExit(f"step-sglang: {error}") from error
+    return server_args
+
+
+def accept_engine_arguments() -> None:
+    """Let ``sgl.Engine(enable_step=True, step_scorer=...)`` through.
+
+    ``Engine.__init__`` itself loads the plugins, so a hook on it would miss the first engine of a
+    process; the class attribute that it builds its record with is read afterwards.
+    """
+    from sglang.srt.entrypoints.engine import Engine
+
+    Engine.server_args_class = staticmethod(partial(_build_record, Engine.server_args_class))
+
+
+def _build_record(record_class: Callable[..., Any], **kwargs: Any) -> Any:
+    config = take_options(kwargs)
+    server_args = record_class(**kwargs)
+    if config is not None:
+        _enable(server_args, config, from_cli=False)
+    return server_args
+
+
+def enable(server_args: Any, **options: Any) -> None:
+    """Turn STEP on for a record made by the caller, before ``Engine(server_args=...)``.
+
+    Args:
+        server_args: a fresh ``ServerArgs``.
+        options: ``step_scorer`` and the other engine arguments of STEP.
+
+    Raises:
+        ConfigError: an option is wrong or unknown, or something in the record is not supported.
+    """
+    config = take_options(wanted := {"enable_step": True, **options})
+    if wanted:
+        raise ConfigError(f"unknown STEP options: {', '.join(sorted(wanted))}")
+    assert config is not None
+    _enable(server_args, config, from_cli=False)
+
+
+def _enable(server_args: Any, config: StepConfig, *, from_cli: bool) -> None:
+    wrong = contract.mismatches()
+    if wrong:
+        raise ConfigError(
+            "the installed SGLang is not the one this version was made for:\n"
+            + "\n".join(str(finding) for finding in wrong)
+        )
+    preflight.refuse_unsupported(server_args)
+    hooks.install(hooks.TOKENIZER)
+    if from_cli:
+        hooks.install(hooks.HTTP)
+    os.environ[words.HOOKS_ENV] = "1"
+    attach(server_args, config, from_cli=from_cli)

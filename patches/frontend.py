@@ -1,0 +1,106 @@
+"""SGLang's frontend on a server with STEP: the forks of one ``fork(n)`` are one group.
+
+A program needs no change. A fork knows at which position of its text it began, and shares its
+program's arguments with its siblings; together they tell which forks belong together.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import uuid
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from threading import Lock
+from typing import Any
+
+from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+
+from step_sglang import words
+
+_MAX_PROGRAMS = 4096  # that are told apart at a time
+_ENDED = "step_ended"  # on a fork's executor: the information of its last gen
+
+
+class StepEndpoint(RuntimeEndpoint):
+    """``RuntimeEndpoint`` that groups forks; everything else is unchanged.
+
+    Forks of one program that continue the same text from the same place are one group. A fork that
+    fails or is pruned ends by itself: its later ``gen`` calls return an empty text at once, its
+    ``error()`` says why, and its siblings go on.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A program's arguments -> its name. They are kept, so that their id stays theirs.
+        self._programs: OrderedDict[int, tuple[Any, str]] = OrderedDict()
+        self._lock = Lock()
+
+    def generate(self, s: Any, sampling_params: Any) -> tuple[str, dict[str, Any]]:
+        """One ``gen``; of a fork as the group's trace that is this fork."""
+        if s.fork_start_text_pos is None:
+            text, info = super().generate(s, sampling_params)
+            return text, info
+        if hasattr(s, _ENDED):
+            return "", getattr(s, _ENDED)
+        try:
+            text, info = super().generate(s, self._as_trace(s, sampling_params))
+        except Exception as error:
+            return "", _fail(s, error)
+        _note(s, info)
+        return text, info
+
+    def generate_stream(self, s: Any, sampling_params: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The same, streaming."""
+        if s.fork_start_text_pos is None:
+            yield from super().generate_stream(s, sampling_params)
+            return
+        if hasattr(s, _ENDED):
+            yield "", getattr(s, _ENDED)
+            return
+        try:
+            for text, info in super().generate_stream(s, self._as_trace(s, sampling_params)):
+                yield text, info
+                _note(s, info)
+        except Exception as error:
+            yield "", _fail(s, error)
+
+    def _as_trace(self, s: Any, params: Any) -> Any:
+        """The parameters, naming group and trace; the endpoint asks them what to send."""
+        named = copy.copy(params)
+        step = {words.GROUP: self._group(s), words.TRACE: s.sid}
+
+        def to_srt_kwargs() -> dict[str, Any]:
+            kwargs = type(named).to_srt_kwargs(named)
+            return {**kwargs, "custom_params": {words.REQUEST_KEY: step}}
+
+        named.to_srt_kwargs = to_srt_kwargs
+        return named
+
+    def _group(self, s: Any) -> str:
+        with self._lock:
+            _, program = self._programs.setdefault(id(s.arguments), (s.arguments, uuid.uuid4().hex))
+            self._programs.move_to_end(id(s.arguments))
+            if len(self._programs) > _MAX_PROGRAMS:
+                self._programs.popitem(last=False)
+        origin = hashlib.sha256(s.text_[: s.fork_start_text_pos].encode()).hexdigest()
+        return f"{program}-{origin[:16]}"
+
+
+def _note(s: Any, info: dict[str, Any]) -> None:
+    """Remember that a fork was pruned or aborted."""
+    reason = info.get("finish_reason") or {}
+    if reason.get("type") == "abort":
+        setattr(s, _ENDED, info)
+        s.error_ = RuntimeError(reason.get("message", "aborted"))
+
+
+def _fail(s: Any, error: Exception) -> dict[str, Any]:
+    # Raised, it would end the fork's thread, and whoever waits for the fork would wait forever.
+    warnings.warn(f"a fork failed: {error}", stacklevel=2)
+    s.error_ = error
+    message = f"{type(error).__name__}: {error}"
+    info = {"finish_reason": {"type": "abort", "message": message}}
+    setattr(s, _ENDED, info)
+    return info

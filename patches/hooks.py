@@ -1,0 +1,100 @@
+"""Ties every hooked target of ``contract`` to the function that hooks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+from step_sglang.errors import ConfigError
+from step_sglang.patches import contract
+from step_sglang.patches.contract import Target
+
+_SOURCE = HookSource("step", "step-sglang")
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One hook: where, how, and which function ("module:name" in this package, loaded late)."""
+
+    target: Target
+    kind: HookType
+    function: str
+
+    def load(self) -> Callable[..., Any]:
+        """Import the hook body."""
+        module, name = self.function.split(":")
+        function: Callable[..., Any] = getattr(import_module(f"{__package__}.{module}"), name)
+        return function
+
+
+FLAGS = (
+    Hook(contract.ADD_CLI_ARGS, HookType.AFTER, "flags:add_cli_args"),
+    Hook(contract.FROM_CLI_ARGS, HookType.AROUND, "flags:from_cli_args"),
+)
+TOKENIZER = (
+    Hook(contract.LAUNCH_SUBPROCESSES, HookType.BEFORE, "preflight:launch_subprocesses"),
+    Hook(contract.HANDLE_BATCH_REQUEST, HookType.BEFORE, "tokenizer:handle_batch_request"),
+    Hook(contract.CREATE_TOKENIZED_OBJECT, HookType.AFTER, "tokenizer:create_tokenized_object"),
+    Hook(contract.UPDATE_REQUEST_META_INFO, HookType.AROUND, "tokenizer:update_request_meta_info"),
+    Hook(contract.GENERATE_REQUEST, HookType.AROUND, "voting:generate_request"),
+)
+HTTP = (
+    Hook(contract.SERVE_GENERATE_REQUEST, HookType.AROUND, "voting:serve_generate_request"),
+    Hook(contract.GENERATE_CHAT_STREAM, HookType.AROUND, "voting:generate_stream"),
+    Hook(contract.GENERATE_COMPLETION_STREAM, HookType.AROUND, "voting:generate_stream"),
+)
+SCHEDULER = (
+    Hook(contract.INIT_ALL_CUDA_GRAPHS, HookType.BEFORE, "scheduler:init_all_cuda_graphs"),
+    Hook(contract.CREATE_GENERATION_REQ, HookType.AFTER, "scheduler:create_generation_req"),
+    Hook(contract.UPDATE_RUNNING_BATCH, HookType.BEFORE, "pruning:update_running_batch"),
+    Hook(contract.ADD_REQUEST_TO_QUEUE, HookType.AFTER, "admission:add_request_to_queue"),
+    Hook(contract.GET_NEW_BATCH_PREFILL, HookType.BEFORE, "admission:get_new_batch_prefill"),
+    Hook(contract.GET_PREFILL_ADDER_CLASS, HookType.AFTER, "admission:get_prefill_adder_class"),
+    Hook(contract.GET_OUTPUT_STREAMER_CLASS, HookType.AFTER, "streaming:get_output_streamer_class"),
+    Hook(contract.SEND_ABORT_OUTPUT, HookType.AFTER, "scheduler:send_abort_output"),
+    Hook(contract.FORWARD_BATCH_GENERATION, HookType.BEFORE, "forward:forward_batch_generation"),
+    Hook(contract.LOGITS_FORWARD, HookType.BEFORE, "forward:logits_forward"),
+    Hook(contract.SAMPLE, HookType.AFTER, "forward:sample"),
+    Hook(contract.GET_INTERNAL_STATE, HookType.AFTER, "scheduler:get_internal_state"),
+)
+
+
+_registered: set[str] = set()
+
+
+def register(hooks: tuple[Hook, ...]) -> None:
+    """Register hooks for SGLang to apply once every plugin has registered its own."""
+    for hook in hooks:
+        if hook.target.path not in _registered:
+            HookRegistry.register(hook.target.path, hook.load(), hook.kind, source=_SOURCE)
+            _registered.add(hook.target.path)
+
+
+def install(hooks: tuple[Hook, ...]) -> None:
+    """Register and apply hooks after SGLang applied the plugins' hooks; see :func:`verify`."""
+    for hook in hooks:
+        if hook.target.path in _registered:
+            continue
+        if hook.target.path in HookRegistry._patched:
+            # Another plugin hooked it; the registry would skip a target it has patched before.
+            HookRegistry._apply_target(hook.target.path, [(hook.kind, hook.load(), _SOURCE)])
+            _registered.add(hook.target.path)
+        else:
+            register((hook,))
+    HookRegistry.apply_hooks()
+    verify(hooks)
+
+
+def verify(hooks: tuple[Hook, ...]) -> None:
+    """Make sure that hooks are in place.
+
+    Raises:
+        ConfigError: a hook could not be applied (SGLang itself only logs that).
+    """
+    missing = [hook.target.path for hook in hooks if hook.target.path not in HookRegistry._patched]
+    if missing:
+        raise ConfigError(f"could not hook {', '.join(missing)}; the log says why")

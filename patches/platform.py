@@ -1,0 +1,42 @@
+"""A plain-CPU SGLang platform named ``step_cpu``, for machines without an accelerator or AMX.
+
+Slow on purpose: it exists to develop and test on, with the real engine, where SGLang's own CPU
+platform cannot start.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+NAME = "step_cpu"
+
+
+def activate() -> str | None:
+    """Entry point: the platform's class path when SGLANG_PLATFORM asks for it, else None.
+
+    It must stay silent otherwise, or it would displace the platform of a real accelerator.
+    """
+    if os.environ.get("SGLANG_PLATFORM") != NAME:
+        return None
+    return f"{__name__}:{StepCpuPlatform.__name__}"
+
+
+class StepCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """CPU through torch's own kernels: no graphs, no Triton, no pinned memory."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    capabilities = PlatformCapabilities()
+
+    def get_default_attention_backend(self) -> str:
+        """Attention backend that needs nothing but torch."""
+        return "torch_native"
+
+    def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
+        """There is no device to pin memory for."""
+        return False

@@ -1,0 +1,159 @@
+"""Start-up checks in the main process, before anything is launched: refuse what cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from step_sglang.boundary import THINK_END, boundary_ids, think_end_id
+from step_sglang.config import DEFAULT_DELIMITERS, StepConfig
+from step_sglang.errors import ConfigError, ScorerError, StepError
+from step_sglang.patches.endpoint import add_endpoint
+from step_sglang.patches.record import config_of, refuse
+from step_sglang.scorer import Scorer, blank_scorer, load_scorer
+
+
+def refuse_diffusion_pipelines(argv: Sequence[str]) -> None:
+    """End ``sglang serve`` of an image or video pipeline with ``--enable-step``.
+
+    That path has a parser of its own, so STEP's flags never reach the record checked below.
+    """
+    if "--enable-step" not in argv or "serve" not in argv[1:2]:
+        return
+    from sglang.cli.utils import get_is_diffusion_model, try_get_model_path
+
+    path = try_get_model_path(list(argv[2:]))
+    if path is not None and get_is_diffusion_model(path):
+        raise SystemExit(
+            f"step-sglang: {path} is a diffusion pipeline, which has no reasoning traces: "
+            "leave --enable-step out"
+        )
+
+
+def launch_subprocesses(cls: type, server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE ``Engine._launch_subprocesses``: runs for the HTTP server and for ``sgl.Engine``."""
+    config = config_of(server_args)
+    if config is None:
+        return
+    try:
+        server_args.resolve_once()
+        _check(server_args, config)
+    except StepError as error:
+        refuse(server_args, error)
+    add_endpoint()
+
+
+def refuse_unsupported(cfg: Any) -> None:
+    """Refuse settings that do not work with STEP.
+
+    Args:
+        cfg: the raw record, before SGLang acts on the settings (it may itself fail on some of
+            them, with other words); or its resolved view, as resolution can turn some on.
+
+    Raises:
+        ConfigError: names every such setting.
+    """
+    from sglang.srt.environ import envs
+
+    refused = [
+        text
+        for wanted, text in (
+            (cfg.speculative_algorithm is not None, "speculative decoding"),
+            (cfg.pp_size > 1, "pipeline parallelism (--pp-size above 1)"),
+            (cfg.disaggregation_mode != "null", "prefill/decode disaggregation"),
+            (cfg.encoder_only or cfg.language_only, "encoder disaggregation"),
+            (cfg.dllm_algorithm is not None, "diffusion language models (--dllm-algorithm)"),
+            (cfg.is_embedding, "embedding models (--is-embedding)"),
+            (cfg.attn_dp_size > 1 or cfg.enable_dp_attention, "data-parallel attention"),
+            (cfg.attn_cp_size > 1 or cfg.dcp_size > 1, "context parallelism"),
+            (cfg.enable_pdmux, "prefill/decode multiplexing (--enable-pdmux)"),
+            (cfg.enable_hisparse, "hierarchical sparse attention (--enable-hisparse)"),
+            (cfg.enable_layernorm_sp, "sequence-parallel layer norm (--enable-layernorm-sp)"),
+            (cfg.enable_encoder_swa_bounded_replay, "bounded sliding-window replay"),
+            (cfg.use_ray, "Ray (--use-ray)"),
+            (cfg.tokenizer_worker_num > 1, "several tokenizer workers (--tokenizer-worker-num)"),
+            (cfg.smg_grpc_mode or cfg.grpc_mode, "gRPC mode"),
+            (envs.SGLANG_RUST_SERVER.get(), "the Rust server (SGLANG_RUST_SERVER)"),
+        )
+        if wanted
+    ]
+    if refused:
+        raise ConfigError(f"not supported with --enable-step: {'; '.join(refused)}")
+
+
+def load_config_scorer(config: StepConfig, hidden_size: int) -> Scorer:
+    """The server's scorer; a blank one where it only captures.
+
+    Raises:
+        ScorerError: the file is wrong, or made for another hidden size.
+    """
+    if not config.scorer:
+        return blank_scorer(hidden_size)
+    scorer = load_scorer(config.scorer)
+    if scorer.hidden_size != hidden_size:
+        raise ScorerError(
+            f"scorer {config.scorer} reads hidden states of size {scorer.hidden_size}, but the "
+            f"model's are {hidden_size} wide: use a scorer trained for this model"
+        )
+    return scorer
+
+
+def step_boundaries(
+    config: StepConfig, scorer: Scorer, tokenizer: Any
+) -> tuple[list[int], int | None]:
+    """Boundary ids, and the think-end id that stops scoring (None: everything is scored).
+
+    Flags win over the scorer file, which wins over the defaults.
+    """
+    delimiters = config.delimiters or scorer.info.delimiters or DEFAULT_DELIMITERS
+    ids = boundary_ids(tokenizer, delimiters)
+    if config.scores_all:
+        return ids, None
+    return ids, think_end_id(tokenizer, scorer.info.think_end or THINK_END)
+
+
+def _check(server_args: Any, config: StepConfig) -> None:
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    cfg = resolving_view(server_args)
+    refuse_unsupported(cfg)
+    _check_op(str(cfg.device))
+    model_config = model_config_of(server_args)
+    if not model_config.is_generation:
+        raise ConfigError(
+            "not supported with --enable-step: embedding, reward and classification models"
+        )
+    scorer = load_config_scorer(config, model_config.hf_text_config.hidden_size)
+    step_boundaries(config, scorer, load_tokenizer(server_args))
+
+
+def _check_op(device: str) -> None:
+    """Refuse to start without the op, before a scheduler is launched that would need it."""
+    try:
+        from step_sglang.op import has_cuda
+    except (ImportError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    kind = device.split(":", maxsplit=1)[0]
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"STEP's op runs on cpu and cuda, not on device {device!r}")
+    if kind == "cuda" and not has_cuda():
+        raise ConfigError(
+            "STEP's CUDA op is not built: in the source checkout, with a CUDA toolkit, run "
+            "`STEP_CUDA=1 pip install --no-build-isolation -e .`"
+        )
+
+
+def load_tokenizer(server_args: Any) -> Any:
+    """The model's tokenizer as SGLang loads it, also where the engine itself runs without one."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    cfg = resolving_view(server_args)
+    return get_tokenizer(
+        cfg.tokenizer_path or cfg.model_path,
+        tokenizer_mode=cfg.tokenizer_mode,
+        trust_remote_code=cfg.trust_remote_code,
+        revision=cfg.revision,
+        tokenizer_backend=cfg.tokenizer_backend,
+    )

@@ -1,0 +1,177 @@
+"""Pruning: end the worst traces when memory is short, instead of retracting or queueing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from step_sglang import words
+from step_sglang.groups import Fate, Group
+from step_sglang.patches.scheduler import SchedulerStep, state_of, trace_of
+from step_sglang.policy import Candidates, GroupView, TraceView
+
+logger = logging.getLogger(__name__)
+
+
+def update_running_batch(scheduler: Any, batch: Any) -> None:
+    """BEFORE ``Scheduler.update_running_batch``, which retracts when memory is still short."""
+    state = state_of(scheduler)
+    if state is None or state.config.capture or not state.groups.num_live:
+        return
+    finishing = scheduler._reqs_finishing_inflight(batch)
+    chosen: Round | None = None
+    while not batch.is_empty() and not _fits(batch, finishing):
+        if finishing:
+            return  # SGLang skips one decode step then: their memory comes free by itself
+        chosen = chosen or Round(scheduler, state, batch)
+        # One at a time: what a victim frees beyond its own pages, the next check tells exactly.
+        if not chosen.prune_worst():
+            return
+
+
+def _fits(batch: Any, finishing: Sequence[Any]) -> bool:
+    """Whether the next decode step fits; evicts unreferenced radix-cache nodes to find out."""
+    if not finishing:
+        return bool(batch.check_decode_mem())
+    leaving = set(finishing)
+    staying = [i for i, req in enumerate(batch.reqs) if req not in leaving]
+    return not staying or bool(batch.check_decode_mem(selected_indices=staying))
+
+
+class Round:
+    """The decisions of one scheduling step about one running batch.
+
+    Args:
+        scheduler: SGLang's scheduler.
+        state: STEP's part of it.
+        batch: the running batch; requests leave it here only.
+        spared: requests of the batch that end by themselves in this step.
+    """
+
+    def __init__(
+        self, scheduler: Any, state: SchedulerStep, batch: Any, spared: Sequence[Any] = ()
+    ) -> None:
+        self._scheduler, self._state, self._batch = scheduler, state, batch
+        self._spared = set(spared)
+        _end_aborted(state, (*batch.reqs, *scheduler.waiting_queue))
+        self._look()
+
+    def _look(self) -> None:
+        self._reqs = list(self._batch.reqs)  # the views' handles stay valid while requests leave
+        self.candidates = Candidates(_views(self._batch, self._spared), self._state.config)
+
+    def prune_worst(self) -> bool:
+        """Prune one trace because the next decode step does not fit; False when none may be."""
+        victim = self.candidates.take()
+        return self._prune([] if victim is None else [victim], words.PRUNED_FOR_DECODE)
+
+    def prune_for(self, claim: float, tokens: int) -> bool:
+        """Prune traces for a waiting request; see ``Candidates.take_for``."""
+        return self._prune(self.candidates.take_for(claim, tokens), words.PRUNED_FOR_ADMISSION)
+
+    def _prune(self, victims: Sequence[TraceView], reason: str) -> bool:
+        chosen = [victim.handle for victim in victims]
+        agreed = _agree(self._scheduler, chosen)
+        for index in agreed:
+            _prune(self._scheduler, self._state, self._batch, self._reqs[index], reason)
+        if agreed != chosen:
+            self._look()  # the candidates here lack other traces than the batch does
+        return bool(agreed)
+
+
+def _views(batch: Any, spared: set[Any]) -> list[GroupView]:
+    """The running traces by group; those of a group at its minimum too, for what they hold."""
+    members: dict[str, tuple[Group, list[TraceView]]] = {}
+    page = batch.token_to_kv_pool_allocator.page_size
+    for index, req in enumerate(batch.reqs):
+        trace = trace_of(req)
+        if trace is None or trace.fate is not Fate.LIVE or req in spared:
+            continue
+        group = trace.group
+        if group.group_id not in members:
+            members[group.group_id] = (group, [])
+        members[group.group_id][1].append(
+            TraceView(
+                index, own_tokens(req, page), len(req.output_ids), trace.score_sum, trace.num_steps
+            )
+        )
+    return [
+        GroupView(name, group.survivors, group.min_survivors, group.weight, traces)
+        for name, (group, traces) in members.items()
+    ]
+
+
+def own_tokens(req: Any, page: int) -> int:
+    """KV tokens of a running request that no other can share.
+
+    The shared prompt stays. What else the tree holds of it (after a resume) becomes evictable
+    with it, so it counts as its own.
+    """
+    shared = min(req.kv.cache_protected_len, len(req.origin_input_ids))
+    return int(-(-req.kv.kv_allocated_len // page) * page - shared)
+
+
+def _end_aborted(state: SchedulerStep, reqs: Sequence[Any]) -> None:
+    """Count out traces that are on their way out, or they would be counted as survivors."""
+    for req in reqs:
+        trace = trace_of(req)
+        if trace is not None and req.to_finish is not None:
+            state.groups.end(trace, Fate.ABORTED)
+
+
+def _agree(scheduler: Any, victims: list[int]) -> list[int]:
+    """Every tensor-parallel rank takes the first rank's choice.
+
+    All ranks come here in the same iteration, because their memory state is identical; their
+    scores could differ in the last bit, and different victims would hang the server.
+    """
+    group = scheduler.tp_group
+    if group.world_size == 1:
+        return victims
+    from sglang.srt.utils import broadcast_pyobj
+
+    agreed: list[int] = broadcast_pyobj(
+        victims, group.rank, scheduler.tp_cpu_group, src=group.ranks[0]
+    )
+    return agreed
+
+
+def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: str) -> None:
+    """End a victim for good: free its KV now and answer it with its partial text.
+
+    It may still have a result in flight; the result processor skips finished requests.
+    """
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+    from sglang.srt.mem_cache.common import release_kv_cache
+
+    trace = trace_of(req)
+    assert trace is not None
+    state.groups.end(trace, Fate.PRUNED)
+    score = "none" if trace.score is None else f"{trace.score:.4f}"
+    message = f"{words.PRUNED_MESSAGE}: trace score {score} after {trace.num_steps} steps"
+    # Before the release: a session keeps the row of a request that did not abort.
+    req.finished_reason = FINISH_ABORT(message)
+    allocator = batch.token_to_kv_pool_allocator
+    before = allocator.available_size()
+    # Not inserted into the radix tree: nobody will continue this text.
+    release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
+    req.release_mm_inputs_on_abort()
+    req.time_stats.set_completion_time()
+    available = allocator.available_size()
+    if state.metrics is not None:
+        state.metrics.trace_pruned(reason, available - before)
+    logger.info(
+        "STEP pruned rid=%r group=%r score=%s steps=%d reason=%s tokens_freed=%d pool_used=%d/%d",
+        req.rid,
+        trace.group.group_id,
+        score,
+        trace.num_steps,
+        reason,
+        available - before,
+        scheduler.max_total_num_tokens - available,
+        scheduler.max_total_num_tokens,
+    )
+    batch.filter_batch()
+    batch.batch_is_full = False
+    scheduler.output_streamer.stream_output([req], req.return_logprob)

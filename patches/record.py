@@ -1,0 +1,30 @@
+"""STEP's settings on SGLang's ``ServerArgs`` record, which carries them into every process."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from step_sglang.config import StepConfig
+from step_sglang.errors import StepError
+
+# An attribute with a leading underscore survives the record's pickling to the scheduler.
+_CONFIG = "_step_config"
+_FROM_CLI = "_step_from_cli"
+
+
+def attach(server_args: Any, config: StepConfig, *, from_cli: bool) -> None:
+    """Turn STEP on for the server that this record describes."""
+    setattr(server_args, _CONFIG, config)
+    setattr(server_args, _FROM_CLI, from_cli)
+
+
+def config_of(server_args: Any) -> StepConfig | None:
+    """The STEP configuration of a server, or None when STEP is off."""
+    return getattr(server_args, _CONFIG, None)
+
+
+def refuse(server_args: Any, error: StepError) -> NoReturn:
+    """End a command line with the message alone; raise for a program that made an engine."""
+    if getattr(server_args, _FROM_CLI, False):
+        raise SystemExit(f"step-sglang: {error}") from error
+    raise error

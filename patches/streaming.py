@@ -1,0 +1,47 @@
+"""The response's ``meta_info["step"]``, and the end of traces that end in the output stream."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from step_sglang import words
+from step_sglang.groups import Fate, GroupRegistry
+from step_sglang.metrics import StepMetrics
+from step_sglang.patches.scheduler import state_of, trace_of
+
+
+def get_output_streamer_class(base: type, scheduler: Any) -> type:
+    """AFTER ``Scheduler.get_output_streamer_class``."""
+    state = state_of(scheduler)
+    return base if state is None else _step_streamer(base, state.groups, state.metrics)
+
+
+def _fate(req: Any) -> Fate:
+    return Fate.ABORTED if req.finished_reason.to_json()["type"] == "abort" else Fate.FINISHED
+
+
+@lru_cache(maxsize=4)
+def _step_streamer(base: Any, groups: GroupRegistry, metrics: StepMetrics | None) -> type:
+    class StepOutputStreamer(base):  # type: ignore[misc]
+        has_additional_customized_info = True
+
+        def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
+            fields = super().build_additional_customized_info(reqs)
+            traces = [trace_of(req) for req in reqs]
+            for req, trace in zip(reqs, traces, strict=True):
+                if not req.finished():
+                    continue
+                if trace is not None:
+                    groups.end(trace, _fate(req))
+                if metrics is not None and (trace or req.sampling_params.max_new_tokens):
+                    waited = req.time_stats.queue_duration_s
+                    metrics.request_waited(waited, is_trace=trace is not None)
+            if any(traces):
+                fields[words.META_KEY] = [None if t is None else t.meta() for t in traces]
+            return fields
+
+        def is_request_level_customized_info_key(self, key: str) -> bool:
+            return key == words.META_KEY or super().is_request_level_customized_info_key(key)
+
+    return StepOutputStreamer

@@ -1,0 +1,79 @@
+"""Hooks in the tokenizer manager: one group per parallel sample, validation, response fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from step_sglang import words
+from step_sglang.affinity import GroupIds, replica_of
+from step_sglang.errors import RequestError
+from step_sglang.patches.record import config_of
+from step_sglang.request import check_group_size, declined, parse_request, with_group
+
+
+def handle_batch_request(manager: Any, obj: Any, request: Any, request_states: Any) -> None:
+    """BEFORE ``TokenizerManager._handle_batch_request``: mark the samples of one prompt.
+
+    The manager turns n > 1 into n requests with fresh ids; nothing else ties them together.
+    """
+    if config_of(manager.server_args) is None or getattr(obj, "parallel_sample_num", 1) == 1:
+        return
+    for i in range(obj.batch_size):
+        item = obj[i]  # cached by the request object, so that the samples are copies of this one
+        params = dict(item.sampling_params or {})
+        if not declined(params.get("custom_params")):
+            params["custom_params"] = with_group(
+                params.get("custom_params"), _group_ids(manager.server_args.dp_size).new()
+            )
+            item.sampling_params = params
+
+
+@lru_cache
+def _group_ids(replicas: int) -> GroupIds:
+    return GroupIds(replicas)
+
+
+def create_tokenized_object(result: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ``_create_tokenized_object``: a ValueError here is answered with status 400."""
+    config = config_of(manager.server_args)
+    if config is None:
+        return
+    params = result.sampling_params
+    wishes = parse_request(getattr(params, "custom_params", None))
+    if wishes is None:
+        return
+    check_group_size(wishes, params.n)
+    if (params.beam_width or 1) > 1:
+        raise RequestError("custom_params.step does not work with beam search: drop one of them")
+    if wishes.hidden_states and not config.capture:
+        raise RequestError(
+            "custom_params.step.hidden_states needs a server started with --step-capture"
+        )
+    tokens = len(result.input_ids or ())
+    if wishes.prompt_tokens is not None and wishes.prompt_tokens > tokens:
+        raise RequestError(
+            f"custom_params.step.prompt_tokens is {wishes.prompt_tokens}, but the input has only "
+            f"{tokens} tokens"
+        )
+    replicas = manager.server_args.dp_size
+    if replicas > 1 and wishes.group is not None and result.routed_dp_rank is None:
+        result.routed_dp_rank = replica_of(wishes.group, replicas)
+
+
+def update_request_meta_info(
+    original: Callable[..., None],
+    manager: Any,
+    meta_info: dict[str, Any],
+    state: Any,
+    customized_info: dict[str, list[Any]],
+    index: int,
+    finish_reason: Any,
+) -> None:
+    """AROUND ``update_request_meta_info``: ours is one value per request, not one per token."""
+    others = {key: values for key, values in customized_info.items() if key != words.META_KEY}
+    original(manager, meta_info, state, others, index, finish_reason)
+    step = customized_info.get(words.META_KEY)
+    if step is not None and step[index] is not None:
+        meta_info[words.META_KEY] = step[index]

@@ -1,0 +1,22 @@
+"""``python -m step_sglang.check``: does the installed SGLang fit? Exit status 1 if not."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Print every hooked or used target of SGLang and whether it matches."""
+    # Late, because this package itself never imports the engine.
+    from step_sglang.patches.contract import inspect_targets
+
+    findings = inspect_targets()
+    for finding in findings:
+        print(finding)
+    wrong = sum(finding.found is not None for finding in findings)
+    print(f"{len(findings) - wrong} targets match, {wrong} do not")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

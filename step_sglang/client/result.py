@@ -1,0 +1,197 @@
+"""What a solved question looks like: the answer, the vote, every trace, the times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from step_sglang import words
+from step_sglang.gather import Gathered, Gathering, Status, TraceFate
+
+_FINISHED = "request_finished_ts"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where time went; seconds.
+
+    ``wait``, ``prefill`` and ``decode`` come from the server's own time stamps (``source``
+    "server"), which SGLang sends with ``--enable-metrics``. Without them (``source`` "client")
+    ``wait`` and ``prefill`` are None, ``first_token`` holds both, and ``decode`` is what follows.
+    """
+
+    total: float  # of a trace: until its last chunk; of a result: until the vote
+    first_token: float | None  # until the first chunk that the client saw
+    wait: float | None
+    prefill: float | None
+    decode: float | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One trace; only a ``finished`` one votes."""
+
+    index: int
+    text: str
+    fate: TraceFate
+    answer: str | None  # of a trace that ended; None: none could be extracted
+    score: float | None  # None: no step
+    num_steps: int
+    step_scores: tuple[float, ...] | None  # None: the trace did not end by itself
+    tokens: int  # generated, as far as reported
+    finish_reason: str | None
+    times: Timing
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A merged answer, its weight in the vote and the traces that gave it."""
+
+    answer: str
+    weight: float
+    traces: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A group while it runs."""
+
+    running: int
+    finished: int
+    pruned: int
+    ended_otherwise: int  # aborted or cancelled
+    tokens: int
+    leaders: tuple[Answer, ...]  # the winner first
+
+
+@dataclass(frozen=True)
+class Result:
+    """A solved question.
+
+    ``status`` other than ``VOTED``: ``answer`` is None, and ``message`` says why. ``best`` is then
+    the best-scoring finished trace or, when none finished, the best partial one.
+    """
+
+    status: Status
+    answer: str | None
+    share: float  # the answer's share of the weight
+    message: str
+    answers: tuple[Answer, ...]  # all answers given, the winner first
+    traces: tuple[Trace, ...]
+    best: Trace | None
+    timing: Timing
+    early: bool  # ended before the last trace, because the vote was decided
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON values; ``best`` is the position of the trace."""
+        found: dict[str, Any] = _plain(asdict(self))
+        found["best"] = None if self.best is None else self.best.index
+        return found
+
+
+def progress_of(gathering: Gathering) -> Progress:
+    """How a group stands."""
+    running, finished, pruned = (
+        gathering.num(fate) for fate in (TraceFate.RUNNING, TraceFate.FINISHED, TraceFate.PRUNED)
+    )
+    return Progress(
+        running=running,
+        finished=finished,
+        pruned=pruned,
+        ended_otherwise=len(gathering.traces) - running - finished - pruned,
+        tokens=sum(trace.tokens for trace in gathering.traces),
+        leaders=_answers(gathering),
+    )
+
+
+def result_of(gathering: Gathering, total: float) -> Result:
+    """The result of a group that ended; ``total`` seconds after it was asked."""
+    outcome = gathering.outcome()
+    traces = tuple(_trace(trace) for trace in gathering.traces)
+    return Result(
+        status=outcome.status,
+        answer=outcome.answer,
+        share=outcome.share,
+        message=_message(gathering, outcome.status),
+        answers=_answers(gathering),
+        traces=traces,
+        best=None if outcome.best is None else traces[outcome.best],
+        timing=_mean([trace.times for trace in traces], total),
+        early=gathering.num(TraceFate.CANCELLED) > 0,
+    )
+
+
+def _answers(gathering: Gathering) -> tuple[Answer, ...]:
+    return tuple(Answer(t.answer, t.weight, t.members) for t in gathering.tallies())
+
+
+def _message(gathering: Gathering, status: Status) -> str:
+    if status is Status.NO_ANSWER:
+        finished = gathering.num(TraceFate.FINISHED)
+        return f"none of the {finished} finished traces has an extractable answer"
+    if status is Status.NO_FINISHED_TRACE:
+        return (
+            f"no trace finished: {gathering.num(TraceFate.PRUNED)} were pruned, "
+            f"{gathering.num(TraceFate.ABORTED, TraceFate.CANCELLED)} aborted, "
+            f"{gathering.num(TraceFate.RUNNING)} did not end"
+        )
+    return ""
+
+
+def _trace(trace: Gathered) -> Trace:
+    step = trace.meta_info.get(words.META_KEY) or {}
+    scores = step.get(words.META_STEP_SCORES)
+    reason = trace.meta_info.get("finish_reason")
+    return Trace(
+        index=trace.index,
+        text=trace.text,
+        fate=trace.fate,
+        answer=trace.answer,
+        score=trace.score,
+        num_steps=trace.num_steps,
+        step_scores=None if scores is None else tuple(scores),
+        tokens=trace.tokens,
+        finish_reason=None if reason is None else reason["type"],
+        times=_times(trace),
+    )
+
+
+def _times(trace: Gathered) -> Timing:
+    info = trace.meta_info
+    total = trace.ended or 0.0
+    wait, entry, prefilled, finished = (
+        info.get(key)
+        for key in ("queue_time", "forward_entry_time", "prefill_finished_time", _FINISHED)
+    )
+    if wait is not None and entry is not None and prefilled is not None and finished is not None:
+        return Timing(
+            total, trace.first_chunk, wait, prefilled - entry, finished - prefilled, "server"
+        )
+    decode = None if trace.first_chunk is None else total - trace.first_chunk
+    return Timing(total, trace.first_chunk, None, None, decode, "client")
+
+
+def _mean(times: list[Timing], total: float) -> Timing:
+    """Means over the traces; of the server's stamps where any trace has them."""
+    stamped = [t for t in times if t.source == "server"]
+
+    def mean(name: str) -> float | None:
+        values = [getattr(t, name) for t in stamped or times if getattr(t, name) is not None]
+        return sum(values) / len(values) if values else None
+
+    source = "server" if stamped else "client"
+    first = min((t.first_token for t in times if t.first_token is not None), default=None)
+    return Timing(total, first, mean("wait"), mean("prefill"), mean("decode"), source)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

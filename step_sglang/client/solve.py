@@ -1,0 +1,205 @@
+"""Solves one question: samples a group of traces, votes, ends the group when that is decided."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from step_sglang import words
+from step_sglang.answers import Extractor, extractor_named
+from step_sglang.client.errors import ClientError, NoStepError, ServerError, ServerGoneError
+from step_sglang.client.result import Progress, Result, progress_of, result_of
+from step_sglang.client.sources import EngineSource, Messages, Source, UrlSource
+from step_sglang.early import DEFAULT_THRESHOLD
+from step_sglang.gather import STREAM_INTERVAL, Gathering, VoteRules
+from step_sglang.judge import Judge
+from step_sglang.vote import Same
+
+DEFAULT_N = 64
+DEFAULT_TIMEOUT = 600.0
+# The paper's.
+DEFAULT_SAMPLING: Mapping[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+_REPORT_INTERVAL = 0.1  # seconds between two progress reports
+
+
+async def asolve(
+    question: str | Messages | Sequence[int],
+    n: int = DEFAULT_N,
+    *,
+    url: str | None = None,
+    engine: Any = None,
+    vote: str = "weighted",
+    early: str = "exact",
+    threshold: float = DEFAULT_THRESHOLD,
+    extract: str | Extractor = "boxed",
+    same: Same | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    chat: bool = True,
+    group: str | None = None,
+    api_key: str | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Result:
+    r"""Sample ``n`` traces of a question as one group and vote on their answers.
+
+    Args:
+        question: a user message, a whole chat (a list of messages), or token ids.
+        n: traces; 1 is a single trace with its score.
+        url: a server started with ``--enable-step``. Give this or ``engine``.
+        engine: an ``sgl.Engine(enable_step=True, ...)`` of this process.
+        vote: ``weighted`` by trace score, ``majority``, or ``best``.
+        early: end the group when no outcome of the open traces can change the answer (``exact``),
+            also when that is improbable (``posterior``), or never (``off``).
+        threshold: of the posterior rule, the probability that the answer would change.
+        extract: reads the answer of a trace: ``boxed``, ``choice``, ``number``, or a function of
+            its text that returns None when there is none.
+        same: whether two answers mean the same; default: math-verify, in a child process.
+        sampling: SGLang sampling parameters, over the paper's (temperature 0.6, top_p 0.95,
+            top_k 20). Without ``max_new_tokens`` a trace may fill the context.
+        chat: render the question with the chat template; False sends the text as it is.
+        group: the group's name; default: a new one.
+        api_key: sent as a bearer token.
+        timeout: seconds without anything from the server.
+        on_progress: called at most ten times a second, and at the end.
+
+    Raises:
+        ClientError: the arguments contradict each other or are out of range.
+        VoteError: there is no such vote, early-finish rule or extractor.
+        NoStepError: the server runs without STEP.
+        RequestRefused: the server refused the request.
+        ServerGoneError: the server went away in the middle; what had arrived is in ``.result``.
+        ServerError: it does not answer, or not as an SGLang server of this version.
+    """
+    rules = VoteRules(vote, early, threshold)
+    extractor = extract if callable(extract) else extractor_named(extract)
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ClientError(f"n must be a whole number of at least 1, not {n!r}")
+    started = time.perf_counter()
+    source = _source(url, engine, timeout, api_key)
+    judge = Judge()  # starts nothing unless it is asked
+    try:
+        params = {**DEFAULT_SAMPLING, "max_new_tokens": None, **(sampling or {})}
+        body = await _body(source, question, chat, n, params, group)
+        gathering = Gathering(n, rules, same or judge.same, extractor, params["max_new_tokens"])
+        await _gather(source, body, gathering, started, on_progress)
+        return result_of(gathering, time.perf_counter() - started)
+    finally:
+        judge.close()
+        await source.close()
+
+
+def solve(question: str | Messages | Sequence[int], n: int = DEFAULT_N, **options: Any) -> Result:
+    """:func:`asolve` for programs without an event loop; the same arguments and errors.
+
+    With an engine it runs on the engine's own loop, as ``Engine.generate`` does.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
+        raise ClientError("solve() would block the running event loop: await asolve() instead")
+    engine = options.get("engine")
+    if engine is not None and options.get("url") is None:
+        solved: Result = engine.loop.run_until_complete(asolve(question, n, **options))
+        return solved
+    return asyncio.run(asolve(question, n, **options))
+
+
+def _source(url: str | None, engine: Any, timeout: float, api_key: str | None) -> Source:
+    if (url is None) is (engine is None):
+        raise ClientError("give either url, a running server, or engine, an sgl.Engine")
+    return EngineSource(engine) if url is None else UrlSource(url, timeout, api_key)
+
+
+async def _body(
+    source: Source,
+    question: str | Messages | Sequence[int],
+    chat: bool,
+    n: int,
+    params: Mapping[str, Any],
+    group: str | None,
+) -> dict[str, Any]:
+    if not question:
+        raise ClientError("the question is empty")
+    prompt: dict[str, Any]
+    if not isinstance(question, str) and isinstance(question[0], int):
+        prompt = {"input_ids": list(question)}
+    elif isinstance(question, str) and not chat:
+        prompt = {"text": question}
+    else:
+        messages = (
+            [{"role": "user", "content": question}] if isinstance(question, str) else question
+        )
+        prompt = {"input_ids": await source.render(messages)}  # type: ignore[arg-type]
+    custom = params.get("custom_params") or {}
+    if words.REQUEST_KEY in custom or "n" in params:
+        raise ClientError("sampling must not hold n or custom_params.step: solve() sets both")
+    step = {words.STEP_SCORES: True, **({} if group is None else {words.GROUP: group})}
+    return {
+        **prompt,
+        "sampling_params": {
+            "skip_special_tokens": False,
+            "stream_interval": STREAM_INTERVAL,
+            **params,
+            "n": n,
+            "custom_params": {**custom, words.REQUEST_KEY: step},
+        },
+    }
+
+
+async def _gather(
+    source: Source,
+    body: dict[str, Any],
+    gathering: Gathering,
+    started: float,
+    on_progress: Callable[[Progress], None] | None,
+) -> None:
+    gathering.started = time.perf_counter()
+    reported = 0.0
+    chunks = source.stream(body)
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                if _feed(gathering, chunk):
+                    await asyncio.to_thread(gathering.count)
+                    if gathering.decided():
+                        break
+                if on_progress is not None and time.perf_counter() - reported > _REPORT_INTERVAL:
+                    reported = time.perf_counter()
+                    on_progress(progress_of(gathering))
+    except ServerError as error:
+        if type(error) is not ServerError or not any(t.meta_info for t in gathering.traces):
+            raise
+        await asyncio.to_thread(gathering.count)
+        result = result_of(gathering, time.perf_counter() - started)
+        raise ServerGoneError(f"{error}; {_arrived(result)}", result) from error
+    gathering.cancel()
+    if on_progress is not None:
+        on_progress(progress_of(gathering))
+
+
+def _feed(gathering: Gathering, chunk: Mapping[str, Any]) -> bool:
+    try:
+        if words.META_KEY not in chunk["meta_info"]:
+            # An abort of a request that never ran carries no step data.
+            reason = chunk["meta_info"].get("finish_reason") or {}
+            if reason.get("type") != "abort":
+                raise NoStepError(
+                    "the server runs without STEP, so its traces have no score: start it with "
+                    "--enable-step --step-scorer S (an engine with enable_step=True)"
+                )
+        return gathering.feed(chunk)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ServerError(
+            f"the server sent an unusable chunk ({type(error).__name__} {error}); is it an SGLang "
+            "server of this version?"
+        ) from error
+
+
+def _arrived(result: Result) -> str:
+    ended = sum(trace.finish_reason is not None for trace in result.traces)
+    return f"{ended} of {len(result.traces)} traces had ended, see the error's `result`"

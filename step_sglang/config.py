@@ -1,0 +1,257 @@
+"""What STEP can be told, with every default: the one source of the flags and engine arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from step_sglang.answers import EXTRACTORS
+from step_sglang.errors import ConfigError
+from step_sglang.vote import VOTES
+
+POLICIES = ("fair", "paper")
+SCOPES = ("thinking", "all")
+ADMISSIONS = ("fair", "queue")
+DEFAULT_DELIMITERS = ("\n\n",)
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """One server's STEP settings; immutable, picklable, checked on construction.
+
+    Raises:
+        ConfigError: a value is outside its range or two values contradict each other.
+    """
+
+    scorer: str = field(
+        default="",
+        metadata={"metavar": "PATH", "help": "Scorer file (.safetensors, or the reference's .pt)."},
+    )
+    policy: str = field(
+        default="fair",
+        metadata={
+            "choices": POLICIES,
+            "help": "fair: the lowest trace score of the group that holds the most KV. paper: the "
+            "lowest score of all running traces, unscored = 0, scope all, as the reference does.",
+        },
+    )
+    scope: str | None = field(
+        default=None,
+        metadata={
+            "choices": SCOPES,
+            "help": "Which steps are scored: up to the first think-end token (default), or all "
+            "(the only choice, and the default, with --step-policy paper).",
+        },
+    )
+    min_survivors: int = field(
+        default=1,
+        metadata={"metavar": "K", "help": "Pruning never leaves a group fewer survivors."},
+    )
+    min_steps: int = field(
+        default=1,
+        metadata={
+            "metavar": "K",
+            "help": "A trace with fewer scored steps ranks as its group's mean.",
+        },
+    )
+    delimiters: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "flag": "--step-delimiter",
+            "metavar": "STR",
+            "help": "Text that ends a step (default: the scorer file's, else two newlines); "
+            r"\n, \t and \\ are understood.",
+        },
+    )
+
+    capture: bool = field(
+        default=False,
+        metadata={
+            "help": "Collect training data: requests may ask for the hidden states at their step "
+            "boundaries, and nothing is pruned. Needs no scorer.",
+        },
+    )
+
+    admit: str | None = field(
+        default=None,
+        metadata={
+            "choices": ADMISSIONS,
+            "help": "When a waiting request does not fit. fair (default): traces of groups that "
+            "hold more than it would are pruned, so that it starts at once. queue: it waits (the "
+            "only choice, and the default, with --step-policy paper).",
+        },
+    )
+    traces: int = field(
+        default=1,
+        metadata={
+            "metavar": "N",
+            "help": "Answer every ordinary request (n = 1) with one choice, voted by N traces. "
+            "1 is off.",
+        },
+    )
+    vote: str = field(
+        default="weighted",
+        metadata={
+            "choices": VOTES,
+            "help": "How they vote: by trace score, by number, or the best trace alone.",
+        },
+    )
+    extract: str = field(
+        default="boxed",
+        metadata={
+            "choices": tuple(EXTRACTORS),
+            "help": "Where a trace's answer is: in \\boxed{}, a choice's letter, the last number.",
+        },
+    )
+    temperature: float = field(
+        default=0.6,
+        metadata={
+            "metavar": "T",
+            "help": "With --step-traces: of requests that ask for temperature 0, at which all "
+            "traces would be the same.",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not self.scorer and not self.capture:
+            raise ConfigError("--enable-step needs --step-scorer PATH, the trained scorer file")
+        if not isinstance(self.capture, bool):
+            raise ConfigError(f"--step-capture is on or off, not {self.capture!r}")
+        _check_choice("--step-policy", self.policy, POLICIES)
+        if self.scope is not None:
+            _check_choice("--step-scope", self.scope, SCOPES)
+        if self.policy == "paper" and self.scope == "thinking":
+            raise ConfigError(
+                "--step-policy paper scores the whole output, so --step-scope thinking "
+                "contradicts it: leave --step-scope out, or use --step-policy fair"
+            )
+        if self.admit is not None:
+            _check_choice("--step-admit", self.admit, ADMISSIONS)
+        if self.policy == "paper" and self.admit == "fair":
+            raise ConfigError(
+                "--step-policy paper knows no groups, so --step-admit fair contradicts it: leave "
+                "--step-admit out, or use --step-policy fair"
+            )
+        for flag, value in (
+            ("--step-min-survivors", self.min_survivors),
+            ("--step-min-steps", self.min_steps),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{flag} must be a whole number of at least 1, not {value!r}")
+        if not isinstance(self.delimiters, tuple) or not all(
+            isinstance(text, str) and text for text in self.delimiters
+        ):
+            raise ConfigError(
+                f"--step-delimiter takes one or more non-empty strings, not {self.delimiters!r}"
+            )
+
+        if not isinstance(self.traces, int) or isinstance(self.traces, bool) or self.traces < 1:
+            raise ConfigError(
+                f"--step-traces must be a whole number of at least 1, not {self.traces!r}"
+            )
+        _check_choice("--step-vote", self.vote, VOTES)
+        _check_choice("--step-extract", self.extract, tuple(EXTRACTORS))
+        if not isinstance(self.temperature, int | float) or not 0 < self.temperature < 100:
+            raise ConfigError(f"--step-temperature must be above 0, not {self.temperature!r}")
+
+    @property
+    def scores_all(self) -> bool:
+        """Whether steps after the think-end token count too."""
+        return self.policy == "paper" or self.scope == "all"
+
+    @property
+    def makes_room(self) -> bool:
+        """Whether traces are pruned for requests that wait, not only for those that run."""
+        return self.policy == "fair" and self.admit != "queue" and not self.capture
+
+
+def _check_choice(flag: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def unescape(text: str) -> str:
+    r"""Text of a command line in which \n, \t and \\ are escapes."""
+    # A marker protects an escaped backslash from the two replacements that follow it.
+    return text.replace("\\\\", "\0").replace("\\n", "\n").replace("\\t", "\t").replace("\0", "\\")
+
+
+def escape(text: str) -> str:
+    """The inverse of :func:`unescape`."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
+
+
+def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--enable-step`` and one flag per field of :class:`StepConfig`, in their own group."""
+    group = parser.add_argument_group(
+        "STEP", "Score reasoning traces from hidden states; prune the worst when the KV pool fills."
+    )
+    group.add_argument("--enable-step", action="store_true", help="Turn STEP pruning on.")
+    for option in fields(StepConfig):
+        name = f"step_{option.name}"
+        flag = option.metadata.get("flag", "--" + name.replace("_", "-"))
+        more: dict[str, Any] = {}
+        if option.name == "delimiters":
+            more = {"nargs": "+", "type": unescape}
+        elif isinstance(option.default, bool):
+            more = {"action": "store_true"}
+        elif isinstance(option.default, int | float):
+            more = {"type": type(option.default)}
+        help_text = option.metadata["help"]
+        if option.default:
+            help_text += f" Default: {option.default}."
+        for key in ("choices", "metavar"):
+            if key in option.metadata:
+                more[key] = option.metadata[key]
+        group.add_argument(
+            flag, dest=name, default=option.default, help=help_text.replace("%", "%%"), **more
+        )
+
+
+def take_options(options: dict[str, Any]) -> StepConfig | None:
+    """Remove STEP's entries from ``options`` and build the configuration they ask for.
+
+    Args:
+        options: engine keyword arguments or a parsed namespace's ``vars``: ``enable_step`` and
+            ``step_<field>``. Changed in place.
+
+    Returns:
+        The configuration, or None when STEP was not asked for.
+
+    Raises:
+        ConfigError: a value is wrong, or STEP options came without ``enable_step``.
+    """
+    enabled = options.pop("enable_step", False)
+    if not isinstance(enabled, bool):
+        raise ConfigError(f"enable_step must be True or False, not {enabled!r}")
+    given: dict[str, Any] = {}
+    for option in fields(StepConfig):
+        key = f"step_{option.name}"
+        # The singular is the flag's name, and what a caller of the engine will try first.
+        for alias in (key, "step_delimiter") if option.name == "delimiters" else (key,):
+            if alias in options:
+                value = options.pop(alias)
+                # By representation, because True equals 1.
+                if value is not None and repr(value) != repr(option.default):
+                    given[option.name] = value
+    if not enabled:
+        if given:
+            raise ConfigError(
+                f"{_flags(given)} given without --enable-step (enable_step=True): add it, "
+                "or leave the STEP options out"
+            )
+        return None
+    if "delimiters" in given:
+        value = given["delimiters"]
+        if not isinstance(value, str) and not isinstance(value, (list, tuple)):
+            raise ConfigError(
+                f"--step-delimiter takes one or more non-empty strings, not {value!r}"
+            )
+        given["delimiters"] = (value,) if isinstance(value, str) else tuple(value)
+    return StepConfig(**given)
+
+
+def _flags(given: Mapping[str, Any]) -> str:
+    return ", ".join("--step-" + name.replace("_", "-").rstrip("s") for name in given)

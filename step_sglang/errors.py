@@ -1,0 +1,25 @@
+"""The errors a user can meet, each with one message that says what to do."""
+
+
+class StepError(ValueError):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(StepError):
+    """A flag or an engine argument is wrong, or asks for what is not supported with STEP."""
+
+
+class ScorerError(StepError):
+    """A scorer file is missing, unreadable, or does not fit the model."""
+
+
+class BoundaryError(StepError):
+    """No token of the tokenizer contains the step delimiter."""
+
+
+class RequestError(StepError):
+    """A request's ``custom_params.step`` is malformed; served as HTTP 400."""
+
+
+class VoteError(StepError):
+    """There is no such vote, early-finish rule or answer extractor."""

@@ -1,0 +1,72 @@
+"""Prometheus metrics of one scheduler. Knows nothing of SGLang, which exports what is made here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from step_sglang.groups import Fate, GroupRegistry, Trace
+
+SCORE_BUCKETS = tuple(i / 20 for i in range(1, 21))
+WAITING_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # seconds
+
+
+class StepMetrics:
+    """Counts what happens to traces; one object per process, because names are registered once.
+
+    Args:
+        labels: of every series, such as the model's name and the rank.
+    """
+
+    def __init__(self, labels: Mapping[str, object]) -> None:
+        # In a server the import must come after SGLang told the library that processes share.
+        from prometheus_client import Counter, Gauge, Histogram
+
+        values = {name: str(value) for name, value in labels.items()}
+        names = tuple(values)
+        self._labels = values
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, names).labels(**values)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, names, multiprocess_mode="mostrecent").labels(**values)
+
+        self._traces = counter("step_traces_scored_total", "Traces ended with at least one score.")
+        self._steps = counter("step_steps_scored_total", "Steps scored.")
+        self._freed = counter("step_tokens_freed_total", "KV tokens freed by pruning.")
+        self._pruned = Counter("step_traces_pruned_total", "Traces pruned.", (*names, "reason"))
+        self._groups = gauge("step_groups_alive", "Groups with a running or waiting trace.")
+        self._survivors = gauge(
+            "step_survivors", "Traces of these groups that run, wait or finished normally."
+        )
+        self._scores = Histogram("step_score", "Step scores.", names, buckets=SCORE_BUCKETS).labels(
+            **values
+        )
+        self._waiting = Histogram(
+            "step_waiting_seconds",
+            "Time in the waiting queue of requests that ended: STEP's traces, and others.",
+            (*names, "kind"),
+            buckets=WAITING_BUCKETS,
+        )
+
+    def trace_changed(self, groups: GroupRegistry, trace: Trace) -> None:
+        """A trace joined its group, or ended."""
+        self._groups.set(len(groups))
+        self._survivors.set(groups.num_survivors)
+        if trace.fate is not Fate.LIVE and trace.num_steps:
+            self._traces.inc()
+
+    def step_scored(self, score: float) -> None:
+        """A step of a trace was scored."""
+        self._steps.inc()
+        self._scores.observe(score)
+
+    def trace_pruned(self, reason: str, tokens_freed: int) -> None:
+        """A trace was pruned; ``reason`` is one of the words for it."""
+        self._pruned.labels(**self._labels, reason=reason).inc()
+        self._freed.inc(tokens_freed)
+
+    def request_waited(self, seconds: float, *, is_trace: bool) -> None:
+        """A request that ended had spent this long in the waiting queue."""
+        kind = "step" if is_trace else "other"
+        self._waiting.labels(**self._labels, kind=kind).observe(seconds)

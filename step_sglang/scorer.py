@@ -1,0 +1,195 @@
+"""Reads and writes scorer files: Linear(d, 512), ReLU, Linear(512, 1) (paper section 3.2)."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from step_sglang.errors import ScorerError
+
+HIDDEN_UNITS = 512
+FORMAT = "step-sglang-scorer"
+FORMAT_VERSION = "1"
+_MAX_BYTES = 256 << 20  # d = 65536 in fp32 needs 128 MiB; anything larger is not a scorer
+_NAMES = ("w1", "b1", "w2", "b2")
+_REFERENCE_NAMES = {
+    "w1": "net.0.weight",
+    "b1": "net.0.bias",
+    "w2": "net.2.weight",
+    "b2": "net.2.bias",
+}
+
+
+@dataclass(frozen=True)
+class ScorerInfo:
+    """What a scorer file says of itself; every part may be unknown."""
+
+    model: str | None = None
+    delimiters: tuple[str, ...] = ()
+    think_end: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)  # figures, JSON values only
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The MLP's weights on the CPU.
+
+    Shapes: w1 [512, d] fp32 or bf16, b1 [512], w2 [512] and b2 [1] fp32.
+    """
+
+    w1: torch.Tensor
+    b1: torch.Tensor
+    w2: torch.Tensor
+    b2: torch.Tensor
+    info: ScorerInfo = ScorerInfo()
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of the hidden states it reads."""
+        return self.w1.shape[1]
+
+
+def load_scorer(path: str | os.PathLike[str]) -> Scorer:
+    """Read a scorer: our safetensors file, or the reference's torch file (weights only).
+
+    Raises:
+        ScorerError: the file is missing, unreadable, not a scorer, wrongly shaped or not finite.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise ScorerError(f"scorer {file} does not exist")
+    if not file.is_file():
+        raise ScorerError(f"scorer {file} is not a regular file")
+    size = file.stat().st_size
+    if not 0 < size <= _MAX_BYTES:
+        raise ScorerError(f"scorer {file} has {size} bytes; a scorer has 1 to {_MAX_BYTES}")
+    if file.suffix in (".pt", ".pth", ".bin"):
+        tensors, info = _read_reference(file), ScorerInfo()
+    else:
+        tensors, info = _read_safetensors(file)
+    return _checked(file, tensors, info)
+
+
+def blank_scorer(hidden_size: int) -> Scorer:
+    """A scorer that says 0.5 of every step, for a server that only captures hidden states."""
+    return Scorer(
+        w1=torch.zeros(HIDDEN_UNITS, hidden_size),
+        b1=torch.zeros(HIDDEN_UNITS),
+        w2=torch.zeros(HIDDEN_UNITS),
+        b2=torch.zeros(1),
+    )
+
+
+def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
+    """Write our format: tensors w1, b1, w2, b2 and string metadata, replacing ``path`` at once."""
+    file = Path(path)
+    metadata = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "hidden_size": str(scorer.hidden_size),
+        "delimiters": json.dumps(list(scorer.info.delimiters)),
+        "training": json.dumps(scorer.info.training, sort_keys=True),
+    }
+    if scorer.info.model is not None:
+        metadata["model"] = scorer.info.model
+    if scorer.info.think_end is not None:
+        metadata["think_end"] = scorer.info.think_end
+    tensors = {name: getattr(scorer, name).contiguous() for name in _NAMES}
+    partial = file.with_name(file.name + ".partial")
+    save_file(tensors, partial, metadata=metadata)
+    partial.replace(file)
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], ScorerInfo]:
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            names = set(opened.keys())
+            if names != set(_NAMES):
+                raise ScorerError(
+                    f"scorer {file} holds tensors {sorted(names)}; a scorer holds {list(_NAMES)}"
+                )
+            tensors = {name: opened.get_tensor(name) for name in _NAMES}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ScorerError(f"scorer {file} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT or metadata.get("version") != FORMAT_VERSION:
+        raise ScorerError(
+            f"scorer {file} says format {metadata.get('format')!r} version "
+            f"{metadata.get('version')!r}; this reads {FORMAT!r} version {FORMAT_VERSION!r}"
+        )
+    return tensors, _info(file, metadata)
+
+
+def _info(file: Path, metadata: dict[str, str]) -> ScorerInfo:
+    try:
+        delimiters = json.loads(metadata.get("delimiters", "[]"))
+        training = json.loads(metadata.get("training", "{}"))
+    except json.JSONDecodeError as error:
+        raise ScorerError(f"scorer {file} has unreadable metadata: {error}") from error
+    if not isinstance(delimiters, list) or not all(isinstance(d, str) and d for d in delimiters):
+        raise ScorerError(f"scorer {file}: delimiters must be a list of non-empty strings")
+    if not isinstance(training, dict):
+        raise ScorerError(f"scorer {file}: training figures must be an object")
+    return ScorerInfo(metadata.get("model"), tuple(delimiters), metadata.get("think_end"), training)
+
+
+def _read_reference(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > _MAX_BYTES:  # a few kilobytes can unpack to terabytes
+                raise ScorerError(
+                    f"scorer {file} unpacks to {unpacked} bytes; a scorer has at most {_MAX_BYTES}"
+                )
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except ScorerError:
+        raise
+    except Exception as error:  # a damaged pickle fails in any way: IndexError, TypeError, ...
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ScorerError(f"scorer {file} is not a readable torch weights file: {first}") from error
+    state = loaded.get("model_state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(name), torch.Tensor) for name in _REFERENCE_NAMES.values()
+    ):
+        raise ScorerError(
+            f"scorer {file} lacks the reference's tensors {sorted(_REFERENCE_NAMES.values())} "
+            "(at top level or under 'model_state_dict')"
+        )
+    return {name: state[theirs] for name, theirs in _REFERENCE_NAMES.items()}
+
+
+def _checked(file: Path, tensors: dict[str, torch.Tensor], info: ScorerInfo) -> Scorer:
+    w1 = tensors["w1"]
+    if w1.dim() != 2 or w1.shape[0] != HIDDEN_UNITS or w1.shape[1] < 1:
+        raise ScorerError(
+            f"scorer {file}: w1 has shape {list(w1.shape)}; it must be [{HIDDEN_UNITS}, d]"
+        )
+    sizes = {"b1": HIDDEN_UNITS, "w2": HIDDEN_UNITS, "b2": 1}
+    for name, size in sizes.items():
+        if tensors[name].numel() != size:
+            raise ScorerError(
+                f"scorer {file}: {name} has {tensors[name].numel()} elements; it must have {size}"
+            )
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ScorerError(f"scorer {file}: {name} is {tensor.dtype}; it must be a float type")
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise ScorerError(f"scorer {file}: {name} holds NaN or infinity")
+    # bf16 weights are served as they are (half the bytes to stream); anything else as fp32.
+    kept = w1.dtype if w1.dtype == torch.bfloat16 else torch.float32
+    return Scorer(
+        w1=w1.to(kept).contiguous(),
+        b1=tensors["b1"].float().reshape(-1).contiguous(),
+        w2=tensors["w2"].float().reshape(-1).contiguous(),
+        b2=tensors["b2"].float().reshape(-1).contiguous(),
+        info=info,
+    )

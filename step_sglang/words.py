@@ -1,0 +1,51 @@
+"""Every name that crosses a process or the network, in one place."""
+
+# `custom_params: {"step": ...}` in a request; `meta_info["step"]` in its response.
+REQUEST_KEY = "step"
+META_KEY = "step"
+
+# Members of the request value when it is an object.
+GROUP = "group"
+WEIGHT = "weight"
+MIN_SURVIVORS = "min_survivors"
+STEP_SCORES = "step_scores"
+HIDDEN_STATES = "hidden_states"
+PROMPT_TOKENS = "prompt_tokens"
+TRACE = "trace"
+REQUEST_MEMBERS = (
+    GROUP, TRACE, WEIGHT, MIN_SURVIVORS, STEP_SCORES, HIDDEN_STATES, PROMPT_TOKENS,
+)  # fmt: skip
+
+# Members that ask for one voted answer instead; they never reach the scheduler.
+TRACES = "traces"
+VOTE = "vote"
+EARLY = "early"
+THRESHOLD = "threshold"
+EXTRACT = "extract"
+VOTE_MEMBERS = (TRACES, VOTE, EARLY, THRESHOLD, EXTRACT)
+
+# Members of the response value; the last three only when the request asked for them.
+META_GROUP = "group"
+META_SCORE = "score"
+META_NUM_STEPS = "num_steps"
+META_PRUNED = "pruned"
+META_STEP_SCORES = "step_scores"
+META_POSITIONS = "positions"
+META_HIDDEN_STATES = "hidden_states"
+
+# `finish_reason["message"]` of a pruned trace begins with this.
+PRUNED_MESSAGE = "pruned by STEP"
+
+# Tells child processes that the engine's hooks are wanted; the configuration itself travels with
+# the server's arguments.
+HOOKS_ENV = "STEP_SGLANG_HOOKS"
+
+# Why a trace was pruned, in the log line and the metrics.
+PRUNED_FOR_DECODE = "decode"  # the next decode step did not fit
+PRUNED_FOR_ADMISSION = "admission"  # a waiting request did not fit
+
+# The endpoint that ends a group, and its answer's member.
+ABORT_GROUP_PATH = "/step/abort_group"
+ABORTED = "aborted"
+# What an answer to `traces` says of its vote, under `meta_info["step"]["vote"]`.
+META_VOTE = "vote"

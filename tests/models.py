@@ -1,0 +1,97 @@
+"""Small random models with a real byte-level BPE tokenizer, built on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from step_sglang.scorer import Scorer, ScorerInfo, save_scorer
+
+HIDDEN = 64
+TEXT = [
+    "First, add the numbers.\n\nThen we check: 12 + 30 = 42.\n\nSo the answer is right!\n\n",
+    "Wait (is it?)\n\nLet x = 3;\n\nthen x * x = 9,\n\nand the sum is 51.\n\n",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<think>\n{% endif %}"
+)
+
+
+def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """About 300 tokens; a dozen of them contain two newlines, so random text has many steps."""
+    tokenizer = Tokenizer(models.BPE())
+    # No splitting at white space, so that merges such as ".\n\n" appear, as they do in real ones.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|end|>", "<|user|>", "<think>", "</think>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    newline = TEXT + ["\n\n", ".\n\n", ")\n\n", ":\n\n", "!\n\n"] * 200
+    tokenizer.train_from_iterator(newline, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    return fast
+
+
+def build_model(
+    folder: Path, kind: str = "qwen3", seed: int = 0, context: int = 4096, layers: int = 2
+) -> Path:
+    """A random ``kind`` (qwen3, llama, phi3) model of hidden size 64, fp32, with its tokenizer."""
+    tokenizer = build_tokenizer(folder)
+    common = {
+        "vocab_size": (len(tokenizer) + 63) // 64 * 64,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    config = {
+        "qwen3": lambda: Qwen3Config(**common, head_dim=16),
+        "llama": lambda: LlamaConfig(**common),
+        "phi3": lambda: Phi3Config(**common, original_max_position_embeddings=context),
+    }[kind]()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():  # spread the hidden states, so that scores differ between traces
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8.0 if "embed" in name or "lm_head" in name else 3.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def build_scorer(
+    path: Path, hidden: int = HIDDEN, seed: int = 0, delimiters: tuple[str, ...] = ("\n\n",)
+) -> Path:
+    """A random scorer in our format."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    w1, w2 = draw(512, hidden) / hidden**0.5, draw(512) / 512**0.5 * 3
+    scorer = Scorer(w1, draw(512) * 0.1, w2, draw(1) * 0.1, ScorerInfo("random", delimiters))
+    save_scorer(scorer, path)
+    return path

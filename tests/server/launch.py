@@ -1,0 +1,143 @@
+"""Starts real SGLang servers on the CPU platform, and always stops them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+START_TIMEOUT = 240  # seconds; a loaded two-core machine needs a minute
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def generate(self, **body: Any) -> Any:
+        """POST /generate; raises on an error status."""
+        answer = requests.post(f"{self.url}/generate", json=body, timeout=300)
+        assert answer.status_code == 200, (answer.status_code, answer.text, self.tail())
+        return answer.json()
+
+    def post(self, path: str, body: Any) -> requests.Response:
+        """POST anything, whatever the status."""
+        return requests.post(f"{self.url}{path}", json=body, timeout=300)
+
+    def info(self) -> dict[str, Any]:
+        """GET /server_info."""
+        return dict(requests.get(f"{self.url}/server_info", timeout=60).json())
+
+    def tail(self, lines: int = 60) -> str:
+        """End of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def log_text(self) -> str:
+        """Whole log."""
+        return self.log.read_text(errors="replace")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Environment of a CPU server; one thread each, as two cores serve several processes."""
+    return {
+        **os.environ,
+        "SGLANG_PLATFORM": "step_cpu",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "2",
+        **extra,
+    }
+
+
+def free_port() -> int:
+    """A port that is free now; SGLang derives others from it, so stay well below the limit."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+LAUNCH_SERVER = ("-m", "sglang.launch_server")
+SGLANG_SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
+
+
+def command(port: int, *flags: str, entry: Sequence[str] = LAUNCH_SERVER) -> list[str]:
+    """The launch command of a CPU server."""
+    return [
+        sys.executable, "-W", "ignore", *entry, "--host", "127.0.0.1", "--port", str(port),
+        "--device", "cpu", "--dtype", "float32", "--skip-server-warmup",
+        # Without it a tiny model's pool takes most of the machine's memory; flags may override it.
+        "--max-total-tokens", "8192",
+        # An idle scheduler spins, and would take a core from the server that works.
+        "--sleep-on-idle", *flags,
+    ]  # fmt: skip
+
+
+@contextmanager
+def serve(
+    model: Path,
+    *flags: str,
+    log: Path,
+    entry: Sequence[str] = LAUNCH_SERVER,
+    **extra_env: str,
+) -> Iterator[Server]:
+    """Start a server, wait until it answers, and stop its whole process tree at the end."""
+    port = free_port()
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command(port, "--model-path", str(model), *flags, entry=entry),
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=environment(**extra_env),
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        _wait_until_ready(server)
+        yield server
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and every process it started."""
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        children = []
+    process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    for child in alive:
+        child.kill()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _wait_until_ready(server: Server) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            raise RuntimeError(f"server ended with {server.process.returncode}\n{server.tail()}")
+        try:
+            if requests.get(f"{server.url}/health", timeout=5).status_code == 200:
+                return
+        except requests.RequestException:
+            pass
+        time.sleep(0.5)
+    raise TimeoutError(f"server not ready after {START_TIMEOUT} s\n{server.tail()}")

@@ -1,0 +1,97 @@
+"""Every way to start: ``sgl.Engine``, ``sglang serve``, a configuration file; and ``--help``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.server.launch import LAUNCH_SERVER, SGLANG_SERVE, environment, serve
+
+pytestmark = pytest.mark.server
+
+ENGINE = """
+import json, sys
+import sglang as sgl
+
+if __name__ == "__main__":
+    model, scorer = sys.argv[1:]
+    try:
+        sgl.Engine(
+            model_path=model, device="cpu", enable_step=True, step_scorer=scorer + ".missing"
+        )
+    except ValueError as error:
+        refused = str(error)
+    engine = sgl.Engine(
+        model_path=model, device="cpu", dtype="float32", max_total_tokens=2000,
+        enable_step=True, step_scorer=scorer, step_min_survivors=5,
+    )
+    try:
+        answers = engine.generate(
+            input_ids=list(range(40, 60)),
+            sampling_params={"n": 40, "max_new_tokens": 150, "ignore_eos": True},
+        )
+    finally:
+        engine.shutdown()
+    steps = [answer["meta_info"]["step"] for answer in answers]
+    print("RESULT", json.dumps({"refused": refused, "steps": steps}))
+"""
+
+
+def test_engine(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None:
+    script = tmp_path / "engine.py"
+    script.write_text(ENGINE)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, models["qwen3"], scorer],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.split("RESULT", 1)[1].splitlines()[0])
+    assert "does not exist" in result["refused"]
+    assert len({step["group"] for step in result["steps"]}) == 1
+    pruned = sum(step["pruned"] for step in result["steps"])
+    assert 0 < pruned <= 35
+
+
+def test_serve_with_a_configuration_file(
+    models: dict[str, Path], scorer: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text(
+        "enable-step: true\n"
+        f"step-scorer: {scorer}\n"
+        "step-policy: paper\n"
+        "step-delimiter: ['.\\n\\n', '!']\n"
+    )
+    flags = ("--max-total-tokens", "2000", "--config", str(config))
+    with serve(models["qwen3"], *flags, log=tmp_path / "serve.log", entry=SGLANG_SERVE) as server:
+        assert "policy='paper'" in server.log_text()
+        assert r"delimiters=('.\n\n', '!')" in server.log_text()
+        answers = server.generate(
+            text="So", sampling_params={"n": 40, "max_new_tokens": 150, "ignore_eos": True}
+        )
+    assert any(answer["meta_info"]["step"]["pruned"] for answer in answers)
+
+
+def test_help_shows_the_flags_in_their_own_group() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *LAUNCH_SERVER, "--help"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    section = done.stdout.split("\nSTEP:\n", 1)[1]
+    for flag in (
+        *("--enable-step", "--step-scorer", "--step-policy {fair,paper}", "--step-min-steps"),
+        *("--step-scope {thinking,all}", "--step-min-survivors", "--step-delimiter"),
+    ):
+        assert f"  {flag}" in section

@@ -1,0 +1,93 @@
+"""Generated request bodies: whatever `custom_params` holds, an answer or a 4xx, never a 500."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from step_sglang import words
+from tests.server.launch import Server, serve
+
+pytestmark = pytest.mark.server
+
+EXAMPLES = 120  # bodies to each endpoint
+PROMPT = list(range(40, 60))
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20)
+    | st.sampled_from(["a" * 300, "a" * 200_000, "\x00", "\u202e../../etc", "${jndi}", "🧵"])
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+names = st.sampled_from([*words.REQUEST_MEMBERS, "Group", "", "pruned"]) | st.text(max_size=8)
+steps = values | st.dictionaries(names, values, max_size=4)
+custom_params = st.builds(lambda step: {words.REQUEST_KEY: step}, steps) | values
+counts = st.sampled_from([1, 1, 2, 3])  # stock SGLang itself answers a malformed n with a 500
+
+
+@pytest.fixture(scope="module")
+def server(
+    models: dict[str, Path], scorer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("log") / "fuzz.log"
+    flags = ("--enable-step", "--step-scorer", str(scorer), "--enable-metrics")
+    with serve(models["qwen3"], *flags, log=log) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def statuses() -> Counter[int]:
+    return Counter()
+
+
+def check(server: Server, statuses: Counter[int], path: str, body: dict[str, Any]) -> None:
+    answer = requests.post(f"{server.url}{path}", json=body, timeout=60)
+    statuses[answer.status_code] += 1
+    assert answer.status_code < 500, (answer.status_code, answer.text[:500], str(body)[:500])
+    # Our errors do not echo the input at length. (FastAPI's own do: `custom_params` itself wrong.)
+    assert "custom_params.step" not in answer.text or len(answer.content) < 5_000
+
+
+relaxed = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@relaxed
+@given(params=custom_params, n=counts)
+def test_generate(server: Server, statuses: Counter[int], params: Any, n: Any) -> None:
+    sampling = {"max_new_tokens": 2, "n": n, "custom_params": params}
+    check(server, statuses, "/generate", {"input_ids": PROMPT, "sampling_params": sampling})
+
+
+@relaxed
+@given(params=custom_params, n=counts)
+def test_chat(server: Server, statuses: Counter[int], params: Any, n: Any) -> None:
+    messages = [{"role": "user", "content": "1+1"}]
+    body = {"model": "m", "messages": messages, "max_tokens": 2, "n": n, "custom_params": params}
+    check(server, statuses, "/v1/chat/completions", {**body, "return_meta_info": True})
+
+
+def test_the_server_is_unharmed(server: Server, statuses: Counter[int]) -> None:
+    assert statuses[200] >= 20 and statuses[400] + statuses[422] >= 50, statuses
+    answers = server.generate(
+        input_ids=PROMPT, sampling_params={"n": 8, "max_new_tokens": 50, "ignore_eos": True}
+    )
+    assert len(answers) == 8 and all("step" in answer["meta_info"] for answer in answers)
+    state = server.info()["internal_states"][0]["step"]
+    assert state["groups"] == state["live_traces"] == 0
+    log = server.log_text()
+    assert "Exception in ASGI" not in log and "hit an exception" not in log
+    assert "a" * 1000 not in log

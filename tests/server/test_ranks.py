@@ -1,0 +1,96 @@
+"""Tensor parallelism: every rank prunes the same traces in the same order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from step_sglang.client.abort import abort_group
+from tests.server.expected import assert_scores
+from tests.server.launch import Server, serve
+
+pytestmark = pytest.mark.server
+
+PROMPT = list(range(40, 80))
+
+
+def sample(server: Server, n: int, tokens: int, **step: Any) -> list[dict]:
+    answers: list[dict] = server.generate(
+        input_ids=PROMPT,
+        sampling_params={
+            "n": n,
+            "temperature": 1.0,
+            "max_new_tokens": tokens,
+            "ignore_eos": True,
+            "custom_params": {"step": {"step_scores": True, **step}},
+        },
+    )
+    assert len(answers) == n
+    return answers
+
+
+def victims(server: Server) -> dict[int, list[str]]:
+    """Who was pruned and why, in order, by rank."""
+    text = server.log_text()
+    return {
+        rank: re.findall(rf"TP{rank}\] STEP pruned rid=('\w+' .*?reason=\w+)", text)
+        for rank in (0, 1)
+    }
+
+
+def assert_same_victims(server: Server, at_least: int) -> None:
+    first, second = (
+        [(line.split()[0], line.split("reason=")[1]) for line in lines]
+        for lines in victims(server).values()
+    )
+    assert len(first) >= at_least
+    assert first == second
+
+
+@pytest.fixture(scope="module")
+def two_ranks(
+    models: dict[str, Path], scorer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    with serve(
+        models["qwen3"],
+        *("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", "3000"),
+        *("--tp-size", "2", "--max-running-requests", "128"),
+        log=tmp_path_factory.mktemp("log") / "tp.log",
+        SGLANG_CPU_OMP_THREADS_BIND="0|1",
+    ) as server:
+        yield server
+
+
+def test_two_ranks_choose_the_same_victims(models, scorer: Path, two_ranks: Server) -> None:
+    for answer in sample(two_ranks, 64, 200):
+        assert_scores(models["qwen3"], scorer, PROMPT, answer)
+    assert_same_victims(two_ranks, at_least=20)
+
+
+def test_two_ranks_stay_together_while_groups_come_and_go(two_ranks: Server) -> None:
+    """Prunings for decode steps and for admissions, a group that is aborted in the middle."""
+    before = len(victims(two_ranks)[0])
+    with ThreadPoolExecutor(8) as threads:
+        doomed = threads.submit(sample, two_ranks, 16, 2000, group="doomed")
+        others = [
+            threads.submit(sample, two_ranks, 24, 150, group=f"q{i}", weight=1 + i % 2)
+            for i in range(8)
+        ]
+        for future in others:
+            assert any(not a["meta_info"]["step"]["pruned"] for a in future.result())
+        abort_group(two_ranks.url, "doomed")
+        doomed.result()
+    assert_same_victims(two_ranks, at_least=before + 60)
+
+
+@pytest.mark.slow
+def test_two_ranks_stay_together_for_thousands_of_steps(two_ranks: Server) -> None:
+    before = len(victims(two_ranks)[0])
+    for _ in range(5):
+        sample(two_ranks, 96, 800)
+    assert_same_victims(two_ranks, at_least=before + 5 * 90)

@@ -1,0 +1,165 @@
+"""What must be refused at start-up, with a message that says what is wrong and what is right."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models import build_scorer
+from tests.server.launch import LAUNCH_SERVER, SGLANG_SERVE, command, environment, free_port
+
+pytestmark = pytest.mark.server
+
+# Drives SGLang's own start-up up to the moment before it launches processes, once per case: a
+# process for each would spend most of its time on imports.
+PROBE = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+from step_sglang.patches import preflight
+
+for name, argv in json.load(open(sys.argv[1])).items():
+    try:
+        preflight.launch_subprocesses(object, prepare_server_args(argv))
+        said = "started"
+    except SystemExit as end:
+        said = end.code
+    print("CASE", json.dumps([name, said]))
+"""
+
+CHANGED_SGLANG = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.managers.scheduler import Scheduler
+del Scheduler.send_abort_output
+original = Scheduler.update_running_batch
+Scheduler.update_running_batch = lambda self, batch, more: original(self, batch)
+from sglang.srt.server_args import prepare_server_args
+from step_sglang import check
+assert check.main() == 1
+prepare_server_args(sys.argv[1:])
+"""
+
+
+def run(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *argv],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None:
+    tensors = load_file(scorer)
+    metadata = {"format": "step-sglang-scorer", "version": "1"}
+    nan = tmp_path / "nan.safetensors"
+    save_file({**tensors, "b1": torch.full((512,), torch.nan)}, nan, metadata)
+    shape = tmp_path / "shape.safetensors"
+    save_file({**tensors, "w1": torch.ones(64, 512)}, shape, metadata)
+    noise = tmp_path / "noise.safetensors"
+    noise.write_bytes(b"not a scorer at all")
+    wide = build_scorer(tmp_path / "wide.safetensors", hidden=128)
+
+    base = ["--model-path", str(models["qwen3"]), "--device", "cpu", "--dtype", "float32"]
+    step = [*base, "--enable-step", "--step-scorer"]
+    good = [*step, str(scorer)]
+    cases = {
+        "good": good,
+        "speculative": [*good, "--speculative-algorithm", "EAGLE"],
+        "pipeline": [*good, "--pp-size", "2"],
+        "disaggregation": [*good, "--disaggregation-mode", "prefill"],
+        "embedding": [*good, "--is-embedding"],
+        "dllm": [*good, "--dllm-algorithm", "LowConfidence"],
+        "dp attention": [*good, "--enable-dp-attention"],
+        "ray": [*good, "--use-ray"],
+        "tokenizer workers": [*good, "--tokenizer-worker-num", "2"],
+        "no scorer": step[:-1],
+        "missing": [*step, str(tmp_path / "missing")],
+        "unreadable": [*step, str(noise)],
+        "shape": [*step, str(shape)],
+        "nan": [*step, str(nan)],
+        "hidden size": [*step, str(wide)],
+        "delimiter": [*good, "--step-delimiter", "§§§§"],
+        "survivors": [*good, "--step-min-survivors", "0"],
+        "contradiction": [*good, "--step-policy", "paper", "--step-scope", "thinking"],
+        "not enabled": [*base, "--step-scorer", str(scorer)],
+    }
+    expected = {
+        "good": "started",
+        "speculative": "speculative decoding",
+        "pipeline": "pipeline parallelism",
+        "disaggregation": "prefill/decode disaggregation",
+        "embedding": "embedding models",
+        "dllm": "diffusion language models",
+        "dp attention": "data-parallel attention",
+        "ray": "Ray (--use-ray)",
+        "tokenizer workers": "several tokenizer workers",
+        "no scorer": "--enable-step needs --step-scorer PATH",
+        "missing": "does not exist",
+        "unreadable": "not a readable safetensors file",
+        "shape": "w1 has shape [64, 512]; it must be [512, d]",
+        "nan": "b1 holds NaN or infinity",
+        "hidden size": "size 128, but the model's are 64 wide",
+        "delimiter": "no token of this tokenizer contains the step delimiter '§§§§'",
+        "survivors": "--step-min-survivors must be a whole number of at least 1, not 0",
+        "contradiction": "--step-scope thinking contradicts it",
+        "not enabled": "without --enable-step",
+    }
+    (tmp_path / "probe.py").write_text(PROBE)
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    done = run(tmp_path / "probe.py", tmp_path / "cases.json")
+    said = dict(
+        json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("CASE ")
+    )
+    assert said.keys() == expected.keys(), done.stdout + done.stderr
+    for name, words in expected.items():
+        assert words in said[name], (name, said[name])
+        assert name == "good" or said[name].startswith("step-sglang: ")
+
+
+@pytest.mark.parametrize("entry", [LAUNCH_SERVER, SGLANG_SERVE])
+def test_a_refused_server_exits_non_zero_with_the_message_last(
+    models: dict[str, Path], entry: tuple[str, ...], tmp_path: Path
+) -> None:
+    flags = ("--model-path", str(models["qwen3"]), "--enable-step", "--step-scorer")
+    line = command(free_port(), *flags, str(tmp_path / "none"), entry=entry)
+    done = run(*line[3:])
+    assert done.returncode == 1
+    last = (done.stdout + done.stderr).strip().splitlines()
+    assert f"step-sglang: scorer {tmp_path / 'none'} does not exist" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_another_sglang_is_refused(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None:
+    script = tmp_path / "changed.py"
+    script.write_text(CHANGED_SGLANG)
+    flags = ("--model-path", str(models["qwen3"]), "--enable-step", "--step-scorer", str(scorer))
+    done = run(script, *flags)
+    assert done.returncode == 1
+    scheduler = "sglang.srt.managers.scheduler.Scheduler"
+    assert f"{scheduler}.send_abort_output" in done.stderr and "missing" in done.stderr
+    assert f"{scheduler}.update_running_batch" in done.stderr
+    assert "expected: (self, batch)" in done.stderr
+    assert "found:    (self, batch, more)" in done.stderr
+    assert "targets match, 2 do not" in done.stdout
+
+
+def test_a_diffusion_pipeline_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0"}'
+    )
+    flags = ("--model-path", str(tmp_path), "--enable-step", "--step-scorer", "s")
+    done = run(*command(free_port(), *flags, entry=SGLANG_SERVE)[3:])
+    assert done.returncode == 1
+    assert "is a diffusion pipeline" in done.stderr

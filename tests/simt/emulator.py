@@ -1,0 +1,170 @@
+"""Builds the device code against the emulation headers and runs calls of the op on it."""
+
+import hashlib
+import os
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tests.op_samples import Sample
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+BUILD = HERE.parent.parent / "build" / "simt"
+ASCENDING, DESCENDING, RANDOM = range(3)
+
+# name: (flags of the device code, flags of the engine)
+VARIANTS = {
+    "plain": (["-O1"], []),
+    "tsan": (["-O1", "-fsanitize=thread"], ["-DSIMT_TSAN"]),
+    "asan": (
+        ["-O1", "-fsanitize=address,alignment,bounds,shift", "-fno-sanitize-recover=all"],
+        ["-DSIMT_ASAN"],
+    ),
+}
+SANITIZER_OPTIONS = {
+    # A small history per thread: an emulated grid has thousands of them.
+    "TSAN_OPTIONS": "halt_on_error=1 history_size=0 report_thread_leaks=0 exitcode=66",
+    "ASAN_OPTIONS": "detect_leaks=0 detect_stack_use_after_return=0 exitcode=66",
+    "UBSAN_OPTIONS": "print_stacktrace=1 exitcode=66",
+}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`block_order` None = every block on its own OS thread, all at once."""
+
+    block_order: Sequence[int] | None
+    thread_order: int = ASCENDING
+    seed: int = 0
+
+
+class EmulationError(AssertionError):
+    """The emulation or a sanitizer found something; the message is its report."""
+
+
+def build(variant: str, kernel_source: str | None = None) -> Path:
+    """The driver's path; `kernel_source` replaces the text of step_score.cu."""
+    kernel = kernel_source or (CSRC / "step_score.cu").read_text()
+    device_flags, engine_flags = VARIANTS[variant]
+    rest = [*sorted(CSRC.glob("*.h")), *sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("include/*"))]
+    text = kernel + variant + repr(VARIANTS[variant]) + "".join(p.read_text() for p in rest)
+    target = BUILD / f"{variant}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if target.exists():
+        return target
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        work = Path(folder)
+        (work / "step_score.cu").write_text(kernel)
+        common = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+        common += [f"-I{HERE / 'include'}", f"-I{CSRC}"]
+        compiler = os.environ.get("CXX", "g++")
+
+        def compile_(source: Path, flags: list[str]) -> Path:
+            obj = work / f"{source.stem}.o"
+            language = ["-x", "c++"] if source.suffix == ".cu" else []
+            _run([compiler, *common, *flags, *language, "-c", str(source), "-o", str(obj)])
+            return obj
+
+        objects = [
+            compile_(work / "step_score.cu", device_flags),
+            compile_(HERE / "driver.cpp", device_flags),
+            compile_(HERE / "simt.cpp", ["-O2", *engine_flags]),
+        ]
+        program = work / "driver"
+        _run([compiler, *device_flags, *map(str, objects), "-o", str(program), "-lpthread"])
+        program.replace(target)  # in one step: two test processes may build at once
+    return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+
+
+def _hidden_bytes(hidden: Tensor) -> bytes:
+    """From the first element of the tensor to its last, the gaps between rows included."""
+    rows, dim = hidden.shape
+    extent = (rows - 1) * hidden.stride(0) + dim if rows else 0
+    return _bytes(hidden.as_strided((extent,), (1,)))
+
+
+def emulate(
+    program: Path,
+    sample: Sample,
+    schedules: Sequence[Schedule],
+    launches: int = 1,
+    timeout: float = 300,
+) -> list[Sample]:
+    """State, out and workspace after `launches` calls in a row, for each schedule."""
+    s = sample
+    fields = [
+        *(s.row_index.numel(), s.hidden.shape[1], s.b1.numel(), s.hidden.stride(0)),
+        *(s.hidden.shape[0], s.boundary.numel(), s.score_from.numel(), s.think_end_id),
+        *(_DTYPES[s.hidden.dtype], _DTYPES[s.w1.dtype]),
+        s.hidden.storage_offset() * s.hidden.itemsize % 16,
+        *(launches, len(schedules)),
+    ]
+    mutable = (s.thinking, s.score_sum, s.num_steps, s.out, s.workspace)
+    with _files() as (case, result):
+        with case.open("wb") as f:
+            f.write(struct.pack(f"{len(fields)}q", *fields))
+            inputs = (s.row_index, s.slot_ids, s.input_ids, s.positions, s.boundary, s.score_from)
+            weights = (s.w1, s.b1, s.w2, s.b2)
+            for data in (_hidden_bytes(s.hidden), *map(_bytes, (*inputs, *weights, *mutable))):
+                f.write(struct.pack("q", len(data)) + data)
+            for schedule in schedules:
+                order = schedule.block_order
+                f.write(struct.pack("2q", schedule.thread_order, schedule.seed))
+                f.write(struct.pack("q", 4 * len(order or ())))
+                f.write(struct.pack(f"{len(order or ())}i", *(order or ())))
+        done = subprocess.run(
+            [str(program), str(case), str(result)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **SANITIZER_OPTIONS},
+            check=False,
+        )
+        if done.returncode != 0:
+            raise EmulationError(f"exit status {done.returncode}\n{done.stderr[:6000]}")
+        return list(_read_results(result.read_bytes(), sample, mutable, len(schedules)))
+
+
+@contextmanager
+def _files() -> Iterator[tuple[Path, Path]]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "case", Path(folder) / "result"
+
+
+def _read_results(
+    data: bytes, sample: Sample, like: tuple[Tensor, ...], count: int
+) -> Iterator[Sample]:
+    names = ("thinking", "score_sum", "num_steps", "out", "workspace")
+    at = 0
+    for _ in range(count):
+        values = {}
+        for name, tensor in zip(names, like, strict=True):
+            size = tensor.numel() * tensor.itemsize
+            part = (
+                torch.frombuffer(bytearray(data[at : at + size]), dtype=tensor.dtype)
+                if size
+                else tensor
+            )
+            values[name] = part.clone().reshape(tensor.shape)
+            at += size
+        yield replace(sample, **values)

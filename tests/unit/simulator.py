@@ -1,0 +1,176 @@
+"""A model of the scheduler: a page allocator, running and waiting requests, one token a step.
+
+It drives the real policy in the order in which the engine's hooks do: first waiting requests, by
+turn, with room made for them; then room for the next decode step. Prompts count as not shared.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+from step_sglang.config import StepConfig
+from step_sglang.groups import Group
+from step_sglang.policy import Candidates, GroupView, TraceView
+
+
+@dataclass(eq=False)
+class Request:
+    """A trace, or an ordinary request (no group)."""
+
+    arrival: int  # step
+    prompt: int  # tokens of its own
+    length: int  # tokens it will generate
+    group: Group | None = None
+    generated: int = 0
+    score_sum: float = 0.0
+    num_steps: int = 0
+    started: int | None = None
+    retractions: int = 0
+    fate: str = "waiting"
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.generated
+
+    @property
+    def prunable(self) -> bool:
+        return self.group is not None and self.group.prunable
+
+
+@dataclass
+class Simulator:
+    pool: int  # tokens
+    page: int
+    config: StepConfig
+    seed: int
+    step_length: int = 10  # tokens between two scores
+    running: list[Request] = field(default_factory=list)
+    waiting: list[Request] = field(default_factory=list)
+    ended: list[Request] = field(default_factory=list)
+    pruned: Counter[str] = field(default_factory=Counter)  # by reason
+    now: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+
+    def run(self, arrivals: list[Request], max_steps: int = 20_000) -> None:
+        """Serve requests until all have ended."""
+        queue = sorted(arrivals, key=lambda r: r.arrival)
+        while queue or self.waiting or self.running:
+            while queue and queue[0].arrival <= self.now:
+                request = queue.pop(0)
+                if request.group is not None:
+                    request.group.live += 1
+                self.waiting.append(request)
+            self._admit()
+            self._decode()
+            self.now += 1
+            assert self.now < max_steps, "somebody starves"
+
+    def pages(self, tokens: int) -> int:
+        return -(-tokens // self.page) * self.page
+
+    @property
+    def free(self) -> int:
+        return self.pool - sum(self.pages(r.tokens) for r in self.running)
+
+    def _views(self) -> Candidates:
+        members: dict[str, list[TraceView]] = {}
+        groups: dict[str, Group] = {}
+        for i, r in enumerate(self.running):
+            if r.group is not None:
+                groups[r.group.group_id] = r.group
+                members.setdefault(r.group.group_id, []).append(
+                    TraceView(i, self.pages(r.tokens), r.generated, r.score_sum, r.num_steps)
+                )
+        return Candidates(
+            [
+                GroupView(n, g.survivors, g.min_survivors, g.weight, members[n])
+                for n, g in groups.items()
+            ],
+            self.config,
+        )
+
+    def _prune(self, victims: list[TraceView], reason: str) -> None:
+        for request in [self.running[v.handle] for v in victims]:
+            assert request.prunable, "an ordinary request, or below the minimum"
+            self._end(request, "pruned")
+            self.pruned[reason] += 1
+
+    def _end(self, request: Request, fate: str) -> None:
+        self.running.remove(request)
+        self.ended.append(request)
+        request.fate = fate
+        if request.group is not None:
+            request.group.live -= 1
+            request.group.finished += fate == "finished"
+
+    def _admit(self) -> None:
+        held: Counter[str] = Counter()
+        for r in self.running:
+            if r.group is not None:
+                held[r.group.group_id] += self.pages(r.tokens)
+
+        def turn(r: Request) -> tuple[int, float]:
+            if r.group is None:
+                return (1, 0.0)
+            tokens = held[r.group.group_id]
+            return (2 if tokens else 0, tokens / r.group.weight)
+
+        if self.config.makes_room:
+            self.waiting.sort(key=turn)
+        while self.waiting and self._start(self.waiting[0]):
+            request = self.waiting.pop(0)
+            request.started = self.now if request.started is None else request.started
+            self.running.append(request)
+
+    def _start(self, request: Request) -> bool:
+        need = self.pages(request.tokens) + self.page
+        reserved = sum(r.length - r.generated for r in self.running if not r.prunable)
+        candidates = self._views()
+        if not request.prunable:
+            future = request.length - request.generated
+            credit = candidates.reclaimable() if self.config.makes_room else 0
+            # A request that can never fit beside a reservation may still have an empty pool.
+            if need + future > self.free + credit - reserved and self.running:
+                return False
+        if self.free >= need:
+            return True
+        if not self.config.makes_room:
+            return False
+        mine = request.group
+        claim = need + (candidates.held(mine.group_id) if mine else 0)
+        victims = candidates.take_for(claim / (mine.weight if mine else 1.0), need - self.free)
+        self._prune(victims, "admission")
+        return self.free >= need
+
+    def _decode(self) -> None:
+        candidates = None
+        while self._needed() > self.free:
+            candidates = self._views()
+            victim = candidates.take()
+            if victim is None:
+                self._retract()
+                continue
+            self._prune([victim], "decode")
+        for request in list(self.running):
+            request.generated += 1
+            if request.generated % self.step_length == 0:
+                request.num_steps += 1
+                request.score_sum += self.random.random()
+            if request.generated >= request.length:
+                self._end(request, "finished")
+        assert self.free >= 0
+
+    def _needed(self) -> int:
+        return sum(self.page for r in self.running if r.tokens % self.page == 0)
+
+    def _retract(self) -> None:
+        """As SGLang does when nothing may be pruned: somebody goes back and starts over."""
+        assert len(self.running) > 1, "the pool is too small for one request"
+        request = min(self.running, key=lambda r: r.generated)
+        self.running.remove(request)
+        request.retractions += 1
+        self.waiting.append(request)

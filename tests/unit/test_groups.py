@@ -1,0 +1,128 @@
+"""Life of traces and groups."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from step_sglang.groups import Fate, GroupRegistry
+
+
+def test_survivors_are_live_or_finished_normally() -> None:
+    groups = GroupRegistry()
+    a, b, c, d = (groups.join("q") for _ in range(4))
+    assert a.group is d.group and a.group.survivors == 4
+    groups.end(a, Fate.FINISHED)
+    groups.end(b, Fate.PRUNED)
+    groups.end(c, Fate.ABORTED)
+    assert a.group.survivors == 2 and groups.num_live == 1
+    groups.end(b, Fate.FINISHED)  # too late: it stays pruned
+    assert b.fate is Fate.PRUNED and a.group.survivors == 2
+    groups.end(d, Fate.FINISHED)
+    assert len(groups) == 0 and groups.num_live == 0
+    assert groups.join("q").group.survivors == 1  # a group used again begins anew
+
+
+def test_the_largest_weight_and_minimum_of_a_group_win() -> None:
+    groups = GroupRegistry()
+    group = groups.join("q", weight=0.5, min_survivors=2).group
+    groups.join("q", weight=3.0, min_survivors=1)
+    groups.join("q", weight=2.0, min_survivors=1)
+    assert (group.weight, group.min_survivors) == (3.0, 2)
+    assert group.prunable  # three live, two must stay
+    assert groups.join("r").group.weight == 1.0
+
+
+def test_thousands_of_groups_leave_nothing_behind() -> None:
+    groups = GroupRegistry()
+
+    def serve(count: int) -> None:
+        for i in range(count):
+            traces = [groups.join(f"group {i}") for _ in range(8)]
+            for j, trace in enumerate(traces):
+                trace.record(0.5, 0.5, j)
+                groups.end(trace, list(Fate)[1 + j % 3])
+
+    serve(10)
+    tracemalloc.start()
+    try:
+        serve(5000)
+        grown, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(groups) == 0 and groups.num_live == 0
+    assert grown < 4096  # bytes
+
+
+def test_a_trace_costs_less_than_a_kibibyte() -> None:
+    groups = GroupRegistry()
+    tracemalloc.start()
+    try:
+        traces = [groups.join(f"group {i % 16}") for i in range(1024)]
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used / len(traces) < 1024
+
+
+def test_score_is_the_running_mean() -> None:
+    trace = GroupRegistry().join("q", step_scores=True)
+    assert trace.score is None and trace.meta()["score"] is None
+    trace.record(0.25, 0.25, 4)
+    trace.record(math.nan, 99.0, 5)
+    trace.record(0.75, 1.0, 9)
+    assert trace.score == 0.5 and trace.num_steps == 2
+    assert "step_scores" not in trace.meta()
+    trace.fate = Fate.PRUNED
+    assert trace.meta() == {
+        "group": "q",
+        "score": 0.5,
+        "num_steps": 2,
+        "pruned": True,
+        "step_scores": [0.25, 0.75],
+        "positions": [4, 9],
+    }
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(list(Fate)[1:]))))
+def test_nothing_is_left_when_all_have_ended(ends: list[tuple[str, Fate]]) -> None:
+    groups = GroupRegistry()
+    traces = [(groups.join(name), fate) for name, fate in ends]
+    assert groups.num_live == len(ends)
+    for trace, fate in traces:
+        groups.end(trace, fate)
+    assert len(groups) == 0 and groups.num_live == 0
+
+
+def test_a_named_trace_is_continued_with_its_score_and_counts_once() -> None:
+    registry = GroupRegistry()
+    other = registry.join("g")
+    first = registry.join("g", name="fork 1", prompt_tokens=7)
+    first.record(0.5, 0.5, 3)
+    first.record(0.25, 0.75, 9)
+    registry.end(first, Fate.FINISHED)
+    assert other.group.survivors == 2
+    again = registry.join("g", name="fork 1", prompt_tokens=99)
+    assert (again.score, again.num_steps, again.prompt_tokens) == (0.375, 2, 7)
+    assert again.group is other.group and other.group.survivors == 2
+    registry.end(again, Fate.FINISHED)
+    registry.end(other, Fate.FINISHED)
+    assert len(registry) == 0
+    # The group is forgotten meanwhile; the trace is not. A name belongs to its group.
+    later = registry.join("g", name="fork 1")
+    assert later.num_steps == 2 and later.group.survivors == 1
+    assert registry.join("h", name="fork 1").num_steps == registry.join("g").num_steps == 0
+
+
+def test_only_so_many_named_traces_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("step_sglang.groups.MAX_NAMED", 2)
+    registry = GroupRegistry()
+    for name in "abc":
+        trace = registry.join("g", name=name)
+        trace.record(0.5, 0.5, 0)
+        registry.end(trace, Fate.FINISHED)
+    assert [registry.join("g", name=name).num_steps for name in "abc"] == [0, 1, 1]

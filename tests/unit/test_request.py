@@ -1,0 +1,100 @@
+"""What a request may say about STEP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from step_sglang.errors import RequestError
+from step_sglang.request import (
+    StepRequest,
+    check_group_size,
+    declined,
+    parse_request,
+    with_group,
+)
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (None, None),
+        ({}, None),
+        ({"thinking_budget": 3}, None),
+        ({"step": None}, None),
+        ({"step": False}, None),
+        ({"step": True}, StepRequest()),
+        ({"step": {}}, StepRequest()),
+        ({"step": {"group": "g"}}, StepRequest("g")),
+        ({"step": {"group": None, "step_scores": True}}, StepRequest(step_scores=True)),
+        (
+            {"step": {"hidden_states": True, "prompt_tokens": 7}},
+            StepRequest(hidden_states=True, prompt_tokens=7),
+        ),
+        ({"step": {"weight": 2}}, StepRequest(weight=2.0)),
+        ({"step": {"weight": None, "min_survivors": 3}}, StepRequest(min_survivors=3)),
+    ],
+)
+def test_accepted(params: Any, expected: StepRequest | None) -> None:
+    assert parse_request(params) == expected
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        *(("weight", v) for v in (0, -1, -0.5, True, "2", [1], 1e-9, 1e9, 10**400)),
+        *(("weight", float(v)) for v in ("nan", "inf", "-inf")),
+        *(("min_survivors", v) for v in (0, -1, True, 1.5, "2", [], -(10**400))),
+        *(("group", v) for v in (1, [], {}, True, "", "x" * 257, "x" * 2**20, "\ud800")),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(member: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=rf"custom_params\.step\.{member}") as refused:
+        parse_request({"step": {member: value}})
+    assert len(str(refused.value)) < 300
+
+
+def test_more_survivors_than_samples_are_refused() -> None:
+    wishes = StepRequest(min_survivors=9)
+    with pytest.raises(RequestError, match=r"min_survivors is 9.*only 8 samples"):
+        check_group_size(wishes, 8)
+    check_group_size(wishes, 9)
+    with pytest.raises(RequestError, match="min_survivors"):
+        check_group_size(StepRequest(min_survivors=2), 1)
+    check_group_size(StepRequest("q", min_survivors=2), 1)  # one of many members
+    with pytest.raises(RequestError, match="more than 15 digits"):
+        check_group_size(StepRequest(min_survivors=10**5000), 8)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.just("group"), inner),
+        max_leaves=8,
+    )
+)
+def test_any_json_value_is_read_or_refused(value: Any) -> None:
+    try:
+        parsed = parse_request({"step": value})
+    except RequestError as error:
+        assert 0 < len(str(error)) < 1000
+    else:
+        assert parsed is None or isinstance(parsed, StepRequest)
+
+
+def test_stamping_a_group() -> None:
+    assert (
+        with_group(None, "g")["step"] == with_group({"step": True}, "g")["step"] == {"group": "g"}
+    )
+    named = {"step": {"group": "mine"}, "other": 1}
+    assert with_group(named, "g") == named
+    kept = with_group({"step": {"step_scores": True}, "other": 1}, "g")
+    assert parse_request(kept) == StepRequest("g", True) and kept["other"] == 1
+
+
+def test_declining() -> None:
+    assert declined({"step": False})
+    assert not declined({"step": None}) and not declined({}) and not declined(None)
