@@ -1,6 +1,16 @@
 """The errors a user can meet, each with one message that says what to do."""
 
 
+def shown(value: object) -> str:
+    """A value as a message may show it: one short line, whatever a request holds."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**15:
+        return "a whole number of more than 15 digits"
+    try:
+        return ascii(value)[:40]
+    except ValueError:  # Python does not print whole numbers of thousands of digits
+        return f"a {type(value).__name__}"
+
+
 class StepError(ValueError):
     """Base of every error this package raises on purpose."""
 

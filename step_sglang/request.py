@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from step_sglang import words
-from step_sglang.errors import RequestError
+from step_sglang.errors import RequestError, shown
 
 MAX_GROUP_LENGTH = 256  # characters
 MAX_WEIGHT = 1e6  # of a group; its inverse is the least
@@ -56,10 +56,10 @@ def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None
             "custom_params.step must be true, false or an object such as "
             f'{{"group": "q1"}}, not a {type(value).__name__}'
         )
-    unknown = sorted(str(name)[:40] for name in value if name not in words.REQUEST_MEMBERS)
+    unknown = sorted(shown(name) for name in value if name not in words.REQUEST_MEMBERS)
     if unknown:
         raise RequestError(
-            f"custom_params.step has unknown members {unknown}; "
+            f"custom_params.step has unknown members [{', '.join(unknown[:8])}]; "
             f"it may have {[*words.REQUEST_MEMBERS, *words.VOTE_MEMBERS]}"
         )
     group, trace = _name(value, words.GROUP), _name(value, words.TRACE)
@@ -71,7 +71,7 @@ def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None
     ):
         raise RequestError(
             "custom_params.step.prompt_tokens must be a whole number of tokens, "
-            f"not {str(prompt_tokens)[:40]!r}"
+            f"not {shown(prompt_tokens)}"
         )
     wishes = StepRequest(
         group=group,
@@ -118,7 +118,7 @@ def check_group_size(wishes: StepRequest, samples: int) -> None:
         return
     if samples > 1 or wishes.group is None:
         raise RequestError(
-            f"custom_params.step.min_survivors is {_shown(wishes.min_survivors)}, but the "
+            f"custom_params.step.min_survivors is {shown(wishes.min_survivors)}, but the "
             f"request asks for only {samples} samples (n): give at most n"
         )
 
@@ -134,7 +134,7 @@ def _weight(value: Mapping[str, Any]) -> float:
     ):
         raise RequestError(
             "custom_params.step.weight must be a number between "
-            f"{1 / MAX_WEIGHT:g} and {MAX_WEIGHT:g}, not {_shown(weight)}"
+            f"{1 / MAX_WEIGHT:g} and {MAX_WEIGHT:g}, not {shown(weight)}"
         )
     return float(weight)
 
@@ -146,15 +146,9 @@ def _min_survivors(value: Mapping[str, Any]) -> int | None:
     if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 1:
         raise RequestError(
             "custom_params.step.min_survivors must be a whole number of at least 1, "
-            f"not {_shown(minimum)}"
+            f"not {shown(minimum)}"
         )
     return minimum
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**15:
-        return "a whole number of more than 15 digits"  # printing it could fail
-    return repr(value)[:40]
 
 
 def _name(value: Mapping[str, Any], member: str) -> str | None:
