@@ -54,16 +54,20 @@ class Round:
         self, scheduler: Any, state: SchedulerStep, batch: Any, spared: Sequence[Any] = ()
     ) -> None:
         self._scheduler, self._state, self._batch = scheduler, state, batch
+        self._page = batch.token_to_kv_pool_allocator.page_size
         self._spared = set(spared)
+        # Kept while requests leave: ranks exchange places in it, also after one chose otherwise.
+        self._reqs = list(batch.reqs)
         with guard(words.IN_PRUNING):
             _end_aborted(state, (*batch.reqs, *scheduler.waiting_queue))
         self._look()
 
     def _look(self) -> None:
-        self._reqs = list(self._batch.reqs)  # the views' handles stay valid while requests leave
         self.candidates = Candidates((), self._state.config)
         with guard(words.IN_PRUNING):
-            self.candidates = Candidates(_views(self._batch, self._spared), self._state.config)
+            self.candidates = Candidates(
+                _views(self._reqs, self._page, self._spared), self._state.config
+            )
 
     def prune_worst(self) -> bool:
         """Prune one trace because the next decode step does not fit; False when none may be."""
@@ -89,11 +93,10 @@ class Round:
         return bool(agreed)
 
 
-def _views(batch: Any, spared: set[Any]) -> list[GroupView]:
+def _views(reqs: Sequence[Any], page: int, spared: set[Any]) -> list[GroupView]:
     """The running traces by group; those of a group at its minimum too, for what they hold."""
     members: dict[str, tuple[Group, list[TraceView]]] = {}
-    page = batch.token_to_kv_pool_allocator.page_size
-    for index, req in enumerate(batch.reqs):
+    for index, req in enumerate(reqs):
         trace = trace_of(req)
         if trace is None or trace.fate is not Fate.LIVE or req in spared:
             continue
