@@ -23,7 +23,7 @@ struct Params {
     uint8_t* thinking;          // [num_slots]
     float* score_sum;           // [num_slots]
     int32_t* num_steps;         // [num_slots]
-    float* out;                 // [num_rows, 2] step score (NaN: no step, inf: a step without a score), score_sum
+    float* out;                 // [num_rows, 2] step score, NaN or infinity; score_sum
     int32_t* workspace;         // [1 + num_rows * hidden_units / kUnitsPerBlock], CUDA only
     const void* w1;             // [hidden_units, dim] of w1_dtype
     const float* b1;            // [hidden_units]

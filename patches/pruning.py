@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from step_sglang import words
+from step_sglang.errors import shown
 from step_sglang.groups import Fate, Group
 from step_sglang.patches.guard import guard
 from step_sglang.patches.scheduler import SchedulerStep, state_of, trace_of
@@ -175,9 +176,9 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
         with guard(words.IN_METRICS):
             state.metrics.trace_pruned(reason, available - before)
     logger.info(
-        "STEP pruned rid=%r group=%r score=%s steps=%d reason=%s tokens_freed=%d pool_used=%d/%d",
-        req.rid,
-        trace.group.group_id,
+        "STEP pruned rid=%s group=%s score=%s steps=%d reason=%s tokens_freed=%d pool_used=%d/%d",
+        shown(req.rid, 80),
+        shown(trace.group.group_id, 300),
         score,
         trace.num_steps,
         reason,

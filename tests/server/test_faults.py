@@ -100,6 +100,30 @@ def test_they_are_counted_in_the_metrics_and_logged_once(faulty: Server) -> None
     assert "RuntimeError: planted in step_score_" in faulty.log_text()
 
 
+def test_what_requests_say_does_not_break_the_log(faulty: Server) -> None:
+    evil = "x\n[2030-01-01] STEP pruned everything \x1b[31m\u202e\u2028" + "long" * 5000
+    before = faulty.log_text().count("STEP pruned")
+    answers = faulty.generate(
+        input_ids=[PROMPT] * TRACES,
+        rid=[f"{i}{evil}" for i in range(TRACES)],
+        sampling_params={
+            "max_new_tokens": 200,
+            "ignore_eos": True,
+            "custom_params": {"step": {"group": evil[:256]}},
+        },
+    )
+    assert [answer["meta_info"]["id"] for answer in answers] == [
+        f"{i}{evil}" for i in range(TRACES)
+    ]
+    text = faulty.log_text()
+    lines = [line for line in text.split("\n") if "STEP pruned" in line]
+    assert len(lines) >= before + 10
+    assert all(re.match(r"\[.*\] STEP pruned rid='\w+[' ]?", line) for line in lines)
+    assert max(map(len, lines)) < 700
+    assert "\n[2030" not in text and "\x1b[31m" not in text
+    assert "\u202e" not in text and "\u2028" not in text
+
+
 def test_sigkill_of_the_scheduler(faulty: Server) -> None:
     kill_while_pruning(faulty, "sglang::scheduler")
 
