@@ -71,7 +71,7 @@ def test_more_survivors_than_samples_are_refused() -> None:
 
 
 @pytest.mark.parametrize("member", words.REQUEST_MEMBERS)
-@pytest.mark.parametrize("value", [-(10**5000), [10**5000], "\x1b[31m\n", {"\ud800": 1}])
+@pytest.mark.parametrize("value", [-(10**5000), [10**5000], "\x1b[31m\n", {"\ud800": 1}], ids=type)
 def test_a_message_is_one_short_line_whatever_the_value(member: str, value: Any) -> None:
     """Python refuses to print whole numbers of thousands of digits."""
     try:
