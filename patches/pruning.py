@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from step_sglang import words
+from step_sglang.errors import shown
 from step_sglang.groups import Fate, Group
 from step_sglang.patches.guard import guard
 from step_sglang.patches.scheduler import SchedulerStep, state_of, trace_of
@@ -69,16 +70,20 @@ class Round:
         self, scheduler: Any, state: SchedulerStep, batch: Any, spared: Sequence[Any] = ()
     ) -> None:
         self._scheduler, self._state, self._batch = scheduler, state, batch
+        self._page = batch.token_to_kv_pool_allocator.page_size
         self._spared = set(spared)
+        # Kept while requests leave: ranks exchange places in it, also after one chose otherwise.
+        self._reqs = list(batch.reqs)
         with guard(words.IN_PRUNING):
             _end_aborted(state, (*batch.reqs, *scheduler.waiting_queue))
         self._look()
 
     def _look(self) -> None:
-        self._reqs = list(self._batch.reqs)  # the views' handles stay valid while requests leave
         self.candidates = Candidates((), self._state.config)
         with guard(words.IN_PRUNING):
-            self.candidates = Candidates(_views(self._batch, self._spared), self._state.config)
+            self.candidates = Candidates(
+                _views(self._reqs, self._page, self._spared), self._state.config
+            )
 
     def prune_worst(self) -> bool:
         """Prune one trace because the next decode step does not fit; False when none may be."""
@@ -104,11 +109,10 @@ class Round:
         return bool(agreed)
 
 
-def _views(batch: Any, spared: set[Any]) -> list[GroupView]:
+def _views(reqs: Sequence[Any], page: int, spared: set[Any]) -> list[GroupView]:
     """The running traces by group; those of a group at its minimum too, for what they hold."""
     members: dict[str, tuple[Group, list[TraceView]]] = {}
-    page = batch.token_to_kv_pool_allocator.page_size
-    for index, req in enumerate(batch.reqs):
+    for index, req in enumerate(reqs):
         trace = trace_of(req)
         if trace is None or not trace.is_live or not trace.group.for_memory or req in spared:
             continue
@@ -193,9 +197,9 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
         with guard(words.IN_METRICS):
             state.metrics.trace_pruned(reason, available - before)
     logger.info(
-        "STEP pruned rid=%r group=%r score=%s steps=%d reason=%s tokens_freed=%d pool_used=%d/%d",
-        req.rid,
-        trace.group.group_id,
+        "STEP pruned rid=%s group=%s score=%s steps=%d reason=%s tokens_freed=%d pool_used=%d/%d",
+        shown(req.rid, 80),
+        shown(trace.group.group_id, 300),
         score,
         trace.num_steps,
         reason,

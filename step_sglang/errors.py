@@ -1,12 +1,12 @@
 """The errors a user can meet, each with one message that says what to do."""
 
 
-def shown(value: object) -> str:
-    """A value as a message may show it: one short line, whatever a request holds."""
+def shown(value: object, length: int = 40) -> str:
+    """A value as a message or a log may show it: one short line, whatever a request holds."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**15:
         return "a whole number of more than 15 digits"
     try:
-        return ascii(value)[:40]
+        return ascii(value)[:length]
     except ValueError:  # Python does not print whole numbers of thousands of digits
         return f"a {type(value).__name__}"
 

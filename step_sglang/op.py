@@ -103,8 +103,8 @@ def step_score_(
         thinking: [S] uint8, written: 1 while steps are scored, set to 0 at the think-end token.
         score_sum: [S] float32, written: sum of the slot's step scores.
         num_steps: [S] int32, written: number of them.
-        out: [B, 2] float32, written: step score (NaN: no step ends here; infinity: one ends that
-            has no score), then score_sum of the row's slot after this call (0 for padding rows).
+        out: [B, 2] float32, written: step score (NaN: no step, infinity: one without a score), then
+            score_sum of the row's slot after this call (0 for padding rows).
         workspace: [>= workspace_size(B)] int32, zeroed once by its owner and left zeroed where it
             must be; one stream at a time. Ignored on the CPU.
         w1: [512, D] float32 or bfloat16.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import stat
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,11 +66,15 @@ def load_scorer(path: str | os.PathLike[str]) -> Scorer:
         ScorerError: the file is missing, unreadable, not a scorer, wrongly shaped or not finite.
     """
     file = Path(path)
-    if not file.exists():
-        raise ScorerError(f"scorer {file} does not exist")
-    if not file.is_file():
+    try:
+        status = file.stat()
+    except FileNotFoundError as error:
+        raise ScorerError(f"scorer {file} does not exist") from error
+    except (OSError, ValueError) as error:  # a name too long, a loop of links, a zero byte
+        raise ScorerError(f"scorer {file} cannot be opened: {_line(error)}") from error
+    if not stat.S_ISREG(status.st_mode):
         raise ScorerError(f"scorer {file} is not a regular file")
-    size = file.stat().st_size
+    size = status.st_size
     if not 0 < size <= _MAX_BYTES:
         raise ScorerError(f"scorer {file} has {size} bytes; a scorer has 1 to {_MAX_BYTES}")
     if file.suffix in (".pt", ".pth", ".bin"):
@@ -147,13 +152,16 @@ def _info(file: Path, metadata: dict[str, str]) -> ScorerInfo:
 
 def _read_reference(file: Path) -> dict[str, torch.Tensor]:
     try:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > _MAX_BYTES:  # a few kilobytes can unpack to terabytes
-                raise ScorerError(
-                    f"scorer {file} unpacks to {unpacked} bytes; a scorer has at most {_MAX_BYTES}"
-                )
+        # Torch goes by the first bytes; what it wrote before 1.6, no archive, has no size to check.
+        with file.open("rb") as opened:
+            if opened.read(4) != b"PK\x03\x04":
+                raise ValueError("it is no zip archive")
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > _MAX_BYTES:  # a few kilobytes can unpack to terabytes
+            raise ScorerError(
+                f"scorer {file} unpacks to {unpacked} bytes; a scorer has at most {_MAX_BYTES}"
+            )
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except ScorerError:
         raise
@@ -185,6 +193,14 @@ def _line(error: Exception) -> str:
 
 
 def _checked(file: Path, tensors: dict[str, torch.Tensor], info: ScorerInfo) -> Scorer:
+    for name, tensor in tensors.items():
+        # A torch file can hold a view that repeats one number, a tensor without data, ...
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise ScorerError(f"scorer {file}: {name} is no ordinary tensor of numbers")
+        if 4 * tensor.numel() > _MAX_BYTES:
+            raise ScorerError(
+                f"scorer {file}: {name} has {tensor.numel()} elements; that is no scorer"
+            )
     w1 = tensors["w1"]
     if w1.dim() != 2 or w1.shape[0] != HIDDEN_UNITS or w1.shape[1] < 1:
         raise ScorerError(
@@ -204,9 +220,9 @@ def _checked(file: Path, tensors: dict[str, torch.Tensor], info: ScorerInfo) -> 
     # bf16 weights are served as they are (half the bytes to stream); anything else as fp32.
     kept = w1.dtype if w1.dtype == torch.bfloat16 else torch.float32
     return Scorer(
-        w1=w1.to(kept).contiguous(),
-        b1=tensors["b1"].float().reshape(-1).contiguous(),
-        w2=tensors["w2"].float().reshape(-1).contiguous(),
-        b2=tensors["b2"].float().reshape(-1).contiguous(),
+        w1=w1.detach().to(kept).contiguous(),
+        b1=tensors["b1"].detach().float().reshape(-1).contiguous(),
+        w2=tensors["w2"].detach().float().reshape(-1).contiguous(),
+        b2=tensors["b2"].detach().float().reshape(-1).contiguous(),
         info=info,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from pathlib import Path
 
 import atheris
 from torch._weights_only_unpickler import Unpickler
@@ -24,8 +26,14 @@ def main(name: str) -> None:
         f"-max_len={targets.MAX_BYTES}", "-timeout=20", "-rss_limit_mb=4096",
         "-use_value_profile=1",
     ]  # fmt: skip
+    kept = Path(tempfile.mkdtemp(prefix="step-corpus-"))
+    for number, content in enumerate(targets.corpus(name)):
+        (kept / str(number)).write_bytes(content)
     folders = [options.corpus] if options.corpus else []
-    if targets.CORPUS[name].is_dir():
-        folders.append(str(targets.CORPUS[name]))
-    atheris.Setup([*arguments, *folders], targets.TARGETS[name])
+    folders.append(str(kept))
+
+    def run(data: bytes) -> None:
+        targets.TARGETS[name](data)
+
+    atheris.Setup([*arguments, *folders], run)
     atheris.Fuzz()

@@ -1,16 +1,23 @@
-"""Writes the inputs that fuzzing starts from: `python -m tests.fuzz.seeds`."""
+"""Writes the corpora: what fuzzing starts from, and of what it found the shortest for each outcome.
+
+`python -m tests.fuzz.seeds scorer=FOLDER request=FOLDER`, the folders as libFuzzer left them.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import pickle
+import sys
 import zipfile
+from pathlib import Path
 
 import torch
 
 from step_sglang import words
-from tests.fuzz.targets import CORPUS
+from tests.fuzz.targets import TARGETS, keep
+
+EACH = 4
 
 
 def pickled(value: object) -> bytes:
@@ -59,9 +66,20 @@ def request_seeds() -> dict[str, bytes]:
     return {f"json-{i}": b"\1" + json.dumps(body).encode() for i, body in enumerate(bodies)}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Join the seeds with the files of each folder given."""
+    found = dict(argument.split("=", 1) for argument in sys.argv[1:])
     for name, seeds in (("scorer", scorer_seeds()), ("request", request_seeds())):
-        CORPUS[name].mkdir(parents=True, exist_ok=True)
-        for file, content in seeds.items():
-            (CORPUS[name] / file).write_bytes(content)
-        print(name, len(seeds), sum(map(len, seeds.values())), "bytes")
+        files = Path(found[name]).iterdir() if name in found else ()
+        shortest: dict[str, list[bytes]] = {}
+        for content in sorted((file.read_bytes() for file in files), key=len):
+            kept = shortest.setdefault(TARGETS[name](content), [])
+            if len(kept) < EACH:
+                kept.append(content)
+        inputs = [*seeds.values(), *(content for kept in shortest.values() for content in kept)]
+        keep(name, inputs)
+        print(f"{name}: {len(inputs)} inputs, {sum(map(len, inputs))} bytes")
+
+
+if __name__ == "__main__":
+    main()

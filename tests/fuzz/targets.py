@@ -1,10 +1,15 @@
-"""What the fuzzers run: bytes in, nothing out, an exception is a finding. Also replays a corpus."""
+"""What the fuzzers run: bytes in, nothing out, an exception is a finding.
+
+A corpus is one text file of base64 lines, so that hundreds of tiny inputs are two files.
+"""
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
+import re
 import tempfile
 import zipfile
 from functools import cache
@@ -26,7 +31,6 @@ from step_sglang.scorer import load_scorer
 from step_sglang.voting import parse_vote, trace_params
 
 HERE = Path(__file__).parent
-CORPUS = {name: HERE / "corpus" / name for name in ("scorer", "request")}
 MAX_BYTES = 4096  # of one input; what is larger in a scorer is only more numbers
 
 
@@ -91,14 +95,18 @@ def configs() -> list[StepConfig]:
     return [StepConfig(scorer="s"), StepConfig(scorer="s", traces=8), StepConfig(capture=True)]
 
 
-def request(data: bytes) -> None:
-    """Every reader of ``custom_params``: a result of its type, or RequestError."""
+def request(data: bytes) -> str:
+    """Every reader of ``custom_params``: a result of its type, or RequestError.
+
+    Returns:
+        What came out, to tell inputs apart.
+    """
     source = Bytes(data)
     if source.byte() & 1:
         try:
             params = json.loads(source.rest())
         except (ValueError, RecursionError):
-            return
+            return "not JSON"
         if not isinstance(params, dict):
             params = {"custom_params": params}
     else:
@@ -107,14 +115,16 @@ def request(data: bytes) -> None:
             params[source.pick(NAMES)] = value(source)
     custom = params.get("custom_params")
     declined(custom)
+    outcome = []
     for config in configs():
         try:
             wish = parse_vote(params, config)
         except RequestError as error:
-            _printable(error)
+            outcome.append(_printable(error))
             continue
         if wish is not None:
             assert isinstance(trace_params(params, wish, config)["custom_params"], dict)
+            outcome.append("voted")
     try:
         wishes = parse_request(custom)
         assert wishes is None or isinstance(wishes, StepRequest)
@@ -124,15 +134,18 @@ def request(data: bytes) -> None:
         again = parse_request({words.REQUEST_KEY: named})
         assert again is not None and again.group
         json.dumps(check_group_id(again.group, "group")).encode()
+        outcome.append("not STEP's" if wishes is None else "a trace")
     except RequestError as error:
-        _printable(error)
+        outcome.append(_printable(error))
+    return "; ".join(outcome)
 
 
-def _printable(error: Exception) -> None:
+def _printable(error: Exception) -> str:
     """One line that a terminal, a log and a JSON response can carry, whatever the input held."""
     message = str(error)
     message.encode("utf-8")
     assert len(message) < 1000 and message.isprintable(), ascii(message)[:2000]
+    return re.sub(r"\d+|'[^']*'|\[.*?\]", "", message)
 
 
 # --- scorer files --------------------------------------------------------------------------------
@@ -199,8 +212,12 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="step-fuzz-", dir=base if base.is_dir() else None))
 
 
-def scorer(data: bytes) -> None:
-    """``load_scorer``: a scorer, or a ScorerError that names the file."""
+def scorer(data: bytes) -> str:
+    """``load_scorer``: a scorer, or a ScorerError that names the file.
+
+    Returns:
+        What came out, to tell inputs apart.
+    """
     source = Bytes(data)
     kind = source.byte() % 4
     content = (
@@ -212,11 +229,28 @@ def scorer(data: bytes) -> None:
         loaded = load_scorer(file)
         assert loaded.w1.shape == (512, loaded.hidden_size) and loaded.w2.shape == (512,)
         assert all(bool(t.isfinite().all()) for t in (loaded.w1, loaded.b1, loaded.w2, loaded.b2))
+        return f"a scorer of {loaded.w1.dtype}"
     except ScorerError as error:
         assert str(file) in str(error)
-        _printable(error)
+        return _printable(error)
     finally:
         file.unlink()
 
 
 TARGETS = {"scorer": scorer, "request": request}
+
+
+def corpus_file(name: str) -> Path:
+    """Where a target's corpus is kept."""
+    return HERE / f"corpus_{name}.txt"
+
+
+def corpus(name: str) -> list[bytes]:
+    """A target's inputs."""
+    return [base64.b64decode(line) for line in corpus_file(name).read_text().split()]
+
+
+def keep(name: str, inputs: list[bytes]) -> None:
+    """Replace a target's corpus."""
+    lines = sorted({base64.b64encode(content).decode() for content in inputs})
+    corpus_file(name).write_text("".join(f"{line}\n" for line in lines))

@@ -1,13 +1,25 @@
-// Reads the arguments of one call from a file, runs the device code under several schedules, each
-// from the same state, and writes what each left behind. Every array is its own allocation of
-// exactly its size, so that AddressSanitizer sees an access past any of them.
+// Reads the arguments of one call from a file, runs the device code under several schedules (with
+// STEP_CPU the CPU code, which has none), each from the same state, and writes what each left
+// behind. Every array is its own allocation of exactly its size, so that AddressSanitizer sees an
+// access past any of them.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
+#ifdef STEP_CPU
+#include "cpu.h"
+
+namespace simt {
+[[noreturn]] void fail(const char* message) {
+    std::fprintf(stderr, "%s\n", message);
+    std::exit(1);
+}
+}  // namespace simt
+#else
 #include "cuda.h"
 #include "simt.h"
+#endif
 
 namespace {
 
@@ -46,6 +58,34 @@ Array read_array(FILE* f, size_t shift = 0) {
     }
     return array;
 }
+
+#ifdef STEP_CPU
+
+// Every piece of parallel work by itself, the last first.
+void backwards(int64_t count, void (*body)(void* ctx, int64_t begin, int64_t end), void* ctx) {
+    for (int64_t i = count; i > 0; --i) body(ctx, i - 1, i);
+}
+
+void select(int64_t, uint64_t, const Array&) {}
+
+bool launch(const step::Params& p) {
+    step::step_score_cpu(p, backwards);
+    return true;
+}
+
+#else
+
+void select(int64_t thread_order, uint64_t seed, const Array& block_order) {
+    simt::Schedule schedule{};
+    schedule.thread_order = static_cast<simt::ThreadOrder>(thread_order);
+    schedule.seed = seed;
+    if (block_order.bytes > 0) schedule.block_order = block_order.as<int32_t>();
+    simt::set_schedule(schedule);
+}
+
+bool launch(const step::Params& p) { return step::step_score_cuda(p, nullptr) == nullptr; }
+
+#endif
 
 void write_array(FILE* f, const Array& array) { std::fwrite(array.data, 1, array.bytes, f); }
 
@@ -90,12 +130,9 @@ int main(int argc, char** argv) {
     const Array workspace = read_array(in);
 
     for (int64_t s = 0; s < num_schedules; ++s) {
-        simt::Schedule schedule{};
-        schedule.thread_order = static_cast<simt::ThreadOrder>(read_value<int64_t>(in));
-        schedule.seed = static_cast<uint64_t>(read_value<int64_t>(in));
-        const Array order = read_array(in);
-        if (order.bytes > 0) schedule.block_order = order.as<int32_t>();
-        simt::set_schedule(schedule);
+        const int64_t thread_order = read_value<int64_t>(in);
+        const uint64_t seed = static_cast<uint64_t>(read_value<int64_t>(in));
+        select(thread_order, seed, read_array(in));
 
         const Array state[] = {thinking.copy(), score_sum.copy(), num_steps.copy(), out.copy(),
                                workspace.copy()};
@@ -105,7 +142,7 @@ int main(int argc, char** argv) {
         p.out = state[3].as<float>();
         p.workspace = state[4].as<int32_t>();
         for (int64_t i = 0; i < launches; ++i) {
-            if (step::step_score_cuda(p, nullptr) != nullptr) simt::fail("launch failed");
+            if (!launch(p)) simt::fail("launch failed");
         }
         for (const Array& array : state) write_array(result, array);
     }

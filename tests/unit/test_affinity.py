@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 from hypothesis import given
@@ -30,3 +31,14 @@ def test_unnamed_groups_take_turns() -> None:
     made = [ids.new() for _ in range(12)]
     assert len(set(made)) == 12
     assert [replica_of(group, 3) for group in made] == [0, 1, 2] * 4
+
+
+def test_unnamed_ids_cannot_be_foreseen() -> None:
+    """They come from the system's randomness, and all of their 122 free bits vary."""
+    made = []
+    for _ in range(400):
+        random.seed(0)
+        made.append(int(GroupIds(1).new(), 16))
+    assert len(set(made)) == 400
+    varying = sum(0 < sum(value >> bit & 1 for value in made) < 400 for bit in range(128))
+    assert varying == 122

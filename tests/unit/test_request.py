@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from step_sglang import words
 from step_sglang.errors import RequestError
 from step_sglang.request import (
     StepRequest,
@@ -67,6 +68,25 @@ def test_more_survivors_than_samples_are_refused() -> None:
     check_group_size(StepRequest("q", min_survivors=2), 1)  # one of many members
     with pytest.raises(RequestError, match="more than 15 digits"):
         check_group_size(StepRequest(min_survivors=10**5000), 8)
+
+
+@pytest.mark.parametrize("member", words.REQUEST_MEMBERS)
+@pytest.mark.parametrize("value", [-(10**5000), [10**5000], "\x1b[31m\n", {"\ud800": 1}], ids=type)
+def test_a_message_is_one_short_line_whatever_the_value(member: str, value: Any) -> None:
+    """Python refuses to print whole numbers of thousands of digits."""
+    try:
+        parse_request({"step": {"group": "g", "hidden_states": True, member: value}})
+    except RequestError as error:
+        assert str(error).isprintable() and len(str(error)) < 400
+    else:
+        assert member in (words.GROUP, words.TRACE) and isinstance(value, str)
+
+
+def test_unknown_members_are_named_shortly() -> None:
+    members = {f"\x1b[31m{i}\n" * 100: 1 for i in range(5000)}
+    with pytest.raises(RequestError, match="unknown members") as caught:
+        parse_request({"step": members})
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
 
 
 @given(

@@ -38,6 +38,15 @@ def test_who_is_voted() -> None:
         parse_vote({"custom_params": {"step": {"vote": "best"}}}, OFF)
 
 
+@pytest.mark.parametrize("member", ["traces", "vote", "extract", "early", "threshold"])
+def test_a_message_is_one_short_line_whatever_the_value(member: str) -> None:
+    """Python refuses to print whole numbers of thousands of digits."""
+    for value in (10**5000, [-(10**5000)], "\x1b[31m\n", {"\ud800": 1}):
+        with pytest.raises(RequestError) as caught:
+            parse_vote({"custom_params": {"step": {"traces": 3, member: value}}}, OFF)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
 def test_the_group_says_nothing_of_the_vote() -> None:
     params = {
         "temperature": 0.9,
