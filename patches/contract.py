@@ -163,6 +163,7 @@ USED = (
     Target(f"{_ADDER}.add_one_req", ("self", "req", "has_chunked_req", "truncation_align_size")),
     Target(f"{_ADDER}.add_chunked_req", ("self", "req")),
     Target(f"{_ADDER}.budget_state", ("self",)),
+    Target(f"{_ADDER}.preempt_to_schedule", ("self", "req")),
     Target(f"{_ADDER}.ceil_paged_tokens", ("self", "tokens")),
     Target(f"{_ADDER}._lock_node", ("self", "last_node", "lock_host")),
     Target(f"{_ADDER}.cur_rem_tokens"),

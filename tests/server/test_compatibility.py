@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,20 @@ import requests
 from tests.models import build_adapter, build_model
 from tests.server.expected import assert_scores
 from tests.server.launch import Server, serve
+from tests.server.pruned import (
+    POOL,
+    PROMPT,
+    TOKENS,
+    TRACES,
+    flush,
+    group,
+    nothing_is_left,
+    prunings,
+    split,
+    start,
+)
 
 pytestmark = pytest.mark.server
-
-PROMPT = list(range(40, 80))
-TRACES, TOKENS = 32, 160
-POOL = 1600  # a third of what a group asks for
 
 
 @dataclass(frozen=True)
@@ -61,74 +69,10 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def group(server: Server, n: int = TRACES, tokens: int = TOKENS, **params: Any) -> list[dict]:
-    """A group that does not fit; ``body`` holds further members of the request's body."""
-    body = params.pop("body", {})
-    step = {"step_scores": True, **params.pop("step", {})}
-    return server.generate(
-        input_ids=PROMPT,
-        sampling_params={
-            "n": n,
-            "temperature": 1.0,
-            "max_new_tokens": tokens,
-            "ignore_eos": True,
-            "custom_params": {"step": step},
-            **params,
-        },
-        **body,
-    )
-
-
-def split(answers: list[dict], n: int = TRACES) -> tuple[list[dict], list[dict]]:
-    """The pruned and the finished traces of a group, which must be all."""
-    assert len({answer["meta_info"]["id"] for answer in answers}) == n
-    pruned = [a for a in answers if a["meta_info"]["step"]["pruned"]]
-    finished = [a for a in answers if a["meta_info"]["finish_reason"]["type"] != "abort"]
-    assert pruned and finished and len(pruned) + len(finished) == n
-    for answer in answers:
-        assert len(answer["output_ids"]) == answer["meta_info"]["completion_tokens"]
-    return pruned, finished
-
-
-def prunings(server: Server) -> int:
-    return server.log_text().count("STEP pruned")
-
-
-def wait_until(condition: Any, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
-def start(server: Server, threads: ThreadPoolExecutor, **more: Any) -> Future[list[dict]]:
-    """Begin a group, and wait until a trace of it is pruned."""
-    before = prunings(server)
-    future = threads.submit(group, server, **more)
-    wait_until(lambda: prunings(server) > before)
-    return future
-
-
-def flush(server: Server) -> requests.Response:
-    return requests.post(f"{server.url}/flush_cache", timeout=60)
-
-
-def free_tokens(server: Server) -> int:
-    wait_until(lambda: flush(server).status_code == 200)
-    load = requests.get(f"{server.url}/v1/loads", timeout=60).json()["loads"][0]
-    return int(load["max_total_num_tokens"] - load["num_used_tokens"])
-
-
 @pytest.fixture(autouse=True)
-def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After every test of a server all of its pool is free, and no group lives."""
+def nothing_leaks(running: Running) -> Iterator[None]:
     yield
-    names = {"running", "priority"} & set(request.fixturenames)
-    for name in names:
-        server = getattr(request.getfixturevalue(name), "server", request.getfixturevalue(name))
-        assert free_tokens(server) == POOL
-        state = server.info()["internal_states"][0]["step"]
-        assert state["groups"] == state["live_traces"] == 0
+    nothing_is_left(running.server)
 
 
 def test_lora(running: Running, threads: ThreadPoolExecutor) -> None:
@@ -351,88 +295,3 @@ def test_an_update_of_the_weights_flags_the_scorer(
     for answer in answers:
         assert_scores(running.other, running.scorer, PROMPT, answer)
     assert update(running.model)  # the tests beside this one want it
-
-
-@pytest.fixture(scope="module")
-def priority(
-    models: dict[str, Path], scorer: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    with serve(
-        models["qwen3"],
-        *("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", str(POOL)),
-        *("--enable-priority-scheduling", "--retraction-policy", "priority"),
-        # Reserve next to nothing for what runs, so that ordinary requests come to retraction too.
-        *("--schedule-conservativeness", "0.01", "--max-running-requests", "64"),
-        log=tmp_path_factory.mktemp("log") / "priority.log",
-    ) as server:
-        yield server
-
-
-def test_a_high_priority_starts_among_traces(priority: Server, threads: ThreadPoolExecutor) -> None:
-    filling = start(priority, threads, tokens=400, body={"priority": 1})
-    answer = priority.generate(
-        input_ids=[*PROMPT, *PROMPT],
-        priority=100,
-        sampling_params={"temperature": 0, "max_new_tokens": 40, "ignore_eos": True},
-    )
-    assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 40}
-    assert not filling.done()
-    split(filling.result())
-
-
-def test_retraction_by_priority(
-    priority: Server,
-    threads: ThreadPoolExecutor,
-    models: dict[str, Path],
-    scorer: Path,
-) -> None:
-    """Where no trace may be pruned SGLang retracts, by priority; scores survive it."""
-
-    def ordinary(_: int) -> dict:
-        return priority.generate(
-            input_ids=PROMPT,
-            priority=100,
-            sampling_params={"temperature": 0, "max_new_tokens": 200, "ignore_eos": True},
-        )
-
-    future = threads.submit(group, priority, n=12, step={"min_survivors": 12}, body={"priority": 1})
-    answers = list(threads.map(ordinary, range(3)))
-    traces = future.result()
-    assert [a["meta_info"]["step"]["pruned"] for a in traces] == [False] * 12
-    assert sum(a["meta_info"]["num_retractions"] for a in traces) > 0
-    assert [a["meta_info"]["num_retractions"] for a in answers] == [0] * 3
-    for trace in traces:
-        assert trace["meta_info"]["finish_reason"] == {"type": "length", "length": TOKENS}
-        assert_scores(models["qwen3"], scorer, PROMPT, trace)
-
-
-# `lpm` and `fcfs` are those of the servers above; SGLang itself knows no policy `priority`.
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "policy", ["random", "dfs-weight", "lof", "routing-key", "hrrn", "shortest-prefill-first"]
-)
-def test_schedule_policies(
-    models: dict[str, Path], scorer: Path, tmp_path: Path, threads: ThreadPoolExecutor, policy: str
-) -> None:
-    """Groups and ordinary requests at once, more than run at a time."""
-    with serve(
-        models["qwen3"],
-        *("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", str(POOL)),
-        *("--max-running-requests", "40", "--schedule-policy", policy),
-        log=tmp_path / f"{policy}.log",
-    ) as server:
-        before = free_tokens(server)
-        futures = [threads.submit(group, server, step={"group": f"g{i}"}) for i in range(3)]
-        ordinary = [
-            threads.submit(
-                server.generate,
-                input_ids=PROMPT[i:],
-                sampling_params={"temperature": 0, "max_new_tokens": 40, "ignore_eos": True},
-            )
-            for i in range(8)
-        ]
-        for future in futures:
-            split(future.result())
-        for future in ordinary:
-            assert future.result()["meta_info"]["completion_tokens"] == 40
-        assert free_tokens(server) == before
