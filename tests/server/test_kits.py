@@ -8,7 +8,7 @@ import pytest
 
 from tests.models import build_model
 from tests.server.kits.catalogue import MAIN, OTHERS, Setup
-from tests.server.kits.runner import Outcomes, run_kits
+from tests.server.kits.runner import Outcomes, kit_server, run_kits, traces_ended
 
 pytestmark = pytest.mark.server
 
@@ -21,16 +21,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compare(setup: Setup, model: Path, scorer: Path, folder: Path, *, quick: bool) -> Outcomes:
     """Run stock, then with STEP, then with STEP and every request a trace."""
-    stock = run_kits(setup, model, folder / "stock.log", quick=quick)
-    passed = frozenset(name for name, reason in stock.items() if not reason)
+    with kit_server(setup, model, folder / "stock.log") as server:
+        stock = run_kits(setup, server, model, quick=quick)
     for name, reason in stock.items():
         print(f"{name}: {f'fails on stock: {reason}' if reason else 'passes on stock'}")
-    for kind, traces in (("ordinary", False), ("traces", True)):
-        log = folder / f"{kind}.log"
-        found = run_kits(setup, model, log, scorer=scorer, traces=traces, only=passed)
-        assert found == dict.fromkeys(passed, ""), kind
-        if traces:
-            assert "STEP: " in log.read_text(errors="replace")
+    passed = frozenset(name for name, reason in stock.items() if not reason)
+    with kit_server(setup, model, folder / "step.log", scorer) as server:
+        assert run_kits(setup, server, model, only=passed) == dict.fromkeys(passed, "")
+        before = traces_ended(server)  # of kits that ask for n > 1 by themselves
+        assert run_kits(setup, server, model, only=passed, traces=True) == dict.fromkeys(passed, "")
+        assert traces_ended(server) > before
     return stock
 
 

@@ -31,7 +31,6 @@ from sglang.test.kits.matched_stop_kit import MatchedStopMixin
 from sglang.test.kits.pause_generation_kit import PauseResumeInPlaceMixin
 from sglang.test.kits.prefix_cache_branching_kit import PrefixCacheBranchingMixin
 from sglang.test.kits.radix_cache_server_kit import run_radix_attention_test
-from sglang.test.kits.reasoning_kit import ReasoningTokenUsageMixin, SeparateReasoningMixin
 from sglang.test.kits.regex_constrained_kit import RegexConstrainedMixin
 from sglang.test.kits.spec_server_kits import (
     SpecCorrectnessKit,
@@ -109,8 +108,6 @@ class Kit:
             **self.settings,
         }
         kind = type(self.mixin.__name__, (self.mixin, WithFixture, unittest.TestCase), host)
-        if prepare := getattr(kind, "init_reasoning_token_verifier", None):
-            prepare()
         return kind(test)
 
     def tests(self, *, quick: bool) -> list[str]:
@@ -168,12 +165,6 @@ MAIN = Setup(
         Kit(JSONModeMixin),
         Kit(AnthropicMessagesMixin, ("test_simple_messages", "test_stop_sequences")),
         Kit(
-            ReasoningTokenUsageMixin,
-            (),
-            {"reasoning_parser_name": "qwen3"},
-        ),
-        Kit(SeparateReasoningMixin),
-        Kit(
             StreamingSessionKitMixin,
             (
                 "test_first_mid_abort_recovery",
@@ -199,7 +190,7 @@ MAIN = Setup(
     (
         *("--max-total-tokens", "24000", "--max-running-requests", "64"),
         *("--chunked-prefill-size", "512", "--enable-streaming-session"),
-        *("--enable-return-hidden-states", "--reasoning-parser", "qwen3"),
+        *("--enable-return-hidden-states"),
     ),
 )
 # The rest need a server of their own.

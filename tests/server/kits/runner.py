@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 import unittest
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import requests
@@ -16,33 +18,37 @@ from tests.server.launch import Server, serve
 Outcomes = dict[str, str]  # of each test, by name: the reason why it failed, "" when it passed
 
 
+@contextmanager
+def kit_server(
+    setup: Setup, model: Path, log: Path, scorer: Path | None = None
+) -> Iterator[Server]:
+    """The server of a setup: with STEP, scored by ``scorer``, or stock without one."""
+    step = () if scorer is None else ("--enable-step", "--step-scorer", str(scorer))
+    with serve(model, "--enable-metrics", *setup.flags, *step, log=log, **setup.env) as server:
+        yield server
+
+
 def run_kits(
     setup: Setup,
+    server: Server,
     model: Path,
-    log: Path,
     *,
-    scorer: Path | None = None,
     traces: bool = False,
     quick: bool = False,
     only: frozenset[str] | None = None,
 ) -> Outcomes:
-    """Start a server and run the kits against it.
+    """Run the kits of a setup against its server.
 
     Args:
-        setup: the kits and their server.
-        model: folder of the model.
-        log: where the server's log goes.
-        scorer: with STEP, scored by this file; None: a stock server.
+        setup: the kits.
+        server: see :func:`kit_server`.
+        model: folder of its model.
         traces: turn every request of the kits into a trace of a group.
         quick: only the tests of the default run.
         only: only the tests of these names.
     """
-    step = () if scorer is None else ("--enable-step", "--step-scorer", str(scorer))
     outcomes: Outcomes = {}
-    with (
-        serve(model, *setup.flags, *step, log=log, **setup.env) as server,
-        as_traces() if traces else nullcontext(),
-    ):
+    with as_traces() if traces else nullcontext():
         for kit in setup.kits:
             for test in kit.tests(quick=quick):
                 name = f"{kit.mixin.__name__}.{test}"
@@ -50,6 +56,15 @@ def run_kits(
                     outcomes[name] = _run(kit.case(server, model, test))
                     _settle(server, name)
     return outcomes
+
+
+def traces_ended(server: Server) -> int:
+    """How many requests that ended were traces."""
+    text = requests.get(f"{server.url}/metrics", timeout=60).text
+    found = re.search(
+        r'^step_waiting_seconds_count{.*kind="step".*} ([0-9.]+)$', text, re.MULTILINE
+    )
+    return int(float(found[1])) if found else 0
 
 
 def _run(case: unittest.TestCase) -> str:
