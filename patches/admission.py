@@ -115,6 +115,16 @@ def _step_adder(base: Any, scheduler: Any) -> type:
             self._step_parked = True
             return req  # SGLang tries again in the next pass
 
+        def preempt_to_schedule(self, req: Any) -> bool:
+            # It adds up what preempted requests had reserved, and traces reserve nothing.
+            if not makes_room or not state.groups:
+                return bool(super().preempt_to_schedule(req))
+            with self._room().credit():
+                preempted = bool(super().preempt_to_schedule(req))
+            if preempted:
+                self._step_room = None  # it may still count on requests that have left the batch
+            return preempted
+
         def _step_needs_chunks(self, req: Any) -> bool:
             # SGLang asks this too, but not of a request that ignores the end token while the
             # radix cache is off; a chunk that traces made shorter leaves room for its first.

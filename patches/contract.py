@@ -113,6 +113,11 @@ SAMPLE = Target(
     ("self", "logits_output", "forward_batch"),
 )
 GET_INTERNAL_STATE = Target(f"{_SCHEDULER}.get_internal_state", ("self", "recv_req"))
+RECORD_WEIGHT_VERSION = Target(
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+    ".record_weight_version_after_update",
+    ("self", "weight_version"),
+)
 
 HOOKED = (
     ADD_CLI_ARGS,
@@ -137,6 +142,7 @@ HOOKED = (
     LOGITS_FORWARD,
     SAMPLE,
     GET_INTERNAL_STATE,
+    RECORD_WEIGHT_VERSION,
 )
 
 # Called or subclassed, not hooked.
@@ -157,6 +163,7 @@ USED = (
     Target(f"{_ADDER}.add_one_req", ("self", "req", "has_chunked_req", "truncation_align_size")),
     Target(f"{_ADDER}.add_chunked_req", ("self", "req")),
     Target(f"{_ADDER}.budget_state", ("self",)),
+    Target(f"{_ADDER}.preempt_to_schedule", ("self", "req")),
     Target(f"{_ADDER}.ceil_paged_tokens", ("self", "tokens")),
     Target(f"{_ADDER}._lock_node", ("self", "last_node", "lock_host")),
     Target(f"{_ADDER}.cur_rem_tokens"),

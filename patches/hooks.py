@@ -60,6 +60,7 @@ SCHEDULER = (
     Hook(contract.LOGITS_FORWARD, HookType.BEFORE, "forward:logits_forward"),
     Hook(contract.SAMPLE, HookType.AROUND, "forward:sample"),
     Hook(contract.GET_INTERNAL_STATE, HookType.AFTER, "scheduler:get_internal_state"),
+    Hook(contract.RECORD_WEIGHT_VERSION, HookType.AFTER, "scheduler:record_weight_version"),
 )
 
 

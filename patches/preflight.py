@@ -70,6 +70,16 @@ def refuse_unsupported(cfg: Any) -> None:
             (cfg.enable_hisparse, "hierarchical sparse attention (--enable-hisparse)"),
             (cfg.enable_layernorm_sp, "sequence-parallel layer norm (--enable-layernorm-sp)"),
             (cfg.enable_encoder_swa_bounded_replay, "bounded sliding-window replay"),
+            (
+                cfg.enable_hierarchical_cache,
+                "the hierarchical cache (--enable-hierarchical-cache): what it loads back from the "
+                "host is missing in the room that pruning makes",
+            ),
+            (
+                cfg.enable_deterministic_inference,
+                "deterministic inference (--enable-deterministic-inference): which trace is "
+                "pruned depends on what else runs",
+            ),
             (cfg.use_ray, "Ray (--use-ray)"),
             (cfg.tokenizer_worker_num > 1, "several tokenizer workers (--tokenizer-worker-num)"),
             (cfg.smg_grpc_mode or cfg.grpc_mode, "gRPC mode"),

@@ -36,7 +36,7 @@ _STATE = "step_state"
 _TRACE = "step_trace"
 
 
-@dataclass(frozen=True)
+@dataclass
 class SchedulerStep:
     """What STEP owns in one scheduler."""
 
@@ -48,6 +48,7 @@ class SchedulerStep:
     hidden_dtype: torch.dtype
     groups: GroupRegistry
     metrics: StepMetrics | None = None  # with --enable-metrics, on the rank that SGLang measures
+    scorer_stale: bool = False  # the weights that it was trained for were replaced
 
 
 def state_of(scheduler: Any) -> SchedulerStep | None:
@@ -173,4 +174,20 @@ def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
             "live_traces": state.groups.num_live,
             "steps_unscored": forward.steps_unscored(),
             "failures": guard.counts(),
+            "scorer_stale": state.scorer_stale,
         }
+
+
+def record_weight_version(result: None, updater: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ``record_weight_version_after_update``, which every way of updating weights ends in."""
+    state = state_of(updater.scheduler)
+    if state is None or not state.config.scorer:
+        return
+    state.scorer_stale = True
+    if state.metrics is not None:
+        state.metrics.scorer_is_stale()
+    logger.warning(
+        "STEP: the model's weights were updated, but the scorer %r was trained for those before; "
+        "it goes on scoring until the server is started with one for the new weights",
+        state.config.scorer,
+    )

@@ -45,6 +45,10 @@ class StepMetrics:
         self._survivors = gauge(
             "step_survivors", "Traces of these groups that run, wait or finished normally."
         )
+        self._stale = gauge(
+            "step_scorer_stale", "1 after an update of the weights that the scorer was trained for."
+        )
+        self._stale.set(0)
         self._scores = Histogram("step_score", "Step scores.", names, buckets=SCORE_BUCKETS).labels(
             **values
         )
@@ -79,6 +83,10 @@ class StepMetrics:
         """A trace was pruned; ``reason`` is one of the words for it."""
         self._pruned.labels(**self._labels, reason=reason).inc()
         self._freed.inc(tokens_freed)
+
+    def scorer_is_stale(self) -> None:
+        """The model's weights were updated."""
+        self._stale.set(1)
 
     def request_waited(self, seconds: float, *, is_trace: bool) -> None:
         """A request that ended had spent this long in the waiting queue."""

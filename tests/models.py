@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -50,12 +52,21 @@ def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    folder: Path, kind: str = "qwen3", seed: int = 0, context: int = 4096, layers: int = 2
+    folder: Path,
+    kind: str = "qwen3",
+    seed: int = 0,
+    context: int = 4096,
+    layers: int = 2,
+    vocab: int | None = None,
 ) -> Path:
-    """A random ``kind`` (qwen3, llama, phi3) model of hidden size 64, fp32, with its tokenizer."""
+    """A random ``kind`` (qwen3, llama, phi3) model of hidden size 64, fp32, with its tokenizer.
+
+    ``vocab`` token ids are understood (by default the tokenizer's); all are of the tokenizer that
+    the model writes.
+    """
     tokenizer = build_tokenizer(folder)
     common = {
-        "vocab_size": (len(tokenizer) + 63) // 64 * 64,
+        "vocab_size": vocab or (len(tokenizer) + 63) // 64 * 64,
         "hidden_size": HIDDEN,
         "intermediate_size": 128,
         "num_hidden_layers": layers,
@@ -78,7 +89,49 @@ def build_model(
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8.0 if "embed" in name or "lm_head" in name else 3.0)
+        if vocab is not None:
+            model.lm_head.weight[len(tokenizer) :] = 0
     model.save_pretrained(folder)
+    return folder
+
+
+def build_adapter(folder: Path, base: Path, merged: Path, seed: int = 1) -> Path:
+    """A random LoRA adapter of the query and value projections, in peft's format.
+
+    Args:
+        folder: where the adapter goes.
+        base: the model that it adapts.
+        merged: where the base model with the adapter merged into its weights goes.
+    """
+    rank, alpha = 4, 8
+    model = AutoModelForCausalLM.from_pretrained(base)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if not name.endswith(("q_proj", "v_proj")):
+                continue
+            rows, columns = module.weight.shape
+            a = torch.randn(rank, columns, generator=generator) / columns**0.5
+            b = torch.randn(rows, rank, generator=generator)
+            module.weight += alpha / rank * b @ a
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    model.save_pretrained(merged)
+    build_tokenizer(merged)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
 

@@ -1,0 +1,81 @@
+"""Groups that do not fit into their server's pool, and what must hold of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import requests
+
+from tests.server.launch import Server
+
+PROMPT = list(range(40, 80))
+TRACES, TOKENS = 32, 160
+POOL = 1600  # a third of what a group asks for
+
+
+def group(server: Server, n: int = TRACES, tokens: int = TOKENS, **params: Any) -> list[dict]:
+    """A group that does not fit; ``body`` holds further members of the request's body."""
+    body = params.pop("body", {})
+    step = {"step_scores": True, **params.pop("step", {})}
+    return server.generate(
+        input_ids=PROMPT,
+        sampling_params={
+            "n": n,
+            "temperature": 1.0,
+            "max_new_tokens": tokens,
+            "ignore_eos": True,
+            "custom_params": {"step": step},
+            **params,
+        },
+        **body,
+    )
+
+
+def split(answers: list[dict], n: int = TRACES) -> tuple[list[dict], list[dict]]:
+    """The pruned and the finished traces of a group, which must be all."""
+    assert len({answer["meta_info"]["id"] for answer in answers}) == n
+    pruned = [a for a in answers if a["meta_info"]["step"]["pruned"]]
+    finished = [a for a in answers if a["meta_info"]["finish_reason"]["type"] != "abort"]
+    assert pruned and finished and len(pruned) + len(finished) == n
+    for answer in answers:
+        assert len(answer["output_ids"]) == answer["meta_info"]["completion_tokens"]
+    return pruned, finished
+
+
+def prunings(server: Server) -> int:
+    return server.log_text().count("STEP pruned")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def start(server: Server, threads: ThreadPoolExecutor, **more: Any) -> Future[list[dict]]:
+    """Begin a group, and wait until a trace of it is pruned."""
+    before = prunings(server)
+    future = threads.submit(group, server, **more)
+    wait_until(lambda: prunings(server) > before)
+    return future
+
+
+def flush(server: Server) -> requests.Response:
+    return requests.post(f"{server.url}/flush_cache", timeout=60)
+
+
+def free_tokens(server: Server) -> int:
+    wait_until(lambda: flush(server).status_code == 200)
+    load = requests.get(f"{server.url}/v1/loads", timeout=60).json()["loads"][0]
+    return int(load["max_total_num_tokens"] - load["num_used_tokens"])
+
+
+def nothing_is_left(server: Server) -> None:
+    """All of the pool comes back, and no group lives."""
+    assert free_tokens(server) == POOL
+    state = server.info()["internal_states"][0]["step"]
+    assert state["groups"] == state["live_traces"] == 0

@@ -1,0 +1,48 @@
+"""What SGLang's own test kits find in order on a stock server, they find in order with STEP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.models import build_model
+from tests.server.kits.catalogue import MAIN, OTHERS, Setup
+from tests.server.kits.runner import Outcomes, kit_server, run_kits, traces_ended
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its vocabulary has room for every token id that the kits draw."""
+    return build_model(tmp_path_factory.mktemp("kits") / "model", vocab=32064)
+
+
+def compare(setup: Setup, model: Path, scorer: Path, folder: Path, *, quick: bool) -> Outcomes:
+    """Run stock, then with STEP, then with STEP and every request a trace."""
+    with kit_server(setup, model, folder / "stock.log") as server:
+        stock = run_kits(setup, server, model, quick=quick)
+    for name, reason in stock.items():
+        print(f"{name}: {f'fails on stock: {reason}' if reason else 'passes on stock'}")
+    passed = frozenset(name for name, reason in stock.items() if not reason)
+    with kit_server(setup, model, folder / "step.log", scorer) as server:
+        assert run_kits(setup, server, model, only=passed) == dict.fromkeys(passed, "")
+        before = traces_ended(server)  # of kits that ask for n > 1 by themselves
+        assert run_kits(setup, server, model, only=passed, traces=True) == dict.fromkeys(passed, "")
+        assert traces_ended(server) > before
+    return stock
+
+
+def test_quick_kits(model: Path, scorer: Path, tmp_path: Path) -> None:
+    stock = compare(MAIN, model, scorer, tmp_path, quick=True)
+    # All of them were chosen because they pass here.
+    assert not any(stock.values()), stock
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", ["main", *OTHERS])
+def test_all_kits(model: Path, scorer: Path, tmp_path: Path, name: str) -> None:
+    stock = compare({"main": MAIN, **OTHERS}[name], model, scorer, tmp_path, quick=False)
+    assert not all(stock.values()), "none passes on stock"

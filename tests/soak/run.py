@@ -1,0 +1,170 @@
+"""Runs mixed traffic against one server for some minutes, and judges what is left."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import requests
+
+from tests.server.launch import Server, serve
+from tests.soak.memory import MemoryWatch, Slope
+from tests.soak.tally import Tally
+from tests.soak.traffic import CLIENTS, TIMEOUT, Client
+
+POOL = 6144  # KV tokens; a quarter of what the clients ask for at once, see `demand`
+GROWTH = 32.0  # MiB that a process may certainly have grown by since the warm-up
+PRUNED = re.compile(r"STEP pruned rid='([^']*)' group='([^']*)'")
+BAD_LINE = re.compile(r"traceback|exception|leak|error", re.IGNORECASE)
+FINE_LINE = re.compile(r"Error: Request is disconnected from the client side")
+
+
+@dataclass
+class Report:
+    """Figures of one soak, and everything that was wrong."""
+
+    minutes: float
+    counts: Counter[str]
+    demand: float  # of the pool: how many times as much was asked for, on average
+    p50: float  # seconds, of ordinary requests
+    p99: float
+    slopes: list[Slope]
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.minutes:.1f} minutes, demand {self.demand:.1f} times the pool of {POOL} tokens",
+            ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items())),
+            f"ordinary requests: p50 {self.p50:.3f} s, p99 {self.p99:.3f} s",
+            *(f"memory of {slope}" for slope in self.slopes),
+            f"{len(self.problems)} problems",
+            *self.problems[:50],
+        ]
+        return "\n".join(lines)
+
+
+def soak(
+    model: Path,
+    scorer: Path | None,
+    log: Path,
+    *,
+    minutes: float,
+    seed: int = 0,
+    flags: tuple[str, ...] = (),
+) -> Report:
+    """Serve ``model`` and send mixed traffic to it.
+
+    Args:
+        model: folder of the model.
+        scorer: file of the scorer; None for a stock server, to compare with.
+        log: where the server's log goes.
+        minutes: how long requests are begun; the last ones are waited for.
+        seed: of what the clients draw.
+        flags: further flags of the server.
+    """
+    step = () if scorer is None else ("--enable-step", "--step-scorer", str(scorer))
+    pool = ("--max-total-tokens", str(POOL), "--max-running-requests", "320")
+    chunks = ("--chunked-prefill-size", "256")
+    with serve(model, *step, *pool, *chunks, *flags, log=log) as server:
+        free = _free_tokens(server)
+        said = server.log.stat().st_size  # starting up has its own noise
+        tally = Tally(step=scorer is not None)
+        started = time.monotonic()
+        with MemoryWatch(server.process.pid) as watch:
+            lost = _send(server, tally, seed, started + minutes * 60)
+        seconds = time.monotonic() - started
+        tally.problems += lost
+        tally.problems += _left_over(server, free, said, tally)
+        slopes = watch.slopes(warm_up=seconds / 3)
+        tally.problems += [
+            f"memory grows: {slope}" for slope in slopes if slope.growth_mib > GROWTH
+        ]
+        cuts = statistics.quantiles(tally.latencies, n=100, method="inclusive")
+        demand = tally.demand_seconds / seconds / POOL
+        return Report(
+            seconds / 60, tally.counts, demand, cuts[49], cuts[98], slopes, tally.problems
+        )
+
+
+def _send(server: Server, tally: Tally, seed: int, until: float) -> list[str]:
+    """Let every client send until a moment; returns those that never came back."""
+    threads = []
+    for kind, number in CLIENTS:
+        for i in range(number):
+            client = Client(server.url, tally, f"{kind.__name__}-{i}", seed)
+            threads.append(
+                threading.Thread(target=client.run, args=(kind, until), name=f"{kind.__name__} {i}")
+            )
+    for thread in threads:
+        thread.daemon = True
+        thread.start()
+    for thread in threads:
+        thread.join(max(0, until - time.monotonic()) + TIMEOUT)
+    return [
+        f"lost: client {thread.name} is still waiting" for thread in threads if thread.is_alive()
+    ]
+
+
+def _left_over(server: Server, free: int, said: int, tally: Tally) -> list[str]:
+    """What the server has kept, or said, that it should not."""
+    problems = []
+    if server.process.poll() is not None:
+        return [f"the server died\n{server.tail()}"]
+    try:
+        after = _free_tokens(server)
+    except AssertionError as error:
+        return [f"{error}\n{server.tail()}"]
+    if after != free:
+        problems.append(f"leaked: {free - after} of {free} free tokens did not return")
+    if tally.step:
+        state = server.info()["internal_states"][0]["step"]
+        if state["groups"] or state["live_traces"]:
+            problems.append(f"leaked: {state}")
+    return problems + _in_the_log(server.log, said, tally)
+
+
+def _in_the_log(log: Path, start: int, tally: Tally) -> list[str]:
+    problems = []
+    logged: Counter[str] = Counter()
+    with log.open(errors="replace") as lines:
+        lines.seek(start)
+        for line in lines:
+            if found := PRUNED.search(line):
+                logged[found[1]] += 1
+                if found[1] not in tally.pruned and found[2] not in tally.left:
+                    problems.append(f"lost: {found[1]} of {found[2]} was pruned but never answered")
+            elif BAD_LINE.search(line) and not FINE_LINE.search(line):
+                problems.append(f"log: {line.rstrip()[:300]}")
+    problems += [f"doubled: {rid} was pruned {n} times" for rid, n in logged.items() if n > 1]
+    problems += [f"pruned without a log line: {rid}" for rid in tally.pruned - logged.keys()]
+    return problems
+
+
+def _free_tokens(server: Server) -> int:
+    """Tokens free once nothing runs and the radix cache is empty.
+
+    SGLang refuses to flush while a request runs or waits, and checks its pools of tokens and of
+    slots whenever it is idle: a leak ends the server.
+    """
+    flushed = _soon(
+        lambda: requests.post(f"{server.url}/flush_cache", timeout=60).status_code == 200
+    )
+    assert flushed, "the server does not become idle"
+    load = requests.get(f"{server.url}/v1/loads", timeout=60).json()["loads"][0]
+    assert load["num_running_reqs"] == load["num_waiting_reqs"] == 0, load
+    return int(load["max_total_num_tokens"] - load["num_used_tokens"])
+
+
+def _soon(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.5)
+    return False
