@@ -39,12 +39,12 @@ def get_new_batch_prefill(scheduler: Any, running_batch: Any) -> None:
     held: Counter[str] = Counter()
     for req in running_batch.reqs:
         trace = trace_of(req)
-        if trace is not None and not req.finished():
+        if trace is not None and trace.group.for_memory and not req.finished():
             held[trace.group.group_id] += own_tokens(req, page)
 
     def turn(req: Any) -> tuple[int, float]:
         trace = trace_of(req)
-        if trace is None:
+        if trace is None or not trace.group.for_memory:
             return (0 if _generates_nothing(req) else 1, 0.0)
         tokens = held[trace.group.group_id]
         return (2 if tokens else 0, tokens / trace.group.weight)
@@ -209,7 +209,7 @@ class _Room:
     def _claim(self, req: Any, need: int) -> float:
         """KV tokens per weight that the request's group would hold with it."""
         trace = trace_of(req)
-        if trace is None:
+        if trace is None or not trace.group.for_memory:
             return float(need)
         group = trace.group
         admitted = sum(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 
 from step_sglang.capture import Capture
+from step_sglang.confidence import token_confidences
 from step_sglang.groups import GroupRegistry
 from step_sglang.metrics import StepMetrics
 from step_sglang.slots import SlotReset, SlotState
@@ -119,21 +122,37 @@ def logits_forward(
         slots.keep_rows(hidden_states, _active.prefilled.rows)
 
 
-def sample(result: torch.Tensor, runner: Any, logits_output: Any, forward_batch: Any) -> None:
-    """AFTER ``ModelRunner.sample``, which clears the field that carries values to the host."""
+def sample(
+    original: Callable[..., torch.Tensor], runner: Any, logits_output: Any, forward_batch: Any
+) -> torch.Tensor:
+    """AROUND ``ModelRunner.sample``, which changes the logits in place and clears the field that
+    carries values to the host.
+    """
     mode = forward_batch.forward_mode
     if _active is None or not _active.groups.num_live or not (mode.is_decode() or mode.is_extend()):
-        return
+        return original(runner, logits_output, forward_batch)
+    top_ks = tuple(sorted(k for k in _active.groups.watched if k))
+    confidences = token_confidences(logits_output.next_token_logits, top_ks) if top_ks else None
+    tokens = original(runner, logits_output, forward_batch)
+    _append_output(logits_output, forward_batch.batch_size, confidences, top_ks)
+    return tokens
+
+
+def _append_output(
+    logits_output: Any, batch: int, confidences: torch.Tensor | None, top_ks: tuple[int, ...]
+) -> None:
     from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
+    assert _active is not None
     slots, prefilled = _active.slots, _active.prefilled
     _active.prefilled = None
-    batch = forward_batch.batch_size
     output = StepDeviceOutput(
         values=slots.results(batch),
         hidden=slots.last_hidden(batch),
         kept=None if prefilled is None else slots.kept_rows(),
         owners=() if prefilled is None else tuple(prefilled.owners),
+        confidences=confidences,
+        top_ks=top_ks,
     )
     logits_output.auxiliary_device_output = append_auxiliary_output(
         logits_output.auxiliary_device_output, output
@@ -148,11 +167,17 @@ class StepDeviceOutput:
     hidden: torch.Tensor | None = None  # [B, D] where the server captures
     kept: torch.Tensor | None = None  # [K, D] rows wanted of a prefilled trace
     owners: tuple[tuple[Capture, int], ...] = ()  # of the kept rows
+    confidences: torch.Tensor | None = None  # [B, K] fp32: of the sampled tokens, one column per k
+    top_ks: tuple[int, ...] = ()  # [K] candidates
 
     def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> StepHostOutput:
         """Enqueue the copies; SGLang waits for them with the sampled tokens."""
-        hidden, kept = (None if t is None else copy_tensor(t) for t in (self.hidden, self.kept))
-        return StepHostOutput(copy_tensor(self.values), hidden, kept, self.owners)
+        hidden, kept, confidences = (
+            None if t is None else copy_tensor(t)
+            for t in (self.hidden, self.kept, self.confidences)
+        )
+        values = copy_tensor(self.values)
+        return StepHostOutput(values, hidden, kept, self.owners, confidences, self.top_ks)
 
 
 @dataclass(frozen=True)
@@ -163,6 +188,8 @@ class StepHostOutput:
     hidden: torch.Tensor | None
     kept: torch.Tensor | None
     owners: tuple[tuple[Capture, int], ...]
+    confidences: torch.Tensor | None
+    top_ks: tuple[int, ...]
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
         """Record the scores of requests whose token this pass committed.
@@ -189,3 +216,25 @@ class StepHostOutput:
         for row, (capture, position) in enumerate(self.owners):
             assert self.kept is not None
             capture.keep_prefilled(position, self.kept[row].clone())
+        if _active is not None and _active.groups.watched.total():
+            self._show_tokens(_active.groups, batch, commits)
+
+    def _show_tokens(self, groups: GroupRegistry, batch: Any, commits: Sequence[Any]) -> None:
+        """Show the tokens to those who watch them, and end the traces that they name."""
+        from step_sglang.patches.scheduler import trace_of
+
+        now = time.time()
+        confidences = None if self.confidences is None else self.confidences.numpy()
+        columns = {k: column for column, k in enumerate(self.top_ks)}
+        for row, (req, commit) in enumerate(zip(batch.reqs, commits, strict=True)):
+            trace = trace_of(req)
+            if trace is None or commit is None or not trace.watches_tokens:
+                continue
+            confidence = math.nan
+            if trace.top_k:
+                assert confidences is not None
+                confidence = float(confidences[row, columns[trace.top_k]])
+            for token in commit.token_ids:
+                ended = trace.token(token, now, confidence)
+                if ended is not None:
+                    groups.end_soon(ended)

@@ -58,7 +58,7 @@ SCHEDULER = (
     Hook(contract.SEND_ABORT_OUTPUT, HookType.AFTER, "scheduler:send_abort_output"),
     Hook(contract.FORWARD_BATCH_GENERATION, HookType.BEFORE, "forward:forward_batch_generation"),
     Hook(contract.LOGITS_FORWARD, HookType.BEFORE, "forward:logits_forward"),
-    Hook(contract.SAMPLE, HookType.AFTER, "forward:sample"),
+    Hook(contract.SAMPLE, HookType.AROUND, "forward:sample"),
     Hook(contract.GET_INTERNAL_STATE, HookType.AFTER, "scheduler:get_internal_state"),
 )
 

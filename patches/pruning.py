@@ -20,6 +20,8 @@ def update_running_batch(scheduler: Any, batch: Any) -> None:
     if state is None or state.config.capture or not state.groups.num_live:
         return
     finishing = scheduler._reqs_finishing_inflight(batch)
+    if state.groups.num_ending:
+        _prune_ending(scheduler, state, batch, finishing)
     chosen: Round | None = None
     while not batch.is_empty() and not _fits(batch, finishing):
         if finishing:
@@ -37,6 +39,19 @@ def _fits(batch: Any, finishing: Sequence[Any]) -> bool:
     leaving = set(finishing)
     staying = [i for i, req in enumerate(batch.reqs) if req not in leaving]
     return not staying or bool(batch.check_decode_mem(selected_indices=staying))
+
+
+def _prune_ending(
+    scheduler: Any, state: SchedulerStep, batch: Any, finishing: Sequence[Any]
+) -> None:
+    """Prune the traces that a baseline ends, whatever memory there is."""
+    spared = set(finishing)
+    for req in list(batch.reqs):
+        trace = trace_of(req)
+        if trace is not None and trace.is_live and trace.ending and req not in spared:
+            method = trace.group.baseline
+            assert method is not None
+            _prune(scheduler, state, batch, req, method.REASON)
 
 
 class Round:
@@ -86,18 +101,23 @@ def _views(batch: Any, spared: set[Any]) -> list[GroupView]:
     page = batch.token_to_kv_pool_allocator.page_size
     for index, req in enumerate(batch.reqs):
         trace = trace_of(req)
-        if trace is None or trace.fate is not Fate.LIVE or req in spared:
+        if trace is None or not trace.is_live or not trace.group.for_memory or req in spared:
             continue
         group = trace.group
         if group.group_id not in members:
             members[group.group_id] = (group, [])
-        members[group.group_id][1].append(
-            TraceView(
-                index, own_tokens(req, page), len(req.output_ids), trace.score_sum, trace.num_steps
-            )
-        )
+        length = len(req.output_ids)
+        view = TraceView(index, own_tokens(req, page), length, *trace.standing(length))
+        members[group.group_id][1].append(view)
     return [
-        GroupView(name, group.survivors, group.min_survivors, group.weight, traces)
+        GroupView(
+            name,
+            group.survivors,
+            group.min_survivors,
+            group.weight,
+            traces,
+            None if group.baseline is None else 1,
+        )
         for name, (group, traces) in members.items()
     ]
 
@@ -147,6 +167,7 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
 
     trace = trace_of(req)
     assert trace is not None
+    trace.reason = reason
     state.groups.end(trace, Fate.PRUNED)
     score = "none" if trace.score is None else f"{trace.score:.4f}"
     message = f"{words.PRUNED_MESSAGE}: trace score {score} after {trace.num_steps} steps"

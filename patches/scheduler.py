@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from step_sglang.baselines import Surroundings
 from step_sglang.boundary import bitmap
 from step_sglang.capture import Capture, boundary_positions
 from step_sglang.config import StepConfig
+from step_sglang.embedding import load_embedding
 from step_sglang.errors import ConfigError
 from step_sglang.groups import Fate, GroupRegistry, Trace
 from step_sglang.metrics import StepMetrics
@@ -23,6 +25,7 @@ from step_sglang.patches.preflight import (
     step_boundaries,
 )
 from step_sglang.patches.record import config_of
+from step_sglang.recording import Recording
 from step_sglang.request import StepRequest, parse_request
 from step_sglang.slots import SlotState
 
@@ -39,6 +42,7 @@ class SchedulerStep:
     config: StepConfig
     slots: SlotState
     boundaries: frozenset[int]
+    around: Surroundings
     hidden_size: int
     hidden_dtype: torch.dtype
     groups: GroupRegistry
@@ -63,9 +67,8 @@ def init_all_cuda_graphs(scheduler: Any) -> None:
     runner = scheduler.tp_worker.model_runner
     hidden_size = scheduler.model_config.hf_text_config.hidden_size
     scorer = load_config_scorer(config, hidden_size)
-    ids, think_end = step_boundaries(
-        config, scorer, scheduler.tokenizer or load_tokenizer(scheduler.server_args)
-    )
+    tokenizer = scheduler.tokenizer or load_tokenizer(scheduler.server_args)
+    ids, think_end = step_boundaries(config, scorer, tokenizer)
     if think_end is None and not config.scores_all:
         logger.warning("STEP: the tokenizer has no think-end token, so every step is scored")
     hooks.verify(hooks.SCHEDULER)
@@ -85,7 +88,18 @@ def init_all_cuda_graphs(scheduler: Any) -> None:
     )
     groups = GroupRegistry()
     metrics = _metrics(scheduler, groups)
-    state = SchedulerStep(config, slots, frozenset(ids), hidden_size, runner.dtype, groups, metrics)
+    boundaries = frozenset(ids)
+    embedding = load_embedding(config.embedding, tokenizer.decode)
+    state = SchedulerStep(
+        config,
+        slots,
+        boundaries,
+        Surroundings(boundaries, think_end, embedding),
+        hidden_size,
+        runner.dtype,
+        groups,
+        metrics,
+    )
     setattr(scheduler, _STATE, state)
     forward.activate(slots, groups, metrics)
     logger.info("STEP: %d boundary tokens, think-end %s, %s", len(ids), think_end, config)
@@ -117,6 +131,9 @@ def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -
         prompt_tokens=len(req.origin_input_ids),
         step_scores=wishes.step_scores,
         capture=capture,
+        baseline=wishes.baseline,
+        around=state.around,
+        recording=Recording() if wishes.record else None,
     )
     setattr(req, _TRACE, trace)
 

@@ -8,9 +8,16 @@ from typing import Any
 
 from step_sglang import words
 from step_sglang.affinity import GroupIds, replica_of
+from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
 from step_sglang.patches.record import config_of
-from step_sglang.request import check_group_size, declined, parse_request, with_group
+from step_sglang.request import (
+    StepRequest,
+    check_group_size,
+    declined,
+    parse_request,
+    with_group,
+)
 
 
 def handle_batch_request(manager: Any, obj: Any, request: Any, request_states: Any) -> None:
@@ -51,6 +58,7 @@ def create_tokenized_object(result: Any, manager: Any, *args: Any, **kwargs: Any
         raise RequestError(
             "custom_params.step.hidden_states needs a server started with --step-capture"
         )
+    _check_baseline(wishes, config, manager.server_args)
     tokens = len(result.input_ids or ())
     if wishes.prompt_tokens is not None and wishes.prompt_tokens > tokens:
         raise RequestError(
@@ -60,6 +68,19 @@ def create_tokenized_object(result: Any, manager: Any, *args: Any, **kwargs: Any
     replicas = manager.server_args.dp_size
     if replicas > 1 and wishes.group is not None and result.routed_dp_rank is None:
         result.routed_dp_rank = replica_of(wishes.group, replicas)
+
+
+def _check_baseline(wishes: StepRequest, config: StepConfig, server_args: Any) -> None:
+    if wishes.baseline is None:
+        return
+    where = "custom_params.step.baseline"
+    if config.capture or config.policy == "paper":
+        raise RequestError(
+            f"{where} needs a server with --step-policy fair and without --step-capture"
+        )
+    if not wishes.baseline.FOR_MEMORY and server_args.tp_size > 1:
+        # Ranks would have to agree after every step, on confidences that differ in the last bit.
+        raise RequestError(f"{where} {wishes.baseline.NAME!r} needs a server with --tp-size 1")
 
 
 def update_request_meta_info(

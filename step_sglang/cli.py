@@ -98,7 +98,9 @@ def collect(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 4,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 3600.0,
-    keep_text: Annotated[bool, typer.Option("--keep-text", help="Store the texts too.")] = False,
+    keep_text: Annotated[
+        bool, typer.Option("--keep-text", help="Store texts and token ids too.")
+    ] = False,
 ) -> None:
     """Sample traces from a server, grade them, store their hidden states. Resumable."""
     from step_sglang.toolchain import collect as work
@@ -133,7 +135,7 @@ def collect(
     meta = StoreMeta(
         model=name,
         hidden_size=prompter.hidden_size,
-        n=len(jobs[0].texts) if from_traces else n or 64,
+        n=len(jobs[0].traces) if from_traces else n or 64,
         source=("traces " if from_traces else "") + found.name,
         sampling={**measured, "top_logprobs": top_logprobs, "suffix": suffix},
         delimiters=delimiters,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from step_sglang.answers import EXTRACTORS
+from step_sglang.embedding import NGRAMS
 from step_sglang.errors import ConfigError
 from step_sglang.vote import VOTES
 
@@ -113,6 +114,14 @@ class StepConfig:
             "traces would be the same.",
         },
     )
+    embedding: str = field(
+        default=NGRAMS,
+        metadata={
+            "metavar": "NAME",
+            "help": "What requests that ask for Slim-SC compare thoughts by: ngrams, or a "
+            "sentence-transformers model.",
+        },
+    )
 
     def __post_init__(self) -> None:
         if not self.scorer and not self.capture:
@@ -153,6 +162,8 @@ class StepConfig:
             )
         _check_choice("--step-vote", self.vote, VOTES)
         _check_choice("--step-extract", self.extract, tuple(EXTRACTORS))
+        if not isinstance(self.embedding, str) or not self.embedding:
+            raise ConfigError(f"--step-embedding must be a name, not {self.embedding!r}")
         if not isinstance(self.temperature, int | float) or not 0 < self.temperature < 100:
             raise ConfigError(f"--step-temperature must be above 0, not {self.temperature!r}")
 

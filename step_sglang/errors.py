@@ -1,6 +1,13 @@
 """The errors a user can meet, each with one message that says what to do."""
 
 
+def shown(value: object) -> str:
+    """A user's value in an error message: short, whatever it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**15:
+        return "a whole number of more than 15 digits"  # printing it could fail
+    return repr(value)[:40]
+
+
 class StepError(ValueError):
     """Base of every error this package raises on purpose."""
 

@@ -7,14 +7,16 @@ keeps its score when it loses its slot to a retraction.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from step_sglang import words
+from step_sglang.baselines import DEFAULT_TOP_K, Baseline, Signal, Surroundings, Thoughts
 from step_sglang.capture import Capture
+from step_sglang.recording import Recording
 
 MAX_NAMED = 65536  # named traces whose score is kept for a continuation
 
@@ -28,7 +30,7 @@ class Fate(Enum):
     ABORTED = "aborted"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Group:
     """All traces of one question."""
 
@@ -37,6 +39,15 @@ class Group:
     min_survivors: int = 1
     live: int = 0
     finished: int = 0
+    joined: int = 0  # traces so far
+    ending: int = 0  # live traces that the baseline ends
+    baseline: Baseline | None = None  # judges its traces; None: STEP
+    thoughts: Thoughts | None = None  # what that method shares among them
+
+    @property
+    def for_memory(self) -> bool:
+        """Whether its traces are pruned, not queued or retracted, when memory is short."""
+        return self.baseline is None or self.baseline.FOR_MEMORY
 
     @property
     def survivors(self) -> int:
@@ -45,11 +56,11 @@ class Group:
 
     @property
     def prunable(self) -> bool:
-        """Whether it may lose a trace."""
-        return self.survivors > self.min_survivors
+        """Whether it may lose a trace when memory is short."""
+        return self.for_memory and self.survivors > self.min_survivors
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Trace:
     """One sampled continuation. Its score is mirrored from the device after every step."""
 
@@ -62,6 +73,42 @@ class Trace:
     fate: Fate = Fate.LIVE
     name: str | None = None  # within its group, for requests that continue it
     prompt_tokens: int = 0  # of its first request
+    signal: Signal | None = None  # of its group's baseline
+    recording: Recording | None = None
+    ending: bool = False  # its group's baseline ends it
+    reason: str | None = None  # why it was pruned
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is running or waiting."""
+        return self.fate is Fate.LIVE
+
+    @property
+    def watches_tokens(self) -> bool:
+        """Whether somebody wants to see its output tokens as they come."""
+        return self.recording is not None or (
+            self.signal is not None and self.signal.watches_tokens
+        )
+
+    @property
+    def top_k(self) -> int:
+        """Candidates of the token confidence that somebody wants; 0: nobody does."""
+        wanted = 0 if self.signal is None else self.signal.top_k
+        return wanted or (0 if self.recording is None else DEFAULT_TOP_K)
+
+    def token(self, token: int, now: float, confidence: float) -> Trace | None:
+        """Show an output token to those who want it; returns a trace that is to end for it.
+
+        Args:
+            token: its id.
+            now: unix seconds.
+            confidence: over ``top_k`` candidates, nats; NaN when ``top_k`` is 0.
+        """
+        if self.recording is not None:
+            self.recording.token(now, confidence)
+        if self.signal is None or not self.signal.watches_tokens:
+            return None
+        return self.signal.token(token, confidence)
 
     @property
     def score(self) -> float | None:
@@ -79,6 +126,16 @@ class Trace:
         if self.positions is not None:
             self.positions.append(position)
 
+    def standing(self, length: int) -> tuple[float, int]:
+        """(score sum, number of steps) by which it ranks when memory is short.
+
+        Args:
+            length: its generated tokens.
+        """
+        if self.signal is not None:
+            return self.signal.standing(length)
+        return self.score_sum, self.num_steps
+
     def meta(self) -> dict[str, Any]:
         """The response's ``meta_info["step"]``; what grows with the trace only at the end."""
         info: dict[str, Any] = {
@@ -87,8 +144,14 @@ class Trace:
             words.META_NUM_STEPS: self.num_steps,
             words.META_PRUNED: self.fate is Fate.PRUNED,
         }
+        if self.signal is not None:
+            info.update(self.signal.meta())
         if self.fate is Fate.LIVE:
             return info
+        if self.fate is Fate.PRUNED:
+            info[words.META_REASON] = self.reason
+        if self.recording is not None:
+            info[words.META_RECORD] = self.recording.as_json()
         if self.step_scores is not None:
             info[words.META_STEP_SCORES] = list(self.step_scores)
         if self.positions is not None:
@@ -111,6 +174,9 @@ class GroupRegistry:
     _named: OrderedDict[tuple[str, str], Trace] = field(default_factory=OrderedDict)
     num_live: int = 0
     num_finished: int = 0  # traces, of these groups
+    # Live traces whose tokens somebody wants to see, by `top_k`; no entry is 0.
+    watched: Counter[int] = field(default_factory=Counter)
+    num_ending: int = 0  # live traces that their baseline ends
     observer: Callable[[Trace], None] | None = None
 
     @property
@@ -128,19 +194,25 @@ class GroupRegistry:
         prompt_tokens: int = 0,
         step_scores: bool = False,
         capture: Capture | None = None,
+        baseline: Baseline | None = None,
+        around: Surroundings | None = None,
+        recording: Recording | None = None,
     ) -> Trace:
         """Add a live trace to a group, which begins with it when it is new.
 
-        Where members disagree on the weight or the minimum, the largest value wins.
+        Where members disagree on the weight or the minimum, the largest value wins; on the
+        baseline (which needs ``around``), the first member's.
         A named trace that ended before starts from its score then, and no longer counts as
         finished.
         """
         group = self._groups.get(group_id)
         if group is None:
-            group = self._groups[group_id] = Group(group_id, weight, min_survivors)
+            group = Group(group_id, weight, min_survivors, baseline=baseline)
+            self._groups[group_id] = group
         group.weight = max(group.weight, weight)
         group.min_survivors = max(group.min_survivors, min_survivors)
         group.live += 1
+        group.joined += 1
         self.num_live += 1
         trace = Trace(
             group,
@@ -149,7 +221,12 @@ class GroupRegistry:
             capture=capture,
             name=name,
             prompt_tokens=prompt_tokens,
+            recording=recording,
         )
+        if group.baseline is not None and around is not None:
+            trace.signal = group.baseline.signal(trace, group.joined, around)
+        if trace.watches_tokens:
+            self.watched[trace.top_k] += 1
         before = None if name is None else self._named.pop((group_id, name), None)
         if before is not None:
             trace.score_sum, trace.num_steps = before.score_sum, before.num_steps
@@ -161,6 +238,17 @@ class GroupRegistry:
             self.observer(trace)
         return trace
 
+    def end_soon(self, trace: Trace) -> None:
+        """Let its baseline end a live trace at the next opportunity, if that spares a survivor."""
+        group = trace.group
+        method = group.baseline
+        if method is None or not trace.is_live or trace.ending:
+            return
+        if method.ENDS_SURVIVORS or group.survivors - group.ending > group.min_survivors:
+            trace.ending = True
+            group.ending += 1
+            self.num_ending += 1
+
     def end(self, trace: Trace, fate: Fate) -> None:
         """Record how a live trace ended; a second call for the same trace does nothing."""
         if trace.fate is not Fate.LIVE:
@@ -169,6 +257,12 @@ class GroupRegistry:
         group = trace.group
         group.live -= 1
         self.num_live -= 1
+        if trace.watches_tokens:
+            self.watched[trace.top_k] -= 1
+            self.watched = +self.watched
+        if trace.ending:
+            group.ending -= 1
+            self.num_ending -= 1
         if fate is Fate.FINISHED:
             group.finished += 1
             self.num_finished += 1

@@ -28,6 +28,7 @@ class GroupView:
     min_survivors: int  # it is never left with fewer
     weight: float  # of its claim to the pool, against the other groups'
     traces: Sequence[TraceView]
+    min_steps: int | None = None  # before a score counts; None: the server's setting
 
 
 class Candidates:
@@ -112,7 +113,8 @@ class Candidates:
     def _rank(self, name: str) -> list[TraceView]:
         ranked = self._ranked.get(name)
         if ranked is None:
-            ranked = _worst_last(self._groups[name].traces, self._config.min_steps)
+            view = self._groups[name]
+            ranked = _worst_last(view.traces, view.min_steps or self._config.min_steps)
             self._ranked[name] = ranked
         return ranked
 

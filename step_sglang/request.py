@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from step_sglang import words
-from step_sglang.errors import RequestError
+from step_sglang.baselines import Baseline, parse_baseline
+from step_sglang.errors import RequestError, shown
 
 MAX_GROUP_LENGTH = 256  # characters
 MAX_WEIGHT = 1e6  # of a group; its inverse is the least
@@ -20,6 +21,9 @@ class StepRequest:
     ``weight``: of the group's claim to the KV pool. ``min_survivors`` None: the server's setting.
     ``trace``: the request continues the group's trace of that name, and its score.
 
+    ``baseline``: another method than STEP judges the group's traces. ``record``: the final response
+    says when each token came, and its confidence.
+
     ``prompt_tokens`` P: the input already holds a trace from token P on, whose hidden states are
     wanted (only with ``hidden_states``, on a server that captures).
     """
@@ -31,6 +35,8 @@ class StepRequest:
     weight: float = 1.0
     min_survivors: int | None = None
     trace: str | None = None
+    baseline: Baseline | None = None
+    record: bool = False
 
 
 def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None:
@@ -81,6 +87,8 @@ def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None
         step_scores=_flag(value, words.STEP_SCORES),
         hidden_states=_flag(value, words.HIDDEN_STATES),
         prompt_tokens=prompt_tokens,
+        baseline=_baseline(value),
+        record=_flag(value, words.RECORD),
     )
     if prompt_tokens is not None and not wishes.hidden_states:
         raise RequestError("custom_params.step.prompt_tokens needs hidden_states: true beside it")
@@ -118,7 +126,7 @@ def check_group_size(wishes: StepRequest, samples: int) -> None:
         return
     if samples > 1 or wishes.group is None:
         raise RequestError(
-            f"custom_params.step.min_survivors is {_shown(wishes.min_survivors)}, but the "
+            f"custom_params.step.min_survivors is {shown(wishes.min_survivors)}, but the "
             f"request asks for only {samples} samples (n): give at most n"
         )
 
@@ -134,7 +142,7 @@ def _weight(value: Mapping[str, Any]) -> float:
     ):
         raise RequestError(
             "custom_params.step.weight must be a number between "
-            f"{1 / MAX_WEIGHT:g} and {MAX_WEIGHT:g}, not {_shown(weight)}"
+            f"{1 / MAX_WEIGHT:g} and {MAX_WEIGHT:g}, not {shown(weight)}"
         )
     return float(weight)
 
@@ -146,15 +154,14 @@ def _min_survivors(value: Mapping[str, Any]) -> int | None:
     if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 1:
         raise RequestError(
             "custom_params.step.min_survivors must be a whole number of at least 1, "
-            f"not {_shown(minimum)}"
+            f"not {shown(minimum)}"
         )
     return minimum
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**15:
-        return "a whole number of more than 15 digits"  # printing it could fail
-    return repr(value)[:40]
+def _baseline(value: Mapping[str, Any]) -> Baseline | None:
+    baseline = value.get(words.BASELINE)
+    return None if baseline is None else parse_baseline(baseline)
 
 
 def _name(value: Mapping[str, Any], member: str) -> str | None:

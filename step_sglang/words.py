@@ -12,8 +12,11 @@ STEP_SCORES = "step_scores"
 HIDDEN_STATES = "hidden_states"
 PROMPT_TOKENS = "prompt_tokens"
 TRACE = "trace"
+BASELINE = "baseline"
+RECORD = "record"
 REQUEST_MEMBERS = (
-    GROUP, TRACE, WEIGHT, MIN_SURVIVORS, STEP_SCORES, HIDDEN_STATES, PROMPT_TOKENS,
+    GROUP, TRACE, WEIGHT, MIN_SURVIVORS, STEP_SCORES, HIDDEN_STATES, PROMPT_TOKENS, BASELINE,
+    RECORD,
 )  # fmt: skip
 
 # Members that ask for one voted answer instead; they never reach the scheduler.
@@ -24,14 +27,19 @@ THRESHOLD = "threshold"
 EXTRACT = "extract"
 VOTE_MEMBERS = (TRACES, VOTE, EARLY, THRESHOLD, EXTRACT)
 
-# Members of the response value; the last three only when the request asked for them.
+# Members of the response value: of every trace, of a pruned one, and what a request asked for.
 META_GROUP = "group"
 META_SCORE = "score"
 META_NUM_STEPS = "num_steps"
 META_PRUNED = "pruned"
+META_REASON = "reason"
 META_STEP_SCORES = "step_scores"
 META_POSITIONS = "positions"
 META_HIDDEN_STATES = "hidden_states"
+META_CONFIDENCE = "confidence"
+META_RECORD = "record"
+RECORD_TIMES = "token_times"
+RECORD_CONFIDENCES = "confidences"
 
 # `finish_reason["message"]` of a pruned trace begins with this.
 PRUNED_MESSAGE = "pruned by STEP"
@@ -40,9 +48,11 @@ PRUNED_MESSAGE = "pruned by STEP"
 # the server's arguments.
 HOOKS_ENV = "STEP_SGLANG_HOOKS"
 
-# Why a trace was pruned, in the log line and the metrics.
+# Why a trace was pruned, in the response, the log line and the metrics.
 PRUNED_FOR_DECODE = "decode"  # the next decode step did not fit
 PRUNED_FOR_ADMISSION = "admission"  # a waiting request did not fit
+PRUNED_FOR_CONFIDENCE = "confidence"  # DeepConf
+PRUNED_FOR_SIMILARITY = "similarity"  # Slim-SC
 
 # The endpoint that ends a group, and its answer's member.
 ABORT_GROUP_PATH = "/step/abort_group"

@@ -24,10 +24,9 @@ Step = bool | Mapping[str, Any]  # custom_params.step
 class Settings:
     """What the methods may be told; the defaults are their papers'.
 
-    DeepConf (arXiv 2508.15260): groups of 2,048 tokens and the 20 most likely candidates (its
-    experiments, section 4.1 and appendix), 16 warm-up traces (online algorithm, section 3.3).
-    Slim-SC (arXiv 2509.13990): similarity above 0.95, compared after 20 steps (its section on
-    experiments).
+    DeepConf (arXiv 2508.15260): groups of 2,048 tokens and the 20 most likely candidates
+    (section 4.1), 16 warm-up traces (its online algorithm). Slim-SC (arXiv 2509.13990): similarity
+    above 0.95, compared after 20 steps.
     """
 
     window: int = 2048  # tokens of a DeepConf group
@@ -97,8 +96,8 @@ def confidence_of(trace: Gathered) -> float | None:
 def stop_threshold(confidences: Sequence[float], keep: float) -> float:
     """The confidence below which a trace is stopped: ``keep`` percent of the warm-up reach it.
 
-    DeepConf's online algorithm (arXiv 2508.15260, section 3.3): the (100 - eta)-th percentile of
-    the warm-up traces' lowest group confidences, between two of them linearly.
+    DeepConf's online algorithm (arXiv 2508.15260): the (100 - eta)-th percentile of the warm-up
+    traces' lowest group confidences, between two of them linearly.
     """
     return float(np.percentile(np.asarray(confidences, np.float64), 100.0 - keep))
 

@@ -17,7 +17,7 @@ from step_sglang.toolchain.errors import RequestRefused, ServerError
 from step_sglang.toolchain.grade import graded
 from step_sglang.toolchain.prompts import Prompter
 from step_sglang.toolchain.records import QuestionResult, Steps, StoreMeta, TraceRecord
-from step_sglang.toolchain.sources import Job
+from step_sglang.toolchain.sources import Given, Job
 from step_sglang.toolchain.store import Writer
 from step_sglang.toolchain.wire import (
     Capture,
@@ -41,7 +41,7 @@ class Settings:
     top_logprobs: int = 20  # candidates per token for DeepConf's confidence; 0 = do not measure
     concurrency: int = 4  # questions at a time
     timeout: float = 3600.0  # seconds for one request
-    keep_text: bool = False
+    keep_text: bool = False  # and the token ids
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _Run:
 
     async def _one(self, client: Client, job: Job) -> None:
         try:
-            captures = await (self._prefill(client, job) if job.texts else self._ask(client, job))
+            captures = await (self._prefill(client, job) if job.traces else self._ask(client, job))
         except RequestRefused as error:  # too long for the model, for one
             self._refused.append(f"{error}: {job.question[:60]!r}")
             if len(self._refused) >= _REFUSALS and not self._questions:
@@ -149,12 +149,12 @@ class _Run:
     async def _prefill(self, client: Client, job: Job) -> list[Capture]:
         prompt, top = self._prompter.prompt(job.question), self._settings.top_logprobs
 
-        async def part(text: str) -> Capture:
-            output = self._prompter.output(job.question, text)
+        async def part(trace: Given) -> Capture:
+            output = trace.tokens or self._prompter.output(job.question, trace.text)
             answer = await client.generate(prefill_body(prompt, output, top))
-            return read_prefilled(answer, text, output, top)
+            return read_prefilled(answer, trace.text, output, top)
 
-        return await _all(part(text) for text in job.texts)
+        return await _all(part(trace) for trace in job.traces)
 
 
 def assemble(
@@ -193,6 +193,7 @@ def assemble(
                 mean_logprob=_known(signals.mean_logprob),
                 lowest_confidence=_known(lowest),
                 text=capture.text if settings.keep_text else None,
+                tokens=capture.tokens if settings.keep_text else None,
             )
         )
         hidden.append(capture.hidden[torch.from_numpy(keep)].float())

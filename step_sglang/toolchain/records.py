@@ -80,6 +80,7 @@ class TraceRecord:
     mean_logprob: float | None  # over the whole trace
     lowest_confidence: float | None
     text: str | None = None
+    tokens: tuple[int, ...] | None = None  # the output's; kept with the text
 
     @property
     def num_steps(self) -> int:
@@ -108,8 +109,13 @@ class TraceRecord:
         lengths = {len(steps.positions), len(steps.mean_logprob), len(steps.lowest_confidence)}
         if lengths != {value["num_steps"]}:
             raise ValueError(f"per-step lists of lengths {sorted(lengths)}")
-        plain = {f.name: value[f.name] for f in fields(cls) if f.name not in ("steps", "text")}
-        return cls(**plain, steps=steps, text=value.get("text") if with_text else None)
+        optional = ("steps", "text", "tokens")
+        plain = {f.name: value[f.name] for f in fields(cls) if f.name not in optional}
+        if not with_text:
+            return cls(**plain, steps=steps)
+        tokens = value.get("tokens")
+        kept = None if tokens is None else tuple(tokens)
+        return cls(**plain, steps=steps, text=value.get("text"), tokens=kept)
 
 
 @dataclass(frozen=True, eq=False)

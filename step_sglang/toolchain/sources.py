@@ -18,13 +18,22 @@ REASONER = "reasoner"
 
 
 @dataclass(frozen=True)
+class Given:
+    """A trace that exists already. ``tokens`` None: its text is tokenized, which need not give the
+    tokens that were sampled."""
+
+    text: str
+    tokens: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Job:
-    """One question to collect. ``texts``: its traces when they exist already."""
+    """One question to collect, with its traces when they exist already."""
 
     id: str
     question: str
     answer: str
-    texts: tuple[str, ...] = ()
+    traces: tuple[Given, ...] = ()
     extract: str = "boxed"  # how a trace's answer is read, see `step_sglang.answers`
 
 
@@ -44,6 +53,7 @@ class Fields:
     question: str = "question"
     answer: str = "answer"
     text: str = "text"
+    tokens: str = "tokens"
 
 
 def load_questions(
@@ -89,26 +99,26 @@ def load_questions(
 def load_traces(file: Path, n: int | None = None, fields: Fields = Fields()) -> Source:
     """Existing traces: JSON lines of question, answer and text, n lines per question.
 
+    A line may also hold the trace's token ids, the prompt's not among them.
+
     ``n`` None takes the most common count. A question with more traces keeps its first n; one with
     fewer is left out.
 
     Raises:
         SourceError: the file is missing, or no question has n traces.
     """
-    texts: dict[tuple[str, str], list[str]] = {}
+    traces: dict[tuple[str, str], list[Given]] = {}
     problems: list[str] = []
     for where, row in _lines(file):
-        text = row.get(fields.text) if isinstance(row, Mapping) else None
-        pair = _pair(row, fields)
-        if pair is None or not isinstance(text, str) or not text:
-            problems.append(f"{where} has no question, answer or text")
+        pair, trace = _pair(row, fields), _given(row, fields)
+        if pair is None or trace is None:
+            problems.append(f"{where} has no question, answer or text, or unusable tokens")
         else:
-            texts.setdefault(pair, []).append(text)
-    wanted = (
-        n or Counter(len(found) for found in texts.values()).most_common(1)[0][0] if texts else 0
-    )
+            traces.setdefault(pair, []).append(trace)
+    counts = Counter(len(found) for found in traces.values())
+    wanted = n or counts.most_common(1)[0][0] if traces else 0
     jobs: dict[str, Job] = {}
-    for (question, answer), found in texts.items():
+    for (question, answer), found in traces.items():
         name = question_id(question)
         if len(found) < wanted:
             problems.append(f"a question has {len(found)} traces, not {wanted}: {question[:60]!r}")
@@ -219,6 +229,19 @@ def _pair(row: Any, fields: Fields) -> tuple[str, str] | None:
     if not isinstance(question, str) or not question.strip() or answer is None:
         return None
     return question, answer
+
+
+def _given(row: Any, fields: Fields) -> Given | None:
+    if not isinstance(row, Mapping):
+        return None
+    text, tokens = row.get(fields.text), row.get(fields.tokens)
+    if not isinstance(text, str) or not text:
+        return None
+    if tokens is None:
+        return Given(text)
+    if not isinstance(tokens, list) or not tokens or not all(type(t) is int for t in tokens):
+        return None
+    return Given(text, tuple(tokens))
 
 
 def _jobs(

@@ -77,12 +77,13 @@ def test_score_is_the_running_mean() -> None:
     trace.record(0.75, 1.0, 9)
     assert trace.score == 0.5 and trace.num_steps == 2
     assert "step_scores" not in trace.meta()
-    trace.fate = Fate.PRUNED
+    trace.fate, trace.reason = Fate.PRUNED, "decode"
     assert trace.meta() == {
         "group": "q",
         "score": 0.5,
         "num_steps": 2,
         "pruned": True,
+        "reason": "decode",
         "step_scores": [0.25, 0.75],
         "positions": [4, 9],
     }

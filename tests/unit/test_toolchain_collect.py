@@ -46,7 +46,7 @@ def server() -> Any:
 
 def gather(server: FakeServer, folder: Path, prompter: Prompter, jobs: Any = JOBS) -> Collected:
     settings = Settings(SAMPLING, top_logprobs=2, concurrency=2, keep_text=True)
-    store_meta = meta(n=len(jobs[0].texts) or N, hidden_size=prompter.hidden_size)
+    store_meta = meta(n=len(jobs[0].traces) or N, hidden_size=prompter.hidden_size)
     with Writer(folder, store_meta) as writer:
         return collect(server.url, writer, jobs, prompter, settings)
 
@@ -211,7 +211,7 @@ def test_traces_that_exist_already(server: FakeServer, tmp_path: Path, prompter:
     file = tmp_path / "traces.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     source = load_traces(file)
-    assert [len(job.texts) for job in source.jobs] == [2, 2]
+    assert [len(job.traces) for job in source.jobs] == [2, 2]
     assert len(source.problems) == 2
     done = gather(server, tmp_path / "s", prompter, source.jobs)
     assert (done.questions, done.traces, done.correct) == (2, 4, 2)
@@ -226,6 +226,33 @@ def test_traces_that_exist_already(server: FakeServer, tmp_path: Path, prompter:
             rows = shard.hidden[record.first_row : record.first_row + 2]
             assert rows[:, 0].tolist() == record.steps.positions.tolist()
             assert not np.isnan(record.steps.mean_logprob).any()
+
+
+def test_the_tokens_of_a_trace_win_over_its_text(
+    server: FakeServer, tmp_path: Path, prompter: Prompter
+) -> None:
+    text = "A:0+1=1\n\n</think>\\boxed{1}"
+    usual = prompter.output("q", text)
+    one, two = (prompter.tokenizer.convert_tokens_to_ids(c) for c in ("0", "<0x30>"))
+    sampled = [two if token == one else token for token in usual]
+    assert prompter.tokenizer.decode(sampled) == text and sampled != usual
+    common = {"question": "0;A+1", "answer": "1", "text": text}
+    lines = [
+        common,
+        {**common, "tokens": sampled},
+        *({**common, "tokens": bad} for bad in ([], "x", [1.5], [True], [None])),
+    ]
+    file = tmp_path / "traces.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    source = load_traces(file)
+    assert len(source.problems) == 5 and "unusable tokens" in source.problems[0]
+    before = len(server.bodies)
+    gather(server, tmp_path / "s", prompter, source.jobs)
+    assert sorted(b["input_ids"][-len(usual) :] for b in server.bodies[before:]) == sorted(
+        [usual, sampled]
+    )
+    records = Reader(tmp_path / "s", with_text=True).records(0)
+    assert [record.tokens for record in records] == [tuple(usual), tuple(sampled)]
 
 
 def test_questions(tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""Other methods on the real engine: what they measure, whom they end; the memory comes back."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import requests
+
+from step_sglang.baselines import DeepConf, Random
+from step_sglang.config import StepConfig
+from step_sglang.errors import RequestError
+from step_sglang.patches.tokenizer import _check_baseline
+from step_sglang.reasoner import model_path, questions, scorer_path
+from step_sglang.reasoner.tokenizer import prompt_text
+from step_sglang.request import StepRequest
+from step_sglang.toolchain.confidence import token_signals
+from tests.server.launch import Server, serve
+from tests.server.test_groups import idle_free_tokens
+
+pytestmark = pytest.mark.server
+
+POOL, N = 1024, 24
+QUESTION = questions("test", 1, seed=7)[0].question
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve(
+        model_path(),
+        *("--enable-step", "--step-scorer", str(scorer_path()), "--max-total-tokens", str(POOL)),
+        *("--max-running-requests", "256", "--enable-metrics"),
+        log=tmp_path_factory.mktemp("log") / "baselines.log",
+    ) as running:
+        yield running
+
+
+def sample(server: Server, n: int, step: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
+    answers = server.generate(
+        text=prompt_text(QUESTION),
+        sampling_params={
+            "n": n,
+            "temperature": 1.0,
+            "max_new_tokens": 400,
+            "custom_params": {"step": step},
+        },
+        **more,
+    )
+    assert len(answers) == n
+    return [{**answer["meta_info"], "ids": answer["output_ids"]} for answer in answers]
+
+
+def reasons(infos: list[dict[str, Any]]) -> Counter[str | None]:
+    for info in infos:
+        assert info["step"]["pruned"] is ("reason" in info["step"])
+        assert info["step"]["pruned"] is (info["finish_reason"]["type"] == "abort")
+    return Counter(info["step"].get("reason") for info in infos)
+
+
+def test_confidences_are_those_of_the_servers_log_probabilities(server: Server) -> None:
+    baseline = {"name": "deepconf", "window": 20}
+    step = {"baseline": baseline, "record": True, "step_scores": True}
+    infos = sample(server, 4, step, return_logprob=True, top_logprobs_num=20)
+    for info in infos:
+        record = info["step"]["record"]
+        expected = [
+            -math.fsum(entry[0] for entry in top) / len(top) for top in info["output_top_logprobs"]
+        ]
+        assert record["confidences"] == pytest.approx(expected, abs=1e-4)
+        signals = token_signals([0.0] * len(expected), expected, 20)
+        assert info["step"]["confidence"] == pytest.approx(signals.lowest_confidence[-1], abs=1e-4)
+        times = record["token_times"]
+        assert len(times) == info["completion_tokens"] and times == sorted(times)
+        assert times[-1] <= info["request_finished_ts"] + 0.1
+        assert len(info["step"]["step_scores"]) == info["step"]["num_steps"] > 0
+    assert reasons(infos) == {None: 4}
+
+
+def test_deepconf_ends_traces_below_the_threshold(server: Server) -> None:
+    before = idle_free_tokens(server)
+    lowest = sorted(
+        info["step"]["confidence"]
+        for info in sample(server, N, {"baseline": {"name": "deepconf", "window": 20}})
+    )
+    stop = {"name": "deepconf", "window": 20, "stop_below": lowest[N // 2]}
+    infos = sample(server, N, {"baseline": stop})
+    found = reasons(infos)
+    assert found["confidence"] + found[None] == N and found["confidence"] > 0
+    for info in infos:
+        assert (info["step"]["confidence"] < lowest[N // 2]) is info["step"]["pruned"] or (
+            info["completion_tokens"] < 20
+        )
+    everyone = {"name": "deepconf", "window": 20, "stop_below": 1e9}
+    infos = sample(server, 8, {"baseline": everyone})
+    assert reasons(infos) == {"confidence": 8}
+    # One more token may be on its way when the scheduler looks at the one that counts.
+    assert all(20 <= info["completion_tokens"] <= 22 for info in infos)
+    assert all(len(info["ids"]) == info["completion_tokens"] for info in infos)
+    assert idle_free_tokens(server) == before
+
+
+@pytest.mark.parametrize("variant", ["random", "diversity"])
+def test_slim_sc_ends_traces_with_the_same_thought(server: Server, variant: str) -> None:
+    before = idle_free_tokens(server)
+    slim = {"name": "slim-sc", "variant": variant, "delay": 2, "threshold": 0.95}
+    found = reasons(sample(server, N, {"baseline": slim}))
+    assert set(found) == {"similarity", None}
+    assert idle_free_tokens(server) == before
+
+
+@pytest.mark.parametrize("name", ["random", "longest"])
+def test_controls_prune_when_memory_is_short(server: Server, name: str) -> None:
+    before = idle_free_tokens(server)
+    infos = sample(server, N, {"baseline": {"name": name}})
+    found = reasons(infos)
+    assert found["decode"] > 0 and found[None] > 0
+    assert sum(info["num_retractions"] for info in infos) == 0
+    assert idle_free_tokens(server) == before
+
+
+def test_the_log_and_the_metrics_know_the_reason(server: Server) -> None:
+    sample(server, 4, {"baseline": {"name": "deepconf", "window": 5, "stop_below": 1e9}})
+    assert re.search(r"STEP pruned .* reason=confidence ", server.log_text())
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    assert re.search(r'step_traces_pruned_total\{.*reason="confidence".*\} [1-9]', text)
+
+
+def test_bad_input_is_a_400(server: Server) -> None:
+    params = {"max_new_tokens": 4, "custom_params": {"step": {"baseline": {"name": "best"}}}}
+    answer = server.post("/generate", {"text": "1", "sampling_params": params})
+    assert answer.status_code == 400 and "baseline.name must be one of" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("config", "tp_size", "baseline", "message"),
+    [
+        (StepConfig("s", policy="paper"), 1, Random(), "--step-policy fair"),
+        (StepConfig(capture=True), 1, Random(), "without --step-capture"),
+        (StepConfig("s"), 2, DeepConf(), "--tp-size 1"),
+        (StepConfig("s"), 2, Random(), None),
+        (StepConfig("s"), 1, DeepConf(), None),
+    ],
+)
+def test_servers_that_cannot(
+    config: StepConfig, tp_size: int, baseline: Any, message: str | None
+) -> None:
+    wishes = StepRequest(baseline=baseline)
+    if message is None:
+        _check_baseline(wishes, config, SimpleNamespace(tp_size=tp_size))
+        return
+    with pytest.raises(RequestError, match=message):
+        _check_baseline(wishes, config, SimpleNamespace(tp_size=tp_size))
