@@ -21,7 +21,7 @@ from rich.table import Table
 from step_sglang.client.ask import ask
 from step_sglang.config import unescape
 from step_sglang.errors import ScorerError, StepError
-from step_sglang.evaluation.commands import bench, report
+from step_sglang.evaluation.commands import bench, replay, report
 from step_sglang.toolchain.errors import ServerError, SourceError
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 out = Console(soft_wrap=True)  # paths are not broken into lines
 err = Console(stderr=True, soft_wrap=True)
-for command in (ask, bench, report):
+for command in (ask, bench, report, replay):
     app.command()(command)
 _DELIMITER_HELP = r"Text that ends a step; \n and \t are understood. Repeat for several."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from step_sglang.evaluation.errors import BenchError
 
@@ -80,19 +82,30 @@ def bench(
         int | None, typer.Option(help="Steps before Slim-SC compares a trace. 20; reasoner 5.")
     ] = None,
     slim_similarity: Annotated[float, typer.Option(help="Slim-SC's threshold.")] = 0.95,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record",
+            help="Also sample complete traces in a large pool and keep all of them, for `replay`.",
+        ),
+    ] = False,
     watch: Annotated[
         float, typer.Option(help="Seconds between two looks at the pool; 0 = none.")
     ] = 0.5,
     timeout: Annotated[float, typer.Option(help="Seconds without an answer.")] = 3600.0,
 ) -> None:
     """Measure methods side by side on one engine: accuracy, tokens, latency. Resumable."""
-    from step_sglang.evaluation.methods import Settings, methods_named
+    from step_sglang.evaluation.methods import RECORD, Settings, methods_named
     from step_sglang.evaluation.profiles import profile_of
     from step_sglang.evaluation.results import ResultWriter
     from step_sglang.evaluation.run import Bench, Plan, blocks
     from step_sglang.toolchain.sources import Fields, load_questions
 
-    chosen = methods_named(methods)
+    chosen = methods_named(methods) if methods else ()
+    if record:
+        chosen = (*chosen, RECORD)
+    if not chosen:
+        raise BenchError("--methods names none, and without --record there is nothing to do")
     sizes = _numbers("--n", n)
     fields = Fields(question_field, answer_field)
     found = load_questions(
@@ -161,7 +174,8 @@ def bench(
                     f"stopped; {len(writer.done)} results are in {folder}, run again to go on"
                 )
                 raise SystemExit(130) from None
-    report([folder])
+    if methods:
+        report([folder])
 
 
 def report(
@@ -178,6 +192,67 @@ def report(
         err.print(problem, style="yellow", markup=False)
     out.print(written.markdown, markup=False, highlight=False)
     out.print(f"wrote {', '.join(str(file) for file in written.files)}", highlight=False)
+
+
+def replay(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of `bench --record`.")],
+    pool: Annotated[str, typer.Option(help="KV tokens, comma-separated.")],
+    policies: Annotated[str, typer.Option(help="Comma-separated; none is SC.")] = (
+        "none,fair,paper,random,longest"
+    ),
+    votes: Annotated[str, typer.Option(help="weighted, majority, best.")] = "weighted,majority",
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Traces of a group. Default: as recorded.")
+    ] = None,
+    page: Annotated[int, typer.Option(min=1, help="KV tokens of a page.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Evaluate pruning policies and votes on recorded traces, in a model of the memory."""
+    from step_sglang.evaluation.clock import fit_clock
+    from step_sglang.evaluation.replay import predict, split_groups
+    from step_sglang.evaluation.results import read_meta
+    from step_sglang.evaluation.traces import load_groups
+    from step_sglang.judge import Judge
+
+    recorded = list(load_groups(folders))
+    groups = split_groups(recorded, n)
+    pruned = sum(not group.whole for group in recorded)
+    if pruned:
+        err.print(f"left out: {pruned} groups in which a trace did not end by itself")
+    clock = fit_clock(recorded)
+    limit = int(read_meta(folders[0])["sampling"]["max_new_tokens"])
+    judge = Judge()
+    try:
+        found = list(
+            predict(
+                groups, policies.split(","), votes.split(","), _numbers("--pool", pool), clock,
+                limit, page, judge.same,
+            )
+        )  # fmt: skip
+    finally:
+        judge.close()
+    if as_json:
+        for one in found:
+            print(json.dumps(asdict(one)))
+        return
+    err.print(
+        f"{len(groups)} groups of {len(groups[0].traces)} traces; a decode step takes "
+        f"{clock.base * 1e3:.2f} ms + {clock.per_trace * 1e3:.3f} ms a trace + "
+        f"{clock.per_token * 1e6:.2f} µs a token",
+        highlight=False,
+    )
+    table = Table(
+        "pool", "policy", "vote", "accuracy, %", "tokens", "pruned", "retracted", "steps",
+        "waiting, %", "seconds",
+    )  # fmt: skip
+    for one in found:
+        table.add_row(
+            str(one.pool), one.policy, one.vote,
+            f"{100 * one.accuracy.value:.1f} ± {100 * one.accuracy.error:.1f}",
+            f"{one.tokens:.0f}", f"{one.pruned:.1f}", f"{one.retracted:.1f}", f"{one.steps:.0f}",
+            f"{100 * one.wait_share:.0f}", f"{one.seconds:.2f}",
+        )  # fmt: skip
+    out.print(table)
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:

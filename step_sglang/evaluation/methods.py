@@ -85,6 +85,7 @@ class Method:
     weigh: Weigh
     policy: str | None = "fair"
     single: bool = False  # one trace whatever n is
+    ample: bool = False  # needs a server whose memory is not made small, so that nothing is pruned
 
 
 def confidence_of(trace: Gathered) -> float | None:
@@ -185,6 +186,15 @@ METHODS = {
         Method("step-early", "STEP, ends early", _one_request(True, "exact"), _by_score),
     )
 }
+# Not a method to compare: every trace runs to its end, and is kept with all that a policy could
+# have known, for `replay`.
+RECORD = Method(
+    "record",
+    "recorded",
+    _one_request({"record": True, "step_scores": True}),
+    _by_score,
+    ample=True,
+)
 ALIASES = {"slim-sc": "slim-sc-diversity", "deepconf": "deepconf-low"}
 REFERENCE = "sc"  # what the others are compared with
 

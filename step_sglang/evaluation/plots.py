@@ -12,12 +12,17 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 
+from step_sglang.evaluation.ranking import Rankings
 from step_sglang.evaluation.summary import Summary
+from step_sglang.toolchain.plots import draw_ranking
 
 LATENCY, BREAKDOWN, MEMORY = "latency.png", "breakdown.png", "memory.png"
+RANKING = "ranking.png"  # Fig. 5
 
 
-def draw_all(folder: Path, summaries: Sequence[Summary]) -> list[Path]:
+def draw_all(
+    folder: Path, summaries: Sequence[Summary], rankings: Rankings | None = None
+) -> list[Path]:
     """Write the plots that the results allow; returns their files."""
     memories = list(dict.fromkeys(s.memory for s in summaries))
     last = [s for s in summaries if s.memory == memories[-1]]
@@ -27,6 +32,8 @@ def draw_all(folder: Path, summaries: Sequence[Summary]) -> list[Path]:
         drawn.append((BREAKDOWN, breakdown(timed)))
     if len(memories) > 1:
         drawn.append((MEMORY, by_memory(summaries, memories)))
+    if rankings:
+        drawn.append((RANKING, draw_ranking(rankings)))
     files = []
     for name, figure in drawn:
         figure.tight_layout()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from step_sglang.evaluation.errors import BenchError
+from step_sglang.evaluation.ranking import Rankings, recorded_rankings
 from step_sglang.evaluation.results import Loaded, load_results
 from step_sglang.evaluation.stats import Mean, Paired
 from step_sglang.evaluation.summary import Summary, summarize
@@ -50,12 +51,15 @@ def write_report(folders: Sequence[Path], target: Path) -> Written:
     loaded = load_results(folders)
     summaries = summarize(loaded.results)
     tables = [accuracy_table(summaries), breakdown_table(summaries)]
+    rankings = recorded_rankings(folders, loaded.meta["settings"]["window"])
+    if rankings:
+        tables.append(ranking_table(rankings))
     text = _markdown(loaded, tables)
     try:
         target.mkdir(parents=True, exist_ok=True)
         (target / MARKDOWN).write_text(text, encoding="utf-8")
         (target / LATEX).write_text("\n".join(map(latex, tables)), encoding="utf-8")
-        drawn = draw_all(target, summaries)
+        drawn = draw_all(target, summaries, rankings)
     except OSError as error:
         raise BenchError(f"cannot write to {target}: {error.strerror}") from error
     return Written((target / MARKDOWN, target / LATEX, *drawn), text, loaded.problems)
@@ -92,6 +96,25 @@ def breakdown_table(summaries: Sequence[Summary]) -> Table:
         for s in summaries
     ]  # fmt: skip
     return _with_memory("Where the time of a trace goes", head, rows, summaries)
+
+
+def ranking_table(rankings: Rankings) -> Table:
+    """The paper's Fig. 5 in figures, within the question: where pruning compares traces."""
+    fractions = list(next(iter(rankings.values())))
+    return Table(
+        "AUC within the question after a part of the trace's steps, recorded traces",
+        ("signal", *(f"{fraction:.0%}" for fraction in fractions)),
+        tuple(
+            (
+                signal,
+                *(
+                    f"{r.auc_within.value:.3f} [{r.auc_within.low:.3f}, {r.auc_within.high:.3f}]"
+                    for r in at.values()
+                ),
+            )
+            for signal, at in rankings.items()
+        ),
+    )
 
 
 def _with_memory(

@@ -126,7 +126,7 @@ def load_results(folders: Sequence[Path]) -> Loaded:
     results: dict[Key, RunResult] = {}
     problems: list[str] = []
     for folder in folders:
-        metas.append(_read_meta(folder))
+        metas.append(read_meta(folder))
         found, bad = _parse((folder / RESULTS).read_bytes(), folder)
         problems += bad
         for result in found:
@@ -161,7 +161,8 @@ def _parse(data: bytes, folder: Path) -> tuple[list[RunResult], list[str]]:
     return list(found.values()), problems
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What all results of a folder have in common; raises BenchError."""
     try:
         return dict(json.loads((folder / META).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -172,7 +173,7 @@ def _agree(folder: Path, meta: Mapping[str, Any]) -> None:
     file = folder / META
     ours = json.loads(json.dumps(meta))
     if file.exists():
-        theirs = _read_meta(folder)
+        theirs = read_meta(folder)
         differing = [
             f"{k} {theirs.get(k)!r}, now {ours.get(k)!r}"
             for k in sorted({*ours, *theirs})

@@ -18,10 +18,11 @@ import httpx
 from step_sglang.answers import extractor_named
 from step_sglang.client.sources import UrlSource
 from step_sglang.evaluation.asking import Session, grade
-from step_sglang.evaluation.methods import Method, Settings
+from step_sglang.evaluation.methods import RECORD, Method, Settings
 from step_sglang.evaluation.records import Key, RunResult
 from step_sglang.evaluation.results import ResultWriter
 from step_sglang.evaluation.serving import Live, Memory, Serving
+from step_sglang.evaluation.traces import recorded_group, write_group
 from step_sglang.evaluation.watch import PoolWatch
 from step_sglang.judge import Judge
 from step_sglang.toolchain.client import silence
@@ -79,23 +80,35 @@ def blocks(plan: Plan, done: frozenset[Key]) -> list[Block]:
     kinds: list[str | None] = [*policies] or [None]
     found = []
     for repeat in range(plan.repeats):
-        for memory in plan.memories:
+        for memory in (*plan.memories, None):
             for policy in kinds:
-                methods = [m for m in plan.methods if (m.policy or home) == policy]
+                methods = [
+                    m
+                    for m in plan.methods
+                    if (m.policy or home) == policy and m.ample == (memory is None)
+                ]
                 turns = tuple(
-                    turn for turn in _turns(plan, methods, repeat, memory) if turn.key not in done
+                    turn
+                    for turn in _turns(plan, methods, repeat, memory or Memory())
+                    if turn.key not in done
                 )
                 if turns:
-                    found.append(Block(Serving(policy, memory), turns))
+                    found.append(Block(Serving(policy, memory or Memory()), turns))
     return found
 
 
 def _turns(plan: Plan, methods: Sequence[Method], repeat: int, memory: Memory) -> Iterator[Turn]:
     for place, job in plan.jobs:
-        kinds = [(m, n) for m in methods for n in ([1] if m.single else plan.ns)]
+        kinds = [(m, n) for m in methods for n in _sizes(m, plan.ns)]
         first = (place + repeat) % max(1, len(kinds))
         for method, n in [*kinds[first:], *kinds[:first]]:
             yield Turn(job, method, n, repeat, memory)
+
+
+def _sizes(method: Method, ns: Sequence[int]) -> Sequence[int]:
+    if method.single:
+        return [1]
+    return [max(ns)] if method.ample else ns
 
 
 @dataclass
@@ -154,6 +167,9 @@ class Bench:
             asked = await turn.method.ask(session, turn.n)
             latency = time.perf_counter() - clock
         graded = grade(turn.method, asked, job.answer, self.judge)
+        if turn.method is RECORD:
+            kept = recorded_group(job, turn.repeat, len(prompt), latency, asked, graded)
+            write_group(self.writer.folder, kept)
         return RunResult(
             question=job.id,
             method=turn.method.name,

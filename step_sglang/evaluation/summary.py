@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from step_sglang.evaluation.methods import METHODS, REFERENCE
+from step_sglang.evaluation.methods import METHODS, RECORD, REFERENCE
 from step_sglang.evaluation.records import RunResult
 from step_sglang.evaluation.stats import Mean, Paired, compare, mean_of
 
@@ -42,7 +42,8 @@ def summarize(results: Sequence[RunResult]) -> list[Summary]:
     """All summaries, by memory, then n, then in the order of the methods."""
     cells: dict[tuple[str, int, str], list[RunResult]] = defaultdict(list)
     for result in results:
-        cells[result.memory, result.n, result.method].append(result)
+        if result.method != RECORD.name:
+            cells[result.memory, result.n, result.method].append(result)
     order = list(METHODS)
     return [
         _summary(cells[cell], cells.get((cell[0], cell[1], REFERENCE), []))
