@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from sklearn.linear_model import LinearRegression
@@ -37,26 +38,27 @@ class Clock:
 
 
 def fit_clock(groups: Sequence[RecordedGroup]) -> Clock:
-    """Fit to groups whose traces all ran at the same time, as they do in a large pool.
+    """Fit to recorded groups; least squares without negative prices.
 
-    The longest trace of a group marks the steps: between two of its tokens lies one step of all
-    traces that still ran. Least squares without negative prices.
+    The tokens of one decode step were seen at the same moment, so every moment of a group is a step
+    of the traces that have a token of it, and took as long as has passed since the one before.
 
     Raises:
-        ReplayError: no group has a trace of two tokens.
+        ReplayError: no group has two tokens.
     """
     rows, seconds, overheads = [], [], []
     for group in groups:
-        longest = max(group.traces, key=lambda trace: trace.tokens)
-        if longest.tokens < 2:
-            continue
-        lengths = np.asarray([trace.tokens for trace in group.traces])
-        gaps = np.diff(np.asarray(longest.times))
-        for step, gap in enumerate(gaps, start=1):
-            running = int((lengths > step).sum())
-            rows.append((1.0, running, running * (group.prompt_tokens + step)))
-            seconds.append(float(gap))
-        overheads.append(group.latency - float(gaps.sum()))
+        steps: dict[float, tuple[int, int]] = {}  # moment -> traces and the tokens they attend to
+        for trace in group.traces:
+            for number, at in enumerate(trace.times):
+                running, attended = steps.get(at, (0, 0))
+                steps[at] = (running + 1, attended + group.prompt_tokens + number)
+        moments = sorted(steps)
+        for before, at in pairwise(moments):
+            rows.append((1.0, *steps[at]))
+            seconds.append(at - before)
+        if moments:
+            overheads.append(group.latency - (moments[-1] - moments[0]))
     if not rows:
         raise ReplayError("the recorded traces are too short to tell how long a step takes")
     matrix = np.asarray(rows, np.float64)

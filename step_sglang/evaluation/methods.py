@@ -85,7 +85,7 @@ class Method:
     weigh: Weigh
     policy: str | None = "fair"
     single: bool = False  # one trace whatever n is
-    ample: bool = False  # needs a server whose memory is not made small, so that nothing is pruned
+    ample: bool = False  # wants a server whose memory was not made small
 
 
 def confidence_of(trace: Gathered) -> float | None:
@@ -186,15 +186,16 @@ METHODS = {
         Method("step-early", "STEP, ends early", _one_request(True, "exact"), _by_score),
     )
 }
+
+
+async def _record(asker: Asker, n: int) -> Asked:
+    step = {"record": True, "step_scores": True, "min_survivors": n}
+    return Asked((await asker.ask(n, step),))
+
+
 # Not a method to compare: every trace runs to its end, and is kept with all that a policy could
 # have known, for `replay`.
-RECORD = Method(
-    "record",
-    "recorded",
-    _one_request({"record": True, "step_scores": True}),
-    _by_score,
-    ample=True,
-)
+RECORD = Method("record", "recorded", _record, _by_score, ample=True)
 ALIASES = {"slim-sc": "slim-sc-diversity", "deepconf": "deepconf-low"}
 REFERENCE = "sc"  # what the others are compared with
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from step_sglang.evaluation.asking import grade, server_times
 from step_sglang.evaluation.errors import BenchError
-from step_sglang.evaluation.methods import METHODS, Part, Settings, methods_named, stop_threshold
+from step_sglang.evaluation.methods import (
+    METHODS,
+    RECORD,
+    Part,
+    Settings,
+    methods_named,
+    stop_threshold,
+)
 from step_sglang.evaluation.run import Plan, blocks
 from step_sglang.evaluation.serving import Memory, Serving, parse_memory
 from step_sglang.evaluation.watch import read_gauges
@@ -78,6 +86,17 @@ def test_what_each_method_says_to_the_server() -> None:
         script = Script([trace(0, "7")])
         asyncio.run(METHODS[name].ask(script, 1))
         assert script.asked == [(1, step, "exact" if name == "step-early" else "off")]
+
+
+def test_recorded_traces_are_never_pruned() -> None:
+    script = Script([trace(0, "7"), trace(1, "7")])
+    asyncio.run(RECORD.ask(script, 2))
+    assert script.asked == [(2, {"record": True, "step_scores": True, "min_survivors": 2}, "off")]
+    whole = replace(plan("sc,step", questions=1, ns=(8, 16)), methods=(METHODS["step"], RECORD))
+    small, large = blocks(whole, frozenset())
+    assert small.serving == Serving("fair", Memory(512))
+    assert large.serving == Serving("fair", Memory())
+    assert [(t.method.name, t.n) for t in large.turns] == [("record", 16)]
 
 
 def test_sc_counts_and_step_weighs_the_traces_that_finished() -> None:
