@@ -23,12 +23,12 @@ struct Params {
     uint8_t* thinking;          // [num_slots]
     float* score_sum;           // [num_slots]
     int32_t* num_steps;         // [num_slots]
-    float* out;                 // [num_rows, 2] step score or NaN, score_sum
-    int32_t* workspace;         // [1 + num_rows * hidden_units / kUnitsPerBlock], CUDA only
-    const void* w1;             // [hidden_units, dim] of w1_dtype
-    const float* b1;            // [hidden_units]
-    const float* w2;            // [hidden_units]
-    const float* b2;            // [1]
+    float* out;  // [num_rows, 2] step score (NaN: no step, inf: a step without a score), score_sum
+    int32_t* workspace;  // [1 + num_rows * hidden_units / kUnitsPerBlock], CUDA only
+    const void* w1;      // [hidden_units, dim] of w1_dtype
+    const float* b1;     // [hidden_units]
+    const float* w2;     // [hidden_units]
+    const float* b2;     // [1]
 
     int64_t hidden_stride;  // elements from one row of hidden to the next
     int64_t num_tokens;

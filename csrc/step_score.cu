@@ -263,7 +263,7 @@ __device__ bool arrive(const Params& p, Shared& shared) {
 
 __device__ void store_logit(const Params& p, int row, float logit) {
     const int64_t slot = p.slot_ids[row];
-    float score = __int_as_float(0x7fffffff);  // NaN
+    float score = __int_as_float(0x7f800000);  // infinity: a step, but without a score
     if (isfinite(logit)) {
         score = 1.0f / (1.0f + expf(-logit));
         p.score_sum[slot] += score;

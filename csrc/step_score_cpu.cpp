@@ -17,6 +17,7 @@ constexpr int32_t kUnitsPerChunk = 16;  // hidden units in the smallest piece of
 // of one thread's work).
 constexpr int64_t kParallelWork = 1 << 20;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct ActiveRow {
     int32_t index;  // row of the batch
@@ -55,7 +56,7 @@ float logit(const Params& p, const float* z) {
 void finish_row(const Params& p, const ActiveRow& row, const float* z) {
     const float x = logit(p, z);
     float* out = p.out + 2 * static_cast<int64_t>(row.index);
-    out[0] = kNaN;
+    out[0] = kInfinity;  // a step, but its hidden state has no score
     if (std::isfinite(x)) {
         out[0] = 1.0f / (1.0f + std::exp(-x));
         p.score_sum[row.slot] += out[0];

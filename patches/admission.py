@@ -6,12 +6,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
+from math import inf
 from typing import Any
 
+from step_sglang import words
+from step_sglang.patches.guard import guard
 from step_sglang.patches.pruning import Round, own_tokens
 from step_sglang.patches.scheduler import SchedulerStep, state_of, trace_of
 
 
+@guard(words.IN_ADMISSION)
 def add_request_to_queue(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``Scheduler._add_request_to_queue``: try it, though others did not fit before."""
     state = state_of(scheduler)
@@ -19,6 +23,7 @@ def add_request_to_queue(result: None, scheduler: Any, req: Any, *args: Any, **k
         scheduler.running_batch.batch_is_full = False
 
 
+@guard(words.IN_ADMISSION)
 def get_new_batch_prefill(scheduler: Any, running_batch: Any) -> None:
     """BEFORE ``Scheduler.get_new_batch_prefill``: nobody waits behind a group that has to.
 
@@ -151,7 +156,9 @@ class _Room:
     @contextmanager
     def credit(self) -> Iterator[None]:
         """Let the adder see what pruning can free as free."""
-        budget, credit = self._adder.memory_budget, self._round.candidates.reclaimable()
+        budget, credit = self._adder.memory_budget, 0
+        with guard(words.IN_ADMISSION):
+            credit = self._round.candidates.reclaimable()
         budget.total_offset -= credit
         try:
             yield
@@ -187,7 +194,10 @@ class _Room:
                 return False
             short = need - adder.cur_rem_tokens + 1
             if short > self._coming_free():
-                self._round.prune_for(self._claim(req, need), short)
+                claim = inf  # nobody gives for it
+                with guard(words.IN_ADMISSION):
+                    claim = self._claim(req, need)
+                self._round.prune_for(claim, short)
             return bool(adder.cur_rem_tokens > need)
 
     def _coming_free(self) -> int:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from step_sglang import words
 from step_sglang.capture import Capture
 from step_sglang.confidence import token_confidences
 from step_sglang.groups import GroupRegistry
 from step_sglang.metrics import StepMetrics
+from step_sglang.patches.guard import guard
 from step_sglang.slots import SlotReset, SlotState
 
 
@@ -25,6 +27,9 @@ class _Active:
     groups: GroupRegistry
     metrics: StepMetrics | None = None
     prefilled: _PrefilledRows | None = None  # of the pass that is being enqueued
+    lost: bool = False  # that pass was not scored
+    missed_any: bool = False  # some pass was not: a slot may have missed its think-end token
+    steps_unscored: int = 0  # their scores were not finite
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class _PrefilledRows:
     rows: list[int]  # of the pass's hidden states
     owners: list[tuple[Capture, int]]  # for each row who wants it, and its position in the input
 
+
+_UNSURE = "step_unsure"  # on a request whose slot could not be set: what is scored is not its own
 
 # One model per scheduler process; LogitsProcessor and ModelRunner know no scheduler.
 _active: _Active | None = None
@@ -51,12 +58,27 @@ def forward_batch_generation(worker: Any, batch: Any, *args: Any, **kwargs: Any)
     Requests that start or resume in this pass get their slot set; those that decode in a mixed
     pass keep it, because the device is ahead of the host's copy.
     """
-    if _active is None or batch is None or not batch.forward_mode.is_extend():
+    if _active is None:
         return
-    decoding = set(batch.decoding_reqs or ())
-    slots = _active.slots
-    slots.reset([_slot_reset(req, slots) for req in batch.reqs if req not in decoding])
-    _active.prefilled = _prefilled_rows(batch, slots) if slots.captures else None
+    _active.lost = False
+    if batch is None or not batch.forward_mode.is_extend():
+        return
+    with guard(words.IN_SCORING) as beginning:
+        _begin(_active, batch)
+    if beginning.failed:
+        for req in batch.reqs:
+            setattr(req, _UNSURE, True)
+
+
+def _begin(active: _Active, batch: Any) -> None:
+    active.prefilled = None
+    decoding, slots = set(batch.decoding_reqs or ()), active.slots
+    starting = [req for req in batch.reqs if req not in decoding]
+    slots.reset([_slot_reset(req, slots) for req in starting])
+    for req in starting:
+        setattr(req, _UNSURE, False)
+    if slots.captures:
+        active.prefilled = _prefilled_rows(batch, slots)
 
 
 def _slot_reset(req: Any, slots: SlotState) -> SlotReset:
@@ -109,17 +131,23 @@ def logits_forward(
 
     if _active is None or not isinstance(logits_metadata, ForwardBatch):
         return
-    forward = logits_metadata
+    with guard(words.IN_SCORING) as scoring:
+        _score(_active, hidden_states, logits_metadata)
+    if scoring.failed:
+        _active.lost = _active.missed_any = True
+
+
+def _score(active: _Active, hidden_states: torch.Tensor, forward: Any) -> None:
     if forward.forward_mode.is_decode():
         rows = None
     elif forward.forward_mode.is_extend():
         rows = torch.cumsum(forward.extend_seq_lens, dim=0, dtype=torch.int64) - 1
     else:
         return
-    slots = _active.slots
+    slots = active.slots
     slots.score(hidden_states, rows, forward.req_pool_indices, forward.input_ids, forward.positions)
-    if _active.prefilled is not None:
-        slots.keep_rows(hidden_states, _active.prefilled.rows)
+    if active.prefilled is not None:
+        slots.keep_rows(hidden_states, active.prefilled.rows)
 
 
 def sample(
@@ -131,53 +159,82 @@ def sample(
     mode = forward_batch.forward_mode
     if _active is None or not _active.groups.num_live or not (mode.is_decode() or mode.is_extend()):
         return original(runner, logits_output, forward_batch)
-    top_ks = tuple(sorted(k for k in _active.groups.watched if k))
-    confidences = token_confidences(logits_output.next_token_logits, top_ks) if top_ks else None
+    confidences = None
+    with guard(words.IN_SCORING):
+        confidences = _confidences(_active.groups, logits_output.next_token_logits)
     tokens = original(runner, logits_output, forward_batch)
-    _append_output(logits_output, forward_batch.batch_size, confidences, top_ks)
+    _append_output(logits_output, forward_batch.batch_size, confidences)
     return tokens
 
 
-def _append_output(
-    logits_output: Any, batch: int, confidences: torch.Tensor | None, top_ks: tuple[int, ...]
-) -> None:
+def _confidences(groups: GroupRegistry, logits: torch.Tensor) -> Confidences | None:
+    top_ks = tuple(sorted(k for k in groups.watched if k))
+    return Confidences(top_ks, token_confidences(logits, top_ks)) if top_ks else None
+
+
+def _append_output(logits_output: Any, batch: int, confidences: Confidences | None) -> None:
     from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
     assert _active is not None
-    slots, prefilled = _active.slots, _active.prefilled
-    _active.prefilled = None
-    output = StepDeviceOutput(
+    output = None
+    with guard(words.IN_SCORING):
+        output = _results(_active, batch, confidences)
+    if output is None:
+        return
+    logits_output.auxiliary_device_output = append_auxiliary_output(
+        logits_output.auxiliary_device_output, output
+    )
+
+
+def _results(
+    active: _Active, batch: int, confidences: Confidences | None
+) -> StepDeviceOutput | None:
+    slots, prefilled = active.slots, active.prefilled
+    active.prefilled = None
+    if active.lost:
+        return None  # what the slots hold is of an earlier pass
+    return StepDeviceOutput(
         values=slots.results(batch),
         hidden=slots.last_hidden(batch),
         kept=None if prefilled is None else slots.kept_rows(),
         owners=() if prefilled is None else tuple(prefilled.owners),
         confidences=confidences,
-        top_ks=top_ks,
     )
-    logits_output.auxiliary_device_output = append_auxiliary_output(
-        logits_output.auxiliary_device_output, output
-    )
+
+
+@dataclass(frozen=True)
+class Confidences:
+    """Token confidences of one pass, by the number of candidates."""
+
+    top_ks: tuple[int, ...]  # [K]
+    values: torch.Tensor  # [B, K] fp32, of the sampled tokens
+
+    def on_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Confidences:
+        """The same on the host."""
+        return Confidences(self.top_ks, copy_tensor(self.values))
+
+    def of(self, row: int, top_k: int) -> float:
+        """One request's; NaN for a number of candidates that was not asked for."""
+        if top_k not in self.top_ks:
+            return math.nan
+        return float(self.values[row, self.top_ks.index(top_k)])
 
 
 @dataclass(frozen=True)
 class StepDeviceOutput:
     """Results of one pass on the device; they ride on the copy of the sampled tokens."""
 
-    values: torch.Tensor  # [B, 2] fp32: step score (NaN: none), score sum
+    values: torch.Tensor  # [B, 2] fp32: step score (NaN: no step, infinity: no score), sum
     hidden: torch.Tensor | None = None  # [B, D] where the server captures
     kept: torch.Tensor | None = None  # [K, D] rows wanted of a prefilled trace
     owners: tuple[tuple[Capture, int], ...] = ()  # of the kept rows
-    confidences: torch.Tensor | None = None  # [B, K] fp32: of the sampled tokens, one column per k
-    top_ks: tuple[int, ...] = ()  # [K] candidates
+    confidences: Confidences | None = None
 
     def copy_to_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> StepHostOutput:
         """Enqueue the copies; SGLang waits for them with the sampled tokens."""
-        hidden, kept, confidences = (
-            None if t is None else copy_tensor(t)
-            for t in (self.hidden, self.kept, self.confidences)
-        )
-        values = copy_tensor(self.values)
-        return StepHostOutput(values, hidden, kept, self.owners, confidences, self.top_ks)
+        hidden, kept = (None if t is None else copy_tensor(t) for t in (self.hidden, self.kept))
+        confidences = None if self.confidences is None else self.confidences.on_host(copy_tensor)
+        return StepHostOutput(copy_tensor(self.values), hidden, kept, self.owners, confidences)
 
 
 @dataclass(frozen=True)
@@ -188,8 +245,7 @@ class StepHostOutput:
     hidden: torch.Tensor | None
     kept: torch.Tensor | None
     owners: tuple[tuple[Capture, int], ...]
-    confidences: torch.Tensor | None
-    top_ks: tuple[int, ...]
+    confidences: Confidences | None
 
     def consume(self, batch: Any, commits: Sequence[Any]) -> None:
         """Record the scores of requests whose token this pass committed.
@@ -197,44 +253,73 @@ class StepHostOutput:
         A request without a commit was retracted, pruned or finished meanwhile, or is in the
         middle of its prompt: then the device's value is not the trace's.
         """
+        with guard(words.IN_SCORING):
+            self._record(batch, commits)
+        if _active is not None and _active.groups.watched:
+            with guard(words.IN_SCORING):
+                self._show_tokens(_active.groups, batch, commits)
+
+    def _record(self, batch: Any, commits: Sequence[Any]) -> None:
         from step_sglang.patches.scheduler import trace_of
 
         values = self.values.numpy()
         ended = (values[:, 0] == values[:, 0]).nonzero()[0]  # NaN is unequal to itself
         for i in ended.tolist():
-            trace, commit = trace_of(batch.reqs[i]), commits[i]
-            if trace is None or commit is None:
+            req, commit = batch.reqs[i], commits[i]
+            trace = trace_of(req)
+            if trace is None or commit is None or getattr(req, _UNSURE, False):
                 continue
             # The pass consumed the token before the one it made visible.
             position = commit.output_index - 1
+            if _thought_before(req, position):
+                continue
             score = float(values[i, 0])
-            trace.record(score, float(values[i, 1]), position)
+            if math.isinf(score):
+                _step_unscored()
+                continue
+            # Summed here: the device's sum would hold steps whose results were lost.
+            trace.record(score, trace.score_sum + score, position)
             if _active is not None and _active.metrics is not None:
-                _active.metrics.step_scored(score)
+                with guard(words.IN_METRICS):
+                    _active.metrics.step_scored(score)
             if trace.capture is not None and self.hidden is not None:
                 trace.capture.rows.append(self.hidden[i].clone())
         for row, (capture, position) in enumerate(self.owners):
             assert self.kept is not None
             capture.keep_prefilled(position, self.kept[row].clone())
-        if _active is not None and _active.groups.watched.total():
-            self._show_tokens(_active.groups, batch, commits)
 
     def _show_tokens(self, groups: GroupRegistry, batch: Any, commits: Sequence[Any]) -> None:
         """Show the tokens to those who watch them, and end the traces that they name."""
         from step_sglang.patches.scheduler import trace_of
 
         now = time.time()
-        confidences = None if self.confidences is None else self.confidences.numpy()
-        columns = {k: column for column, k in enumerate(self.top_ks)}
         for row, (req, commit) in enumerate(zip(batch.reqs, commits, strict=True)):
             trace = trace_of(req)
             if trace is None or commit is None or not trace.watches_tokens:
                 continue
-            confidence = math.nan
-            if trace.top_k:
-                assert confidences is not None
-                confidence = float(confidences[row, columns[trace.top_k]])
+            known = self.confidences
+            confidence = math.nan if known is None else known.of(row, trace.top_k)
             for token in commit.token_ids:
                 ended = trace.token(token, now, confidence)
                 if ended is not None:
                     groups.end_soon(ended)
+
+
+def _thought_before(req: Any, position: int) -> bool:
+    """Whether the think-end token came before, in a pass that was not scored."""
+    if _active is None or not _active.missed_any:
+        return False
+    return _active.slots.think_end_id in req.output_ids[:position]
+
+
+def _step_unscored() -> None:
+    assert _active is not None
+    _active.steps_unscored += 1
+    if _active.metrics is not None:
+        with guard(words.IN_METRICS):
+            _active.metrics.step_unscored()
+
+
+def steps_unscored() -> int:
+    """Steps of traces that ended with a score that is not finite."""
+    return 0 if _active is None else _active.steps_unscored

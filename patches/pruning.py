@@ -8,6 +8,7 @@ from typing import Any
 
 from step_sglang import words
 from step_sglang.groups import Fate, Group
+from step_sglang.patches.guard import guard
 from step_sglang.patches.scheduler import SchedulerStep, state_of, trace_of
 from step_sglang.policy import Candidates, GroupView, TraceView
 
@@ -69,21 +70,29 @@ class Round:
     ) -> None:
         self._scheduler, self._state, self._batch = scheduler, state, batch
         self._spared = set(spared)
-        _end_aborted(state, (*batch.reqs, *scheduler.waiting_queue))
+        with guard(words.IN_PRUNING):
+            _end_aborted(state, (*batch.reqs, *scheduler.waiting_queue))
         self._look()
 
     def _look(self) -> None:
         self._reqs = list(self._batch.reqs)  # the views' handles stay valid while requests leave
-        self.candidates = Candidates(_views(self._batch, self._spared), self._state.config)
+        self.candidates = Candidates((), self._state.config)
+        with guard(words.IN_PRUNING):
+            self.candidates = Candidates(_views(self._batch, self._spared), self._state.config)
 
     def prune_worst(self) -> bool:
         """Prune one trace because the next decode step does not fit; False when none may be."""
-        victim = self.candidates.take()
+        victim = None
+        with guard(words.IN_PRUNING):
+            victim = self.candidates.take()
         return self._prune([] if victim is None else [victim], words.PRUNED_FOR_DECODE)
 
     def prune_for(self, claim: float, tokens: int) -> bool:
         """Prune traces for a waiting request; see ``Candidates.take_for``."""
-        return self._prune(self.candidates.take_for(claim, tokens), words.PRUNED_FOR_ADMISSION)
+        victims: list[TraceView] = []
+        with guard(words.IN_PRUNING):
+            victims = self.candidates.take_for(claim, tokens)
+        return self._prune(victims, words.PRUNED_FOR_ADMISSION)
 
     def _prune(self, victims: Sequence[TraceView], reason: str) -> bool:
         chosen = [victim.handle for victim in victims]
@@ -181,7 +190,8 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
     req.time_stats.set_completion_time()
     available = allocator.available_size()
     if state.metrics is not None:
-        state.metrics.trace_pruned(reason, available - before)
+        with guard(words.IN_METRICS):
+            state.metrics.trace_pruned(reason, available - before)
     logger.info(
         "STEP pruned rid=%r group=%r score=%s steps=%d reason=%s tokens_freed=%d pool_used=%d/%d",
         req.rid,

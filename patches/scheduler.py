@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from step_sglang import words
 from step_sglang.baselines import Surroundings
 from step_sglang.boundary import bitmap
 from step_sglang.capture import Capture, boundary_positions
@@ -18,7 +19,7 @@ from step_sglang.errors import ConfigError
 from step_sglang.groups import Fate, GroupRegistry, Trace
 from step_sglang.metrics import StepMetrics
 from step_sglang.op import MAX_ROWS
-from step_sglang.patches import forward, hooks
+from step_sglang.patches import forward, guard, hooks
 from step_sglang.patches.preflight import (
     load_config_scorer,
     load_tokenizer,
@@ -110,10 +111,12 @@ def _metrics(scheduler: Any, groups: GroupRegistry) -> StepMetrics | None:
         return None
     labels = scheduler.metrics_collector.labels
     metrics = StepMetrics({name: labels[name] for name in labels if name != "priority"})
-    groups.observer = partial(metrics.trace_changed, groups)
+    groups.observer = guard.guard(words.IN_METRICS)(partial(metrics.trace_changed, groups))
+    guard.observe(metrics.failed)
     return metrics
 
 
+@guard.guard(words.IN_REQUESTS)
 def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``Scheduler._create_generation_req``: give the request its trace."""
     state = state_of(scheduler)
@@ -151,6 +154,7 @@ def _capture(state: SchedulerStep, wishes: StepRequest, req: Any) -> Capture:
     return Capture(state.hidden_size, state.hidden_dtype, start, wanted)
 
 
+@guard.guard(words.IN_RESPONSES)
 def send_abort_output(result: None, scheduler: Any, abort_req: Any, req: Any) -> None:
     """AFTER ``Scheduler.send_abort_output``: the request ended outside the output stream."""
     state, trace = state_of(scheduler), trace_of(req)
@@ -158,6 +162,7 @@ def send_abort_output(result: None, scheduler: Any, abort_req: Any, req: Any) ->
         state.groups.end(trace, Fate.ABORTED)
 
 
+@guard.guard(words.IN_RESPONSES)
 def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
     """AFTER ``Scheduler.get_internal_state``: what ``/server_info`` says of STEP."""
     state = state_of(scheduler)
@@ -166,4 +171,6 @@ def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
             **asdict(state.config),
             "groups": len(state.groups),
             "live_traces": state.groups.num_live,
+            "steps_unscored": forward.steps_unscored(),
+            "failures": guard.counts(),
         }

@@ -6,8 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 from step_sglang import words
-from step_sglang.groups import Fate, GroupRegistry
+from step_sglang.groups import Fate, GroupRegistry, Trace
 from step_sglang.metrics import StepMetrics
+from step_sglang.patches.guard import guard
 from step_sglang.patches.scheduler import state_of, trace_of
 
 
@@ -19,6 +20,11 @@ def get_output_streamer_class(base: type, scheduler: Any) -> type:
 
 def _fate(req: Any) -> Fate:
     return Fate.ABORTED if req.finished_reason.to_json()["type"] == "abort" else Fate.FINISHED
+
+
+@guard(words.IN_RESPONSES)
+def _meta(trace: Trace) -> dict[str, Any]:
+    return trace.meta()
 
 
 @lru_cache(maxsize=4)
@@ -33,12 +39,14 @@ def _step_streamer(base: Any, groups: GroupRegistry, metrics: StepMetrics | None
                 if not req.finished():
                     continue
                 if trace is not None:
-                    groups.end(trace, _fate(req))
+                    with guard(words.IN_RESPONSES):
+                        groups.end(trace, _fate(req))
                 if metrics is not None and (trace or req.sampling_params.max_new_tokens):
-                    waited = req.time_stats.queue_duration_s
-                    metrics.request_waited(waited, is_trace=trace is not None)
+                    with guard(words.IN_METRICS):
+                        waited = req.time_stats.queue_duration_s
+                        metrics.request_waited(waited, is_trace=trace is not None)
             if any(traces):
-                fields[words.META_KEY] = [None if t is None else t.meta() for t in traces]
+                fields[words.META_KEY] = [None if t is None else _meta(t) for t in traces]
             return fields
 
         def is_request_level_customized_info_key(self, key: str) -> bool:

@@ -10,6 +10,7 @@ from step_sglang import words
 from step_sglang.affinity import GroupIds, replica_of
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
+from step_sglang.patches.guard import guard
 from step_sglang.patches.record import config_of
 from step_sglang.request import (
     StepRequest,
@@ -95,6 +96,7 @@ def update_request_meta_info(
     """AROUND ``update_request_meta_info``: ours is one value per request, not one per token."""
     others = {key: values for key, values in customized_info.items() if key != words.META_KEY}
     original(manager, meta_info, state, others, index, finish_reason)
-    step = customized_info.get(words.META_KEY)
-    if step is not None and step[index] is not None:
-        meta_info[words.META_KEY] = step[index]
+    with guard(words.IN_RESPONSES):
+        step = customized_info.get(words.META_KEY)
+        if step is not None and step[index] is not None:
+            meta_info[words.META_KEY] = step[index]

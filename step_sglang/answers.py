@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from math_verify import parse, verify
 
-from step_sglang.errors import VoteError
+from step_sglang.errors import VoteError, shown
 
 Extractor = Callable[[str], str | None]
 MAX_LENGTH = 1000  # characters; a longer answer equals only its own text
@@ -69,8 +69,7 @@ def extractor_named(name: object) -> Extractor:
     """The built-in extractor of that name; raises VoteError."""
     if not isinstance(name, str) or name not in EXTRACTORS:
         raise VoteError(
-            f"unknown answer extractor {str(name)[:40]!r}; it must be one of "
-            f"{', '.join(EXTRACTORS)}"
+            f"unknown answer extractor {shown(name)}; it must be one of {', '.join(EXTRACTORS)}"
         )
     return EXTRACTORS[name]
 

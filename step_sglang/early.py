@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from step_sglang.errors import VoteError
+from step_sglang.errors import VoteError, shown
 from step_sglang.vote import Tally
 
 RULES = ("exact", "posterior", "off")
@@ -22,13 +22,13 @@ def check_rule(rule: object, threshold: object = DEFAULT_THRESHOLD) -> None:
     """Raise VoteError unless they are a rule and a probability below 1/2."""
     if rule not in RULES:
         raise VoteError(
-            f"unknown early-finish rule {str(rule)[:40]!r}; it must be one of {', '.join(RULES)}"
+            f"unknown early-finish rule {shown(rule)}; it must be one of {', '.join(RULES)}"
         )
     number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
     if not (number and 0 < threshold < 0.5):  # type: ignore[operator]
         raise VoteError(
             "the early-finish threshold must be a probability above 0 and below 0.5, "
-            f"not {str(threshold)[:40]!r}"
+            f"not {shown(threshold)}"
         )
 
 

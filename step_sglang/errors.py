@@ -2,10 +2,13 @@
 
 
 def shown(value: object) -> str:
-    """A user's value in an error message: short, whatever it is."""
+    """A value as a message may show it: one short line, whatever a request holds."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**15:
-        return "a whole number of more than 15 digits"  # printing it could fail
-    return repr(value)[:40]
+        return "a whole number of more than 15 digits"
+    try:
+        return ascii(value)[:40]
+    except ValueError:  # Python does not print whole numbers of thousands of digits
+        return f"a {type(value).__name__}"
 
 
 class StepError(ValueError):

@@ -33,6 +33,12 @@ class StepMetrics:
 
         self._traces = counter("step_traces_scored_total", "Traces ended with at least one score.")
         self._steps = counter("step_steps_scored_total", "Steps scored.")
+        self._unscored = counter(
+            "step_steps_unscored_total", "Steps whose score was not finite, so not counted."
+        )
+        self._failures = Counter(
+            "step_failures_total", "Failures that cost a score or a pruning.", (*names, "where")
+        )
         self._freed = counter("step_tokens_freed_total", "KV tokens freed by pruning.")
         self._pruned = Counter("step_traces_pruned_total", "Traces pruned.", (*names, "reason"))
         self._groups = gauge("step_groups_alive", "Groups with a running or waiting trace.")
@@ -60,6 +66,14 @@ class StepMetrics:
         """A step of a trace was scored."""
         self._steps.inc()
         self._scores.observe(score)
+
+    def step_unscored(self) -> None:
+        """A step ended whose score was not finite."""
+        self._unscored.inc()
+
+    def failed(self, where: str) -> None:
+        """STEP itself failed; ``where`` is one of the words for it."""
+        self._failures.labels(**self._labels, where=where).inc()
 
     def trace_pruned(self, reason: str, tokens_freed: int) -> None:
         """A trace was pruned; ``reason`` is one of the words for it."""

@@ -103,8 +103,8 @@ def step_score_(
         thinking: [S] uint8, written: 1 while steps are scored, set to 0 at the think-end token.
         score_sum: [S] float32, written: sum of the slot's step scores.
         num_steps: [S] int32, written: number of them.
-        out: [B, 2] float32, written: step score (NaN where no step was scored), then score_sum of
-            the row's slot after this call (0 for padding rows).
+        out: [B, 2] float32, written: step score (NaN: no step ends here; infinity: one ends that
+            has no score), then score_sum of the row's slot after this call (0 for padding rows).
         workspace: [>= workspace_size(B)] int32, zeroed once by its owner and left zeroed where it
             must be; one stream at a time. Ignored on the CPU.
         w1: [512, D] float32 or bfloat16.
@@ -112,8 +112,8 @@ def step_score_(
         w2: [1, 512] or [512] float32.
         b2: [1] float32.
 
-    A step whose logit is not finite (NaN or infinity in the hidden state) is not scored: its state
-    stays as it was.
+    A step whose logit is not finite (NaN or infinity in the hidden state, or an overflow) is not
+    scored: its state stays as it was, and `out` says infinity.
 
     Raises:
         RuntimeError: an argument has the wrong dtype, shape, layout or device; the message names

@@ -73,5 +73,6 @@ def step_score_(
     score_sum.index_add_(0, scored_slots, scores.to(score_sum.dtype))
     num_steps.index_add_(0, scored_slots, torch.ones_like(scored_slots, dtype=num_steps.dtype))
 
+    out[rows[is_step], 0] = float("inf")
     out[rows[is_step][finite], 0] = scores.to(out.dtype)
     out[rows, 1] = score_sum[slots].to(out.dtype)

@@ -62,10 +62,10 @@ def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None
             "custom_params.step must be true, false or an object such as "
             f'{{"group": "q1"}}, not a {type(value).__name__}'
         )
-    unknown = sorted(str(name)[:40] for name in value if name not in words.REQUEST_MEMBERS)
+    unknown = sorted(shown(name) for name in value if name not in words.REQUEST_MEMBERS)
     if unknown:
         raise RequestError(
-            f"custom_params.step has unknown members {unknown}; "
+            f"custom_params.step has unknown members [{', '.join(unknown[:8])}]; "
             f"it may have {[*words.REQUEST_MEMBERS, *words.VOTE_MEMBERS]}"
         )
     group, trace = _name(value, words.GROUP), _name(value, words.TRACE)
@@ -77,7 +77,7 @@ def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None
     ):
         raise RequestError(
             "custom_params.step.prompt_tokens must be a whole number of tokens, "
-            f"not {str(prompt_tokens)[:40]!r}"
+            f"not {shown(prompt_tokens)}"
         )
     wishes = StepRequest(
         group=group,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from step_sglang.errors import ScorerError
+from step_sglang.errors import ScorerError, shown
 
 HIDDEN_UNITS = 512
 FORMAT = "step-sglang-scorer"
@@ -114,16 +115,19 @@ def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], ScorerInfo]:
             metadata = opened.metadata() or {}
             names = set(opened.keys())
             if names != set(_NAMES):
+                found = ", ".join(map(shown, sorted(names)[:8]))
                 raise ScorerError(
-                    f"scorer {file} holds tensors {sorted(names)}; a scorer holds {list(_NAMES)}"
+                    f"scorer {file} holds tensors [{found}]; a scorer holds {list(_NAMES)}"
                 )
             tensors = {name: opened.get_tensor(name) for name in _NAMES}
     except (OSError, safetensors.SafetensorError) as error:
-        raise ScorerError(f"scorer {file} is not a readable safetensors file: {error}") from error
+        raise ScorerError(
+            f"scorer {file} is not a readable safetensors file: {_line(error)}"
+        ) from error
     if metadata.get("format") != FORMAT or metadata.get("version") != FORMAT_VERSION:
         raise ScorerError(
-            f"scorer {file} says format {metadata.get('format')!r} version "
-            f"{metadata.get('version')!r}; this reads {FORMAT!r} version {FORMAT_VERSION!r}"
+            f"scorer {file} says format {shown(metadata.get('format'))} version "
+            f"{shown(metadata.get('version'))}; this reads {FORMAT!r} version {FORMAT_VERSION!r}"
         )
     return tensors, _info(file, metadata)
 
@@ -132,8 +136,8 @@ def _info(file: Path, metadata: dict[str, str]) -> ScorerInfo:
     try:
         delimiters = json.loads(metadata.get("delimiters", "[]"))
         training = json.loads(metadata.get("training", "{}"))
-    except json.JSONDecodeError as error:
-        raise ScorerError(f"scorer {file} has unreadable metadata: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ScorerError(f"scorer {file} has unreadable metadata: {_line(error)}") from error
     if not isinstance(delimiters, list) or not all(isinstance(d, str) and d for d in delimiters):
         raise ScorerError(f"scorer {file}: delimiters must be a list of non-empty strings")
     if not isinstance(training, dict):
@@ -153,9 +157,16 @@ def _read_reference(file: Path) -> dict[str, torch.Tensor]:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
     except ScorerError:
         raise
-    except Exception as error:  # a damaged pickle fails in any way: IndexError, TypeError, ...
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ScorerError(f"scorer {file} is not a readable torch weights file: {first}") from error
+    except pickle.UnpicklingError as error:
+        # torch's own message says how to run what it refused.
+        raise ScorerError(
+            f"scorer {file} is not a readable torch weights file: its pickle is damaged, or holds "
+            "more than tensors"
+        ) from error
+    except Exception as error:  # a damaged file fails in any way: IndexError, TypeError, ...
+        raise ScorerError(
+            f"scorer {file} is not a readable torch weights file: {_line(error)}"
+        ) from error
     state = loaded.get("model_state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(
         isinstance(state.get(name), torch.Tensor) for name in _REFERENCE_NAMES.values()
@@ -165,6 +176,12 @@ def _read_reference(file: Path) -> dict[str, torch.Tensor]:
             "(at top level or under 'model_state_dict')"
         )
     return {name: state[theirs] for name, theirs in _REFERENCE_NAMES.items()}
+
+
+def _line(error: Exception) -> str:
+    """What an error says, as one short line without control characters."""
+    text = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _checked(file: Path, tensors: dict[str, torch.Tensor], info: ScorerInfo) -> Scorer:

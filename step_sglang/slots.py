@@ -135,7 +135,7 @@ class SlotState:
         )
 
     def results(self, batch: int) -> torch.Tensor:
-        """Copy of the last pass's [B, 2] (step score or NaN, score sum), free of graph buffers."""
+        """Copy of the last pass's [B, 2] (step score, score sum), free of graph buffers."""
         return self.out[:batch].clone()
 
     def last_hidden(self, batch: int) -> torch.Tensor | None:

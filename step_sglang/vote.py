@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from step_sglang.answers import equivalent
-from step_sglang.errors import VoteError
+from step_sglang.errors import VoteError, shown
 
 Vote = Literal["weighted", "majority", "best"]
 VOTES: tuple[str, ...] = get_args(Vote)
@@ -46,7 +46,7 @@ class Tally:
 def check_vote(vote: object) -> None:
     """Raise VoteError unless ``vote`` is the name of a vote."""
     if vote not in VOTES:
-        raise VoteError(f"unknown vote {str(vote)[:40]!r}; it must be one of {', '.join(VOTES)}")
+        raise VoteError(f"unknown vote {shown(vote)}; it must be one of {', '.join(VOTES)}")
 
 
 def weight_of(score: float | None, vote: str) -> float:

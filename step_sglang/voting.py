@@ -17,7 +17,7 @@ from step_sglang import words
 from step_sglang.answers import extractor_named
 from step_sglang.config import StepConfig
 from step_sglang.early import DEFAULT_THRESHOLD
-from step_sglang.errors import RequestError, VoteError
+from step_sglang.errors import RequestError, VoteError, shown
 from step_sglang.gather import STREAM_INTERVAL, Gathered, Gathering, TraceFate, VoteRules
 from step_sglang.vote import Same
 
@@ -70,7 +70,7 @@ def parse_vote(params: Mapping[str, Any], config: StepConfig) -> VoteRequest | N
     if not isinstance(traces, int) or isinstance(traces, bool) or not 1 <= traces <= MAX_TRACES:
         raise RequestError(
             f"custom_params.step.traces must be a whole number from 1 to {MAX_TRACES}, "
-            f"not {str(traces)[:40]!r}"
+            f"not {shown(traces)}"
         )
     if not by_default and traces > 1 and params.get("temperature") == 0:
         raise RequestError(

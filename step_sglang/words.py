@@ -59,3 +59,11 @@ ABORT_GROUP_PATH = "/step/abort_group"
 ABORTED = "aborted"
 # What an answer to `traces` says of its vote, under `meta_info["step"]["vote"]`.
 META_VOTE = "vote"
+
+# Where STEP itself failed while the server went on, in the log line, metrics and `/server_info`.
+IN_SCORING = "scoring"
+IN_PRUNING = "pruning"
+IN_ADMISSION = "admission"
+IN_REQUESTS = "requests"
+IN_RESPONSES = "responses"
+IN_METRICS = "metrics"

@@ -77,8 +77,12 @@ def make_sample(
     vocab: int = 100,
     think_end: bool = True,
     units: int = op.HIDDEN_UNITS,
+    not_finite: float = 0.0,
 ) -> Sample:
-    """A call with every kind of row: padding, prompt, think-end, odd ids, steps."""
+    """A call with every kind of row: padding, prompt, think-end, odd ids, steps.
+
+    ``not_finite``: the share of tokens with one NaN or infinity in their hidden state.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def integers(low: int, high: int, size: int) -> Tensor:
@@ -104,6 +108,8 @@ def make_sample(
     slot_ids[torch.rand(rows, generator=g) < 0.1] = -1
     score_from = integers(0, 6, slots).to(torch.int32)
     score_from[torch.rand(slots, generator=g) < 0.1] = NEVER
+    for token in (torch.rand(tokens, generator=g) < not_finite).nonzero().flatten().tolist():
+        hidden[token, int(integers(0, dim, 1))] = (torch.nan, torch.inf, -torch.inf)[token % 3]
     return Sample(
         hidden=hidden,
         row_index=torch.randperm(tokens, generator=g)[:rows],

@@ -53,8 +53,21 @@ def test_random_strides(seed: int) -> None:
         offset=(0, 1, 4, 8)[seed % 4],
         boundary_share=(0.1, 0.5, 0.9)[seed % 3],
         think_end=seed % 2 == 0,
+        not_finite=(0.0, 0.3)[seed // 2 % 2],
     )
     assert_matches(run_cuda(sample), run_reference(sample))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_hidden_state_that_is_not_finite(value: float) -> None:
+    sample = active_rows(15, dim=2560, units=op.HIDDEN_UNITS)
+    clean = run_cuda(sample)
+    sample.hidden[sample.row_index[7], 5] = value
+    result = run_cuda(sample)
+    assert result.out[7].tolist() == [torch.inf, sample.score_sum[7].item()]
+    assert result.num_steps[7] == sample.num_steps[7]
+    others = [i for i in range(15) if i != 7]
+    assert torch.equal(result.out[others], clean.out[others])
 
 
 def test_largest_batch() -> None:

@@ -56,7 +56,7 @@ def check(program: Path, sample: Sample, schedules: list[Schedule]) -> None:
 
 
 samples = st.builds(
-    lambda seed, rows, dim, dtypes, stride, offset, share, think_end, units: make_sample(
+    lambda seed, rows, dim, dtypes, stride, offset, share, think_end, units, spoilt: make_sample(
         seed,
         rows=rows,
         dim=8 * dim,
@@ -67,6 +67,7 @@ samples = st.builds(
         boundary_share=share,
         think_end=think_end,
         units=UNITS_PER_BLOCK * units,
+        not_finite=spoilt,
     ),
     seed=st.integers(0, 2**31),
     rows=st.one_of(st.integers(0, 40), st.sampled_from((255, 256, 257, 600))),
@@ -77,6 +78,7 @@ samples = st.builds(
     share=st.sampled_from((0.0, 0.1, 0.9)),
     think_end=st.booleans(),
     units=st.integers(1, 12),
+    spoilt=st.sampled_from((0.0, 0.0, 0.3)),
 )
 quick = settings(
     max_examples=40,
@@ -198,3 +200,6 @@ def test_hidden_state_that_is_not_finite(plain: Path, value: float) -> None:
     sample = active_rows(3, dim=64, units=16)
     sample.hidden[sample.row_index[1], 5] = value
     check(plain, sample, [in_order(sample)])
+    (result,) = emulate(plain, sample, [in_order(sample)])
+    assert result.out[:, 0].isfinite().tolist() == [True, False, True]
+    assert result.out[1].tolist() == [torch.inf, sample.score_sum[1].item()]

@@ -50,7 +50,7 @@ def one_row(**changes: object) -> Sample:
 def was_scored(sample: Sample) -> bool:
     result = run_op(sample)
     assert_matches(result, run_reference(sample))
-    scored = not bool(result.out[0, 0].isnan())
+    scored = bool(result.out[0, 0].isfinite())
     assert scored == (result.num_steps.sum() > sample.num_steps.sum())
     return scored
 
@@ -65,9 +65,10 @@ def was_scored(sample: Sample) -> bool:
     offset=st.sampled_from((0, 1, 3)),
     share=st.sampled_from((0.0, 0.2, 0.9)),
     think_end=st.booleans(),
+    not_finite=st.sampled_from((0.0, 0.3)),
 )
 def test_random_calls(  # type: ignore[no-untyped-def]
-    seed, rows, dim, dtypes, stride, offset, share, think_end
+    seed, rows, dim, dtypes, stride, offset, share, think_end, not_finite
 ) -> None:
     sample = make_sample(
         seed,
@@ -79,6 +80,7 @@ def test_random_calls(  # type: ignore[no-untyped-def]
         offset=offset,
         boundary_share=share,
         think_end=think_end,
+        not_finite=not_finite,
     )
     assert_matches(run_op(sample), run_reference(sample))
 
@@ -166,7 +168,39 @@ class TestRows:
         sample = one_row()
         hidden = sample.hidden.clone()
         hidden[0, 3] = value
-        assert not was_scored(replace(sample, hidden=hidden))
+        spoilt = replace(sample, hidden=hidden)
+        assert not was_scored(spoilt)
+        result = run_op(spoilt)
+        assert result.out[0].tolist() == [
+            torch.inf,
+            1.5,
+        ]  # a step, and the sum as before
+        assert torch.equal(result.num_steps, sample.num_steps)
+        # Where no step ends, the hidden state does not matter.
+        inside = run_op(replace(spoilt, input_ids=torch.tensor([1])))
+        assert inside.out[0, 0].isnan()
+
+    def test_score_that_overflows(self) -> None:
+        sample = one_row()
+        spoilt = replace(sample, w1=sample.w1 * 1e38, hidden=sample.hidden * 1e3)
+        assert run_op(spoilt).out[0].tolist() == [torch.inf, 1.5]
+
+    def test_a_spoilt_row_spoils_no_other(self) -> None:
+        """Every other row keeps its bits."""
+        sample = make_sample(7, rows=13, dim=64, boundary_share=1.0, think_end=False)
+        sample.slot_ids.copy_(torch.arange(13))
+        sample.score_from.zero_()
+        clean = run_op(sample)
+        ended = clean.out[:, 0].isfinite().nonzero().flatten().tolist()
+        assert len(ended) >= 5
+        for row in ended:
+            hidden = sample.hidden.clone()
+            hidden[sample.row_index[row], 9] = torch.nan
+            got = run_op(replace(sample, hidden=hidden))
+            assert got.out[row, 0].isinf() and got.num_steps[row] == sample.num_steps[row]
+            others = [i for i in range(13) if i != row]
+            assert torch.equal(got.score_sum[others], clean.score_sum[others])
+            assert torch.equal(got.num_steps[others], clean.num_steps[others])
 
     def test_reused_slot(self) -> None:
         first = run_op(one_row())
@@ -286,7 +320,8 @@ dtypes = (torch.bfloat16, torch.float16, torch.float32)
 for seed in range(24):
     dtype, w1_dtype = dtypes[seed % 3], dtypes[:3:2][seed % 2]
     dim = 8 * (1, 3, 8, 17, 130, 271)[seed // 4]  # with and without a rest, one block and several
-    s = make_sample(seed, rows=7 + 4 * seed, dim=dim, hidden_dtype=dtype, w1_dtype=w1_dtype)
+    s = make_sample(seed, rows=7 + 4 * seed, dim=dim, hidden_dtype=dtype, w1_dtype=w1_dtype,
+                    not_finite=0.2)
     got = s.clone()
     op.step_score_(*got.args())
     assert_matches(got, run_reference(s))
