@@ -25,7 +25,7 @@ class Profile:
 # ten thousand tokens and more: windows and delays shrink with them.
 _REASONER = Profile(
     Sampling(1.0, 1.0, -1, 900), window=20, delay=5, bare=True, scorer=str(scorer_path()),
-    mean_tokens=238, prompt_tokens=64,
+    mean_tokens=238, prompt_tokens=52,
 )  # fmt: skip
 _PHI = Profile(Sampling(0.8, 0.95, 50))
 
