@@ -1,4 +1,4 @@
-"""From questions to a trained scorer: collect, train, inspect, convert. And: ask a question."""
+"""From questions to a trained scorer: collect, train, inspect, convert. Ask. Measure: bench."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rich.table import Table
 from step_sglang.client.ask import ask
 from step_sglang.config import unescape
 from step_sglang.errors import ScorerError, StepError
+from step_sglang.evaluation.commands import bench, replay, report
 from step_sglang.toolchain.errors import ServerError, SourceError
 
 app = typer.Typer(
@@ -28,7 +29,8 @@ app = typer.Typer(
 )
 out = Console(soft_wrap=True)  # paths are not broken into lines
 err = Console(stderr=True, soft_wrap=True)
-app.command()(ask)
+for command in (ask, bench, report, replay):
+    app.command()(command)
 _DELIMITER_HELP = r"Text that ends a step; \n and \t are understood. Repeat for several."
 
 
@@ -292,7 +294,7 @@ def _server(
     store: Path,
 ) -> Iterator[str]:
     """The URL of the user's server, or of one that is started now and stopped at the end."""
-    from step_sglang.toolchain.launch import running_server
+    from step_sglang.toolchain.launch import capture_flags, running_server
 
     if url is not None:
         yield url
@@ -300,7 +302,8 @@ def _server(
     log = store / "server.log"
     with ExitStack() as stack:
         with err.status("starting the server ..."):
-            address = stack.enter_context(running_server(path, delimiters, scope_all, flags, log))
+            more = [*capture_flags(delimiters, scope_all), *flags]
+            address = stack.enter_context(running_server(path, more, log))
         try:
             yield address
         except ServerError as error:

@@ -28,15 +28,20 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
-def server_command(
-    model: str, port: int, delimiters: Sequence[str], scope_all: bool, more: Sequence[str]
-) -> list[str]:
-    """The launch command; ``more`` are the user's own flags and come last, so they win."""
+def server_command(model: str, port: int, flags: Sequence[str]) -> list[str]:
+    """The launch command; of flags that contradict each other the last wins."""
     return [
         sys.executable, "-m", "sglang.launch_server", "--model-path", model,
-        "--host", "127.0.0.1", "--port", str(port), "--enable-step", "--step-capture",
+        "--host", "127.0.0.1", "--port", str(port), *flags,
+    ]  # fmt: skip
+
+
+def capture_flags(delimiters: Sequence[str], scope_all: bool) -> list[str]:
+    """Flags of a server that collects training data."""
+    return [
+        "--enable-step", "--step-capture",
         "--step-delimiter", *(escape(text) for text in delimiters),
-        *(("--step-scope", "all") if scope_all else ()), *more,
+        *(("--step-scope", "all") if scope_all else ()),
     ]  # fmt: skip
 
 
@@ -51,21 +56,26 @@ def plain_cpu(more: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return {"SGLANG_PLATFORM": "step_cpu", "OMP_NUM_THREADS": "1"}, [
         "--device", "cpu", "--dtype", "float32", "--skip-server-warmup",
         "--max-running-requests", "256", "--max-total-tokens", "65536",
+        # An idle scheduler spins, and would take a core from whoever works.
+        "--sleep-on-idle",
     ]  # fmt: skip
 
 
 @contextmanager
-def running_server(
-    model: str, delimiters: Sequence[str], scope_all: bool, more: Sequence[str], log: Path
-) -> Iterator[str]:
+def running_server(model: str, more: Sequence[str], log: Path) -> Iterator[str]:
     """Start a server, wait until it answers, yield its URL, stop it with all its processes.
+
+    Args:
+        model: path or name.
+        more: flags; they come last, so they win.
+        log: file for its output.
 
     Raises:
         ServerError: it does not come up; the end of its log is in the message.
     """
     environment, flags = plain_cpu(more)
     port = _free_port()
-    command = server_command(model, port, delimiters, scope_all, [*flags, *more])
+    command = server_command(model, port, [*flags, *more])
     command = [sys.executable, "-c", _DIE_WITH_PARENT, *command]
     with log.open("wb") as sink:
         process = subprocess.Popen(

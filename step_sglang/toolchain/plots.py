@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +14,7 @@ from sklearn.metrics import roc_curve
 
 from step_sglang.toolchain.evaluate import Evaluation, Scored
 from step_sglang.toolchain.fit import Fitted
-from step_sglang.toolchain.metrics import RUNNING_MEAN, signals_at
+from step_sglang.toolchain.metrics import RUNNING_MEAN, Ranking, signals_at
 
 PLOTS = ("loss.png", "roc.png", "ranking.png", "reliability.png")
 _COLOURS = ("tab:red", "tab:blue", "tab:green", "tab:gray")
@@ -25,7 +26,7 @@ def draw_all(folder: Path, fitted: Fitted, scored: Scored, evaluation: Evaluatio
     drawn = (
         _loss(fitted),
         _roc(scored, evaluation),
-        _ranking(evaluation),
+        draw_ranking(evaluation.ranking),
         _reliability(evaluation),
     )
     for name, figure in zip(PLOTS, drawn, strict=True):
@@ -66,13 +67,14 @@ def _roc(scored: Scored, evaluation: Evaluation) -> pyplot.Figure:
     return figure
 
 
-def _ranking(evaluation: Evaluation) -> pyplot.Figure:
+def draw_ranking(rankings: Mapping[str, Mapping[float, Ranking]]) -> pyplot.Figure:
+    """Ranking accuracy along the trace, within the question and pooled."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     for title, name, axis in (
         ("within the question", "pairs_within", axes[0]),
         ("pooled", "pairs", axes[1]),
     ):
-        for colour, (signal, at) in zip(_COLOURS, evaluation.ranking.items(), strict=False):
+        for colour, (signal, at) in zip(_COLOURS, rankings.items(), strict=False):
             estimates = [getattr(ranking, name) for ranking in at.values()]
             along = [100 * fraction for fraction in at]
             axis.plot(along, [e.value for e in estimates], "o-", color=colour, label=signal)

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from step_sglang.answers import extract_boxed
 from step_sglang.toolchain.errors import SourceError
+from step_sglang.toolchain.named import NAMED, Named, with_choices
 
 REASONER = "reasoner"
 
@@ -33,6 +34,7 @@ class Job:
     question: str
     answer: str
     traces: tuple[Given, ...] = ()
+    extract: str = "boxed"  # how a trace's answer is read, see `step_sglang.answers`
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,21 @@ def load_questions(
     split: str = "train",
     config: str | None = None,
     fields: Fields = Fields(),
+    seed: int = 0,
+    data_dir: Path | None = None,
 ) -> Source:
     """Questions by name.
 
     Args:
-        name: ``reasoner:SPLIT`` (the embedded reasoner's own), a JSON-lines file, or the name of a
-            Hugging Face data set.
+        name: ``reasoner:SPLIT`` (the embedded reasoner's own), one of the paper's sets
+            (``aime-25``, see `named`), a JSON-lines file, or the name of a Hugging Face data set.
         limit: at most so many questions; 100 by default for the reasoner, whose supply is endless.
         split: of a data set.
         config: of a data set.
         fields: the members that hold question and answer.
+        seed: of the embedded reasoner's questions.
+        data_dir: folder of the named sets' JSON-lines files; without such a file they come from
+            Hugging Face.
 
     Raises:
         SourceError: nothing is there, or no line has both a question and an answer.
@@ -78,7 +85,9 @@ def load_questions(
         raise SourceError(f"the number of questions must be at least 1, not {limit}")
     rows: Iterable[tuple[str, Any]]
     if name.startswith(f"{REASONER}:"):
-        return _reasoner(name, limit or 100)
+        return _reasoner(name, limit or 100, seed)
+    if name in NAMED:
+        return _named(NAMED[name], limit, data_dir)
     if Path(name).exists() or name.endswith((".jsonl", ".json")):
         rows = _lines(Path(name))
     else:
@@ -146,11 +155,35 @@ def _source(name: str, jobs: list[Job], problems: list[str], members: str) -> So
     return Source(name, tuple(jobs), tuple(problems))
 
 
-def _reasoner(name: str, count: int) -> Source:
+def _named(known: Named, limit: int | None, data_dir: Path | None) -> Source:
+    file = None if data_dir is None else data_dir / known.file
+    rows: Iterable[tuple[str, Any]]
+    if file is not None and file.exists():
+        name, fields, rows = str(file), Fields(), _lines(file)
+    else:
+        name, fields = known.hub, Fields(question=known.question, answer=known.answer)
+        try:
+            rows = list(_data_set(known.hub, known.config, known.split))
+        except SourceError as error:
+            wanted = known.file if file is None else file
+            raise SourceError(
+                f"{error}. Without a connection put its questions into {wanted} and name the "
+                "folder with --data-dir"
+            ) from error
+    if known.choices:
+        rows = [(where, with_choices(row)) for where, row in rows]
+        fields = Fields()
+    jobs, problems = _jobs(rows, fields, limit)
+    extract = "choice" if known.choices else "boxed"
+    jobs = [replace(job, extract=extract) for job in jobs]
+    return _source(name, jobs, problems, f"{fields.question!r} and {fields.answer!r}")
+
+
+def _reasoner(name: str, count: int, seed: int) -> Source:
     from step_sglang.reasoner import questions
 
     try:
-        found = questions(name.removeprefix(f"{REASONER}:"), count)
+        found = questions(name.removeprefix(f"{REASONER}:"), count, seed)
     except ValueError as error:
         raise SourceError(f"{name}: {error}") from error
     jobs = tuple(Job(question_id(q.question), q.question, q.answer) for q in found)

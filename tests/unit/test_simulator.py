@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_sglang.config import StepConfig
-from tests.unit.simulator import Group, Request, Simulator
+from step_sglang.evaluation.simulator import Request, Simulator
+from step_sglang.groups import Group
 
 FAIR, QUEUE = StepConfig("s"), StepConfig("s", admit="queue")
 

@@ -20,7 +20,7 @@ from step_sglang.scorer import load_scorer
 from step_sglang.toolchain import grade
 from step_sglang.toolchain.collect import Collected, Settings, collect
 from step_sglang.toolchain.errors import ServerError, SourceError, StoreError
-from step_sglang.toolchain.launch import running_server, server_command
+from step_sglang.toolchain.launch import capture_flags, running_server, server_command
 from step_sglang.toolchain.prompts import Prompter, load_prompter
 from step_sglang.toolchain.reader import Reader
 from step_sglang.toolchain.sources import Job, load_questions, load_traces, question_id
@@ -304,10 +304,9 @@ def test_grading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_server_that_does_not_start_is_stopped(tmp_path: Path) -> None:
-    assert server_command("m", 1, ["\n\n", "##"], False, ["--x"])[-4:] == [
-        "--step-delimiter", "\\n\\n", "##", "--x",
-    ]  # fmt: skip
-    assert server_command("m", 1, ["##"], True, ["--x"])[-3:] == ["--step-scope", "all", "--x"]
+    assert capture_flags(["\n\n", "##"], False)[-3:] == ["--step-delimiter", "\\n\\n", "##"]
+    assert capture_flags(["##"], True)[-2:] == ["--step-scope", "all"]
+    assert server_command("m", 1, ["--x", "--y"])[-4:] == ["--port", "1", "--x", "--y"]
     flags = ["--device", "cpu", "--no-such-flag"]
     log = tmp_path / "log"
     fake = tmp_path / "sglang"
@@ -317,7 +316,7 @@ def test_a_server_that_does_not_start_is_stopped(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
         with pytest.raises(ServerError, match="bad flags --no-such-flag"):  # noqa: SIM117
-            with running_server("m", ["\n\n"], False, flags, log):
+            with running_server("m", flags, log):
                 pass
 
 
@@ -339,7 +338,7 @@ def test_our_server_is_stopped_with_its_children(tmp_path: Path) -> None:
         patch.setenv("PYTHONPATH", str(tmp_path))
         patch.chdir(tmp_path)
         with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
-            with running_server("m", ["\n\n"], False, ["--device", "cpu"], tmp_path / "log"):
+            with running_server("m", ["--device", "cpu"], tmp_path / "log"):
                 child = int((tmp_path / "children").read_text())
                 raise KeyboardInterrupt
     state = Path(f"/proc/{child}/stat")

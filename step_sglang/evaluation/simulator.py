@@ -1,23 +1,48 @@
 """A model of the scheduler: a page allocator, running and waiting requests, one token a step.
 
 It drives the real policy in the order in which the engine's hooks do: first waiting requests, by
-turn, with room made for them; then room for the next decode step. Prompts count as not shared.
+turn, with room made for them; then room for the next decode step. Prompts count as not shared: the
+caller takes a shared one off the pool.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from step_sglang.config import StepConfig
 from step_sglang.groups import Group
 from step_sglang.policy import Candidates, GroupView, TraceView
 
+# SGLang 0.5.23: how much of a request's possible output admission reserves, see `Reserve`.
+_INIT_RATIO, _MIN_RATIO, _DECAY_STEPS, _CLIP, _RETRACT_STEPS = 0.7, 0.7 * 0.14, 600, 4096, 20
+
+
+class Known(NamedTuple):
+    """A recorded step score."""
+
+    generated: int  # tokens that the trace must have before the score is known
+    score: float
+
+
+class Moment(NamedTuple):
+    """One decode step."""
+
+    running: int  # requests that decode
+    tokens: int  # that they hold
+    prefilled: int  # tokens computed for those who started just before
+
 
 @dataclass(eq=False)
 class Request:
-    """A trace, or an ordinary request (no group)."""
+    """A trace, or an ordinary request (no group).
+
+    ``steps``: its step scores, in order; None: they are drawn at random. ``rank``: score sum and
+    number of steps by which it ranks; None: its step scores.
+    """
 
     arrival: int  # step
     prompt: int  # tokens of its own
@@ -29,31 +54,67 @@ class Request:
     started: int | None = None
     retractions: int = 0
     fate: str = "waiting"
+    steps: Sequence[Known] | None = None
+    rank: Callable[[Request], tuple[float, int]] | None = None
+    queued: int = 0  # step at which it began to wait
+    waited: int = 0  # steps
 
     @property
     def tokens(self) -> int:
+        """KV tokens that it holds."""
         return self.prompt + self.generated
 
     @property
     def prunable(self) -> bool:
+        """Whether its group may lose a trace."""
         return self.group is not None and self.group.prunable
 
 
 @dataclass
+class Reserve:
+    """What SGLang's admission keeps free for the future of requests that are not pruned.
+
+    A share of what each may still generate; the share falls with every decode step and is set by
+    what there is when a request is retracted.
+    """
+
+    max_new_tokens: int
+    ratio: float = _INIT_RATIO
+
+    def future(self, request: Request) -> int:
+        """Tokens that it may still generate, as far as SGLang looks ahead."""
+        return min(max(self.max_new_tokens - request.generated, 0), _CLIP)
+
+    def decay(self) -> None:
+        """One decode step passed."""
+        self.ratio = max(self.ratio - (_INIT_RATIO - _MIN_RATIO) / _DECAY_STEPS, _MIN_RATIO)
+
+    def retracted(self, running: Sequence[Request]) -> None:
+        """Somebody was retracted; these are left."""
+        decoded = sum(r.generated + _RETRACT_STEPS for r in running)
+        self.ratio = min(1.0, decoded / (self.max_new_tokens * len(running) + 1))
+
+
+@dataclass
 class Simulator:
+    """One server. ``reserve`` None: admission knows how long each request will be."""
+
     pool: int  # tokens
     page: int
     config: StepConfig
-    seed: int
-    step_length: int = 10  # tokens between two scores
+    seed: int = 0
+    step_length: int = 10  # tokens between two random scores
+    reserve: Reserve | None = None
     running: list[Request] = field(default_factory=list)
     waiting: list[Request] = field(default_factory=list)
     ended: list[Request] = field(default_factory=list)
     pruned: Counter[str] = field(default_factory=Counter)  # by reason
     now: int = 0
+    history: list[Moment] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self._fresh: list[Request] = []  # admitted in this step
 
     def run(self, arrivals: list[Request], max_steps: int = 20_000) -> None:
         """Serve requests until all have ended."""
@@ -63,6 +124,7 @@ class Simulator:
                 request = queue.pop(0)
                 if request.group is not None:
                     request.group.live += 1
+                request.queued = self.now
                 self.waiting.append(request)
             self._admit()
             self._decode()
@@ -70,10 +132,12 @@ class Simulator:
             assert self.now < max_steps, "somebody starves"
 
     def pages(self, tokens: int) -> int:
+        """Tokens in whole pages."""
         return -(-tokens // self.page) * self.page
 
     @property
     def free(self) -> int:
+        """KV tokens that nobody holds."""
         return self.pool - sum(self.pages(r.tokens) for r in self.running)
 
     def _views(self) -> Candidates:
@@ -83,7 +147,12 @@ class Simulator:
             if r.group is not None:
                 groups[r.group.group_id] = r.group
                 members.setdefault(r.group.group_id, []).append(
-                    TraceView(i, self.pages(r.tokens), r.generated, r.score_sum, r.num_steps)
+                    TraceView(
+                        i,
+                        self.pages(r.tokens),
+                        r.generated,
+                        *(r.rank(r) if r.rank else (r.score_sum, r.num_steps)),
+                    )
                 )
         return Candidates(
             [
@@ -121,17 +190,20 @@ class Simulator:
 
         if self.config.makes_room:
             self.waiting.sort(key=turn)
+        self._fresh = []
         while self.waiting and self._start(self.waiting[0]):
             request = self.waiting.pop(0)
             request.started = self.now if request.started is None else request.started
+            request.waited += self.now - request.queued
             self.running.append(request)
+            self._fresh.append(request)
 
     def _start(self, request: Request) -> bool:
         need = self.pages(request.tokens) + self.page
-        reserved = sum(r.length - r.generated for r in self.running if not r.prunable)
+        reserved = sum(self._reserved(r) for r in self.running if not r.prunable)
         candidates = self._views()
         if not request.prunable:
-            future = request.length - request.generated
+            future = self._future(request)
             credit = candidates.reclaimable() if self.config.makes_room else 0
             # A request that can never fit beside a reservation may still have an empty pool.
             if need + future > self.free + credit - reserved and self.running:
@@ -146,7 +218,18 @@ class Simulator:
         self._prune(victims, "admission")
         return self.free >= need
 
+    def _future(self, request: Request) -> int:
+        if self.reserve is None:
+            return request.length - request.generated
+        return self.reserve.future(request)
+
+    def _reserved(self, request: Request) -> float:
+        if self.reserve is None or request in self._fresh:
+            return self._future(request)
+        return self.reserve.ratio * self._future(request)
+
     def _decode(self) -> None:
+        prefilled = sum(r.tokens + 1 for r in self._fresh)
         candidates = None
         while self._needed() > self.free:
             candidates = self._views()
@@ -155,14 +238,29 @@ class Simulator:
                 self._retract()
                 continue
             self._prune([victim], "decode")
+        held = sum(r.tokens for r in self.running)
+        self.history.append(Moment(len(self.running), held, prefilled))
+        if self.reserve is not None:
+            self.reserve.decay()
         for request in list(self.running):
             request.generated += 1
-            if request.generated % self.step_length == 0:
-                request.num_steps += 1
-                request.score_sum += self.random.random()
+            self._score(request)
             if request.generated >= request.length:
                 self._end(request, "finished")
         assert self.free >= 0
+
+    def _score(self, request: Request) -> None:
+        if request.steps is not None:
+            known = request.num_steps
+            while known < len(request.steps) and request.steps[known].generated <= (
+                request.generated
+            ):
+                request.score_sum += request.steps[known].score
+                known += 1
+            request.num_steps = known
+        elif request.generated % self.step_length == 0:
+            request.num_steps += 1
+            request.score_sum += self.random.random()
 
     def _needed(self) -> int:
         return sum(self.page for r in self.running if r.tokens % self.page == 0)
@@ -173,4 +271,7 @@ class Simulator:
         request = min(self.running, key=lambda r: r.generated)
         self.running.remove(request)
         request.retractions += 1
+        request.queued = self.now
         self.waiting.append(request)
+        if self.reserve is not None:
+            self.reserve.retracted(self.running)

@@ -1,0 +1,216 @@
+"""The methods: how each asks for its traces and how they vote.
+
+A method is a name, a way to ask and a way to weigh the traces that finished; another one is a few
+lines in :data:`METHODS`. What the engine must do for it stands in the request
+(``custom_params.step.baseline``), except for the reference's policy, which is a server's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from step_sglang.evaluation.errors import BenchError
+from step_sglang.gather import Gathered
+from step_sglang.vote import weight_of
+
+Step = bool | Mapping[str, Any]  # custom_params.step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the methods may be told; the defaults are their papers'.
+
+    DeepConf (arXiv 2508.15260): groups of 2,048 tokens and the 20 most likely candidates
+    (section 4.1), 16 warm-up traces (its online algorithm). Slim-SC (arXiv 2509.13990): similarity
+    above 0.95, compared after 20 steps.
+    """
+
+    window: int = 2048  # tokens of a DeepConf group
+    top_k: int = 20  # candidates of a token's confidence
+    warmup: int = 16  # traces
+    similarity: float = 0.95
+    delay: int = 20  # steps of a trace before Slim-SC compares it
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one request brought."""
+
+    traces: tuple[Gathered, ...]
+    seconds: float
+
+
+class Asker(Protocol):
+    """Samples traces of the question at hand."""
+
+    @property
+    def settings(self) -> Settings:
+        """What the method may be told."""
+        ...
+
+    async def ask(self, n: int, step: Step, early: str = "off") -> Part:
+        """Sample n traces as one group; ``early`` ends it as `client.solve` does."""
+        ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All traces of a question, in the order in which they were asked for."""
+
+    parts: tuple[Part, ...]
+    threshold: float | None = None
+
+    @property
+    def traces(self) -> tuple[Gathered, ...]:
+        """Of all parts."""
+        return tuple(trace for part in self.parts for trace in part.traces)
+
+
+Ask = Callable[[Asker, int], Awaitable[Asked]]
+# The weight of each finished trace that has an answer; None keeps it out of the vote.
+Weigh = Callable[[Gathered, float | None], float | None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method. ``policy``: of the server that it needs; None: any, also one without STEP."""
+
+    name: str
+    title: str  # in tables
+    ask: Ask
+    weigh: Weigh
+    policy: str | None = "fair"
+    single: bool = False  # one trace whatever n is
+    ample: bool = False  # wants a server whose memory was not made small
+
+
+def confidence_of(trace: Gathered) -> float | None:
+    """A trace's lowest group confidence, as the server reports it."""
+    value = (trace.meta_info.get("step") or {}).get("confidence")
+    return None if value is None else float(value)
+
+
+def stop_threshold(confidences: Sequence[float], keep: float) -> float:
+    """The confidence below which a trace is stopped: ``keep`` percent of the warm-up reach it.
+
+    DeepConf's online algorithm (arXiv 2508.15260): the (100 - eta)-th percentile of the warm-up
+    traces' lowest group confidences, between two of them linearly.
+    """
+    return float(np.percentile(np.asarray(confidences, np.float64), 100.0 - keep))
+
+
+def _one_request(step: Step | Callable[[Settings], Step], early: str = "off") -> Ask:
+    async def ask(asker: Asker, n: int) -> Asked:
+        value = step(asker.settings) if callable(step) else step
+        return Asked((await asker.ask(n, value, early),))
+
+    return ask
+
+
+def _deepconf(keep: float) -> Ask:
+    """Warm-up traces run to their end and set the threshold; the others are stopped below it."""
+
+    async def ask(asker: Asker, n: int) -> Asked:
+        settings = asker.settings
+        baseline = {"name": "deepconf", "window": settings.window, "top_k": settings.top_k}
+        warmup = await asker.ask(min(n, settings.warmup), {"baseline": baseline})
+        known = [c for trace in warmup.traces if (c := confidence_of(trace)) is not None]
+        if not known:
+            raise BenchError(
+                "the server reported no confidence for DeepConf's warm-up: it is too old for this "
+                "method"
+            )
+        threshold = stop_threshold(known, keep)
+        if n <= settings.warmup:
+            return Asked((warmup,), threshold)
+        stopping = {**baseline, "stop_below": threshold}
+        rest = await asker.ask(n - settings.warmup, {"baseline": stopping})
+        return Asked((warmup, rest), threshold)
+
+    return ask
+
+
+def _slim_sc(variant: str) -> Ask:
+    return _one_request(
+        lambda settings: {
+            "baseline": {
+                "name": "slim-sc",
+                "variant": variant,
+                "threshold": settings.similarity,
+                "delay": settings.delay,
+            }
+        }
+    )
+
+
+def _control(name: str) -> Ask:
+    return _one_request({"baseline": {"name": name}})
+
+
+def _majority(trace: Gathered, threshold: float | None) -> float:
+    return 1.0
+
+
+def _by_score(trace: Gathered, threshold: float | None) -> float:
+    return weight_of(trace.score, "weighted")
+
+
+def _by_confidence(trace: Gathered, threshold: float | None) -> float | None:
+    """Only traces that reach the threshold vote, those of the warm-up too; weight: confidence."""
+    confidence = confidence_of(trace)
+    if confidence is None or (threshold is not None and confidence < threshold):
+        return None
+    return confidence
+
+
+# STEP waits for all survivors, as the paper's does; `step-early` ends the group by the exact rule.
+# `step-paper` differs from `step` in the victims alone: both weigh the traces that finished, while
+# the reference's script also counts pruned traces whose text contains "boxed".
+METHODS = {
+    method.name: method
+    for method in (
+        Method("cot", "CoT", _one_request(False), _majority, policy=None, single=True),
+        Method("sc", "SC", _one_request(False), _majority, policy=None),
+        Method("slim-sc-random", "Slim-SC (random)", _slim_sc("random"), _majority),
+        Method("slim-sc-diversity", "Slim-SC (diversity)", _slim_sc("diversity"), _majority),
+        Method("deepconf-low", "DeepConf-low", _deepconf(10.0), _by_confidence),
+        Method("deepconf-high", "DeepConf-high", _deepconf(90.0), _by_confidence),
+        Method("random", "random victim", _control("random"), _by_score),
+        Method("longest", "longest victim", _control("longest"), _by_score),
+        Method("step-paper", "STEP (paper policy)", _one_request(True), _by_score, policy="paper"),
+        Method("step", "STEP", _one_request(True), _by_score),
+        Method("step-early", "STEP, ends early", _one_request(True, "exact"), _by_score),
+    )
+}
+
+
+async def _record(asker: Asker, n: int) -> Asked:
+    step = {"record": True, "step_scores": True, "min_survivors": n}
+    return Asked((await asker.ask(n, step),))
+
+
+# Not a method to compare: every trace runs to its end, and is kept with all that a policy could
+# have known, for `replay`.
+RECORD = Method("record", "recorded", _record, _by_score, ample=True)
+ALIASES = {"slim-sc": "slim-sc-diversity", "deepconf": "deepconf-low"}
+REFERENCE = "sc"  # what the others are compared with
+
+
+def methods_named(names: str) -> tuple[Method, ...]:
+    """Methods of a comma-separated list, each once, in the order of the list.
+
+    Raises:
+        BenchError: there is no such method.
+    """
+    found: dict[str, Method] = {}
+    for name in (part.strip() for part in names.split(",")):
+        method = METHODS.get(ALIASES.get(name, name))
+        if method is None:
+            known = ", ".join([*METHODS, *ALIASES])
+            raise BenchError(f"there is no method {name[:40]!r}; there are {known}")
+        found[method.name] = method
+    return tuple(found.values())

@@ -1,0 +1,37 @@
+"""How each model is sampled, as its paper does; and the embedded reasoner's own measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from step_sglang.reasoner import scorer_path
+from step_sglang.toolchain.wire import Sampling
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Defaults that depend on the model."""
+
+    sampling: Sampling = field(default_factory=Sampling)  # the paper's for Qwen and DeepSeek
+    window: int = 2048  # tokens of a DeepConf group
+    delay: int = 20  # steps before Slim-SC compares a trace
+    bare: bool = False  # a question is asked as it is
+    scorer: str | None = None
+    mean_tokens: int | None = None  # of a trace, where it is known
+    prompt_tokens: int = 0
+
+
+# Its traces are 238 tokens and 17 steps long at the mean (its card), where a language model's have
+# ten thousand tokens and more: windows and delays shrink with them.
+_REASONER = Profile(
+    Sampling(1.0, 1.0, -1, 900), window=20, delay=5, bare=True, scorer=str(scorer_path()),
+    mean_tokens=238, prompt_tokens=52,
+)  # fmt: skip
+_PHI = Profile(Sampling(0.8, 0.95, 50))
+
+
+def profile_of(model: str) -> Profile:
+    """The profile of a model by its name; the embedded reasoner's is ``reasoner``."""
+    if model == "reasoner":
+        return _REASONER
+    return _PHI if "phi-4" in model.lower() else Profile()

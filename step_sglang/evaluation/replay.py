@@ -1,0 +1,221 @@
+"""Evaluates policies and votes on recorded traces, in a model of the server's memory.
+
+The traces are what the model wrote when nothing was pruned; a policy decides which of them would
+have been pruned in a pool of a given size, and when. What it cannot know: the reference's policy
+scores steps after the thinking too, which a record of an ordinary STEP server lacks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from step_sglang.answers import equivalent
+from step_sglang.config import StepConfig
+from step_sglang.evaluation.clock import Clock
+from step_sglang.evaluation.errors import ReplayError
+from step_sglang.evaluation.simulator import Known, Request, Reserve, Simulator
+from step_sglang.evaluation.stats import Mean, mean_of
+from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
+from step_sglang.groups import Group
+from step_sglang.vote import Ballot, Same, tally, weight_of
+
+Rank = Callable[[Request], tuple[float, int]]
+POLICIES = ("none", "fair", "paper", "random", "longest")
+NO_PRUNING = "none"  # self-consistency: SGLang reserves, queues and retracts
+_LAG = 2  # a boundary token is scored when it is consumed: one token later, known the next step
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one group."""
+
+    question: str
+    gold: str
+    finished: tuple[RecordedTrace, ...]
+    pruned: int
+    retracted: int
+    tokens: int
+    steps: int  # decode steps until the last trace ended
+    seconds: float
+    wait_share: float  # of the steps, that a trace waited, mean over the traces
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A policy and a vote over all groups."""
+
+    policy: str
+    vote: str
+    n: int
+    pool: int
+    groups: int
+    accuracy: Mean
+    tokens: float  # of a group, mean
+    pruned: float
+    retracted: float
+    steps: float
+    seconds: float
+    wait_share: float
+
+
+def split_groups(groups: Sequence[RecordedGroup], n: int | None) -> list[RecordedGroup]:
+    """Groups of n traces each, as many as the recorded ones give; None: as recorded.
+
+    Raises:
+        ReplayError: no group is complete, or none has n traces.
+    """
+    found = []
+    for group in groups:
+        size = n or len(group.traces)
+        if not group.whole:
+            continue
+        for start in range(0, len(group.traces) - size + 1, size):
+            part = group.traces[start : start + size]
+            found.append(
+                RecordedGroup(
+                    group.question, group.repeat, group.gold, group.prompt_tokens, group.latency,
+                    part,
+                )
+            )  # fmt: skip
+    if not found:
+        raise ReplayError(
+            f"no recorded group has {n or 'any'} traces that all ended by themselves: record with "
+            "more traces, or with a larger pool"
+        )
+    return found
+
+
+def simulate(
+    group: RecordedGroup,
+    policy: str,
+    pool: int,
+    clock: Clock,
+    max_new_tokens: int,
+    page: int = 1,
+    seed: int = 0,
+) -> Fate:
+    """What would have become of a group in a pool of that size.
+
+    Args:
+        group: complete traces.
+        policy: one of :data:`POLICIES`.
+        pool: KV tokens.
+        clock: of the machine.
+        max_new_tokens: of the requests; SGLang reserves for them.
+        page: KV tokens of a page.
+        seed: of the random policy.
+
+    Raises:
+        ReplayError: there is no such policy, or the pool cannot hold the longest trace.
+    """
+    if policy not in POLICIES:
+        raise ReplayError(f"there is no policy {policy[:40]!r}; there are {', '.join(POLICIES)}")
+    room = pool - -(-group.prompt_tokens // page) * page
+    longest = max(trace.tokens for trace in group.traces)
+    if longest + 2 * page > room:
+        raise ReplayError(
+            f"a pool of {pool} tokens cannot hold a trace of {group.prompt_tokens} + {longest}"
+        )
+    config = StepConfig("recorded", policy="paper" if policy == "paper" else "fair")
+    alive = None if policy == NO_PRUNING else Group(group.question)
+    limit = min(max_new_tokens, room - page - 1)
+    simulator = Simulator(room, page, config, reserve=Reserve(limit))
+    requests = [
+        Request(0, 0, trace.tokens, alive, steps=_known(trace), rank=rank)
+        for trace, rank in zip(group.traces, _ranks(policy, group, seed), strict=True)
+    ]
+    simulator.run(list(requests), max_steps=20 * sum(trace.tokens for trace in group.traces))
+    steps = len(simulator.history)
+    return Fate(
+        question=group.question,
+        gold=group.gold,
+        finished=tuple(
+            trace
+            for trace, request in zip(group.traces, requests, strict=True)
+            if request.fate == "finished"
+        ),
+        pruned=sum(request.fate == "pruned" for request in requests),
+        retracted=sum(request.retractions for request in requests),
+        tokens=sum(request.generated for request in requests),
+        steps=steps,
+        seconds=clock.seconds(simulator.history, group.prompt_tokens),
+        wait_share=sum(request.waited for request in requests) / len(requests) / max(1, steps),
+    )
+
+
+def predict(
+    groups: Sequence[RecordedGroup],
+    policies: Sequence[str],
+    votes: Sequence[str],
+    pools: Sequence[int],
+    clock: Clock,
+    max_new_tokens: int,
+    page: int = 1,
+    same: Same = equivalent,
+) -> Iterator[Prediction]:
+    """Every policy with every vote in every pool; ``same`` compares answers.
+
+    Raises:
+        ReplayError: as for :func:`simulate`.
+        VoteError: there is no such vote.
+    """
+    for pool in pools:
+        for policy in policies:
+            fates = [
+                simulate(group, policy, pool, clock, max_new_tokens, page, seed=number)
+                for number, group in enumerate(groups)
+            ]
+            for vote in votes:
+                right: dict[str, list[float]] = defaultdict(list)
+                for fate in fates:
+                    right[fate.question].append(float(is_right(fate, vote, same)))
+                yield Prediction(
+                    policy=policy,
+                    vote=vote,
+                    n=len(groups[0].traces),
+                    pool=pool,
+                    groups=len(fates),
+                    accuracy=mean_of(right),
+                    tokens=_mean([fate.tokens for fate in fates]),
+                    pruned=_mean([fate.pruned for fate in fates]),
+                    retracted=_mean([fate.retracted for fate in fates]),
+                    steps=_mean([fate.steps for fate in fates]),
+                    seconds=_mean([fate.seconds for fate in fates]),
+                    wait_share=_mean([fate.wait_share for fate in fates]),
+                )
+
+
+def is_right(fate: Fate, vote: str, same: Same = equivalent) -> bool:
+    """Whether the traces that finished vote for a right answer."""
+    voters = [trace for trace in fate.finished if trace.answer is not None]
+    ballots = [Ballot(str(trace.answer), weight_of(trace.score, vote)) for trace in voters]
+    tallies = tally(ballots, same, vote)
+    # The first trace of the winning answer was graded when it was recorded.
+    return bool(tallies) and voters[tallies[0].members[0]].correct
+
+
+def _known(trace: RecordedTrace) -> list[Known]:
+    pairs = zip(trace.positions, trace.step_scores, strict=True)
+    return [Known(position + _LAG, score) for position, score in pairs]
+
+
+def _ranks(policy: str, group: RecordedGroup, seed: int) -> list[Rank | None]:
+    if policy == "random":
+        draw = random.Random(f"{seed}/{group.question}/{group.repeat}")
+        return [_by_lot(draw.random()) for _ in group.traces]
+    return [_by_length if policy == "longest" else None] * len(group.traces)
+
+
+def _by_lot(lot: float) -> Rank:
+    return lambda request: (lot, 1)
+
+
+def _by_length(request: Request) -> tuple[float, int]:
+    return -float(request.generated), 1
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,204 @@
+"""Writes the tables of an evaluation in Markdown and LaTeX, and its plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from step_sglang.evaluation.errors import BenchError
+from step_sglang.evaluation.ranking import Rankings, recorded_rankings
+from step_sglang.evaluation.results import Loaded, load_results
+from step_sglang.evaluation.stats import Mean, Paired
+from step_sglang.evaluation.summary import Summary, summarize
+
+MARKDOWN, LATEX = "report.md", "report.tex"
+_NOTE = (
+    "Accuracy and latency are means over questions of the mean over repeats; ± is the standard "
+    "error over questions. In brackets: 95 % bootstrap intervals over questions, paired. p: "
+    "paired permutation test over questions, two-sided, against SC with as many traces in the "
+    "same memory. Latency: from the request to the vote. Wait, prefill and decode: a trace's own, "
+    "mean, by the server's time stamps."
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was made."""
+
+    files: tuple[Path, ...]
+    markdown: str
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells, ready for either form."""
+
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def write_report(folders: Sequence[Path], target: Path) -> Written:
+    """Write ``report.md``, ``report.tex`` and the plots into ``target``.
+
+    Raises:
+        BenchError: there are no results, or they do not belong together, or the disk fails.
+    """
+    from step_sglang.evaluation.plots import draw_all
+
+    loaded = load_results(folders)
+    summaries = summarize(loaded.results)
+    tables = [accuracy_table(summaries), breakdown_table(summaries)]
+    rankings = recorded_rankings(folders, loaded.meta["settings"]["window"])
+    if rankings:
+        tables.append(ranking_table(rankings))
+    text = _markdown(loaded, tables)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / MARKDOWN).write_text(text, encoding="utf-8")
+        (target / LATEX).write_text("\n".join(map(latex, tables)), encoding="utf-8")
+        drawn = draw_all(target, summaries, rankings)
+    except OSError as error:
+        raise BenchError(f"cannot write to {target}: {error.strerror}") from error
+    return Written((target / MARKDOWN, target / LATEX, *drawn), text, loaded.problems)
+
+
+def accuracy_table(summaries: Sequence[Summary]) -> Table:
+    """The paper's Table 1: accuracy, tokens and latency, with the tests against SC."""
+    head = (
+        "method", "n", "accuracy, %", "tokens", "latency, s", "accuracy - SC, points", "p",
+        "latency / SC", "p",
+    )  # fmt: skip
+    rows = [
+        (
+            s.title, str(s.n), _mean(s.accuracy, 100, 1), _mean(s.tokens, 1, 0),
+            _mean(s.latency, 1, 2), *_difference(s.accuracy_gap), *_ratio(s.latency_gap),
+        )
+        for s in summaries
+    ]  # fmt: skip
+    return _with_memory("Accuracy, tokens and latency of a question", head, rows, summaries)
+
+
+def breakdown_table(summaries: Sequence[Summary]) -> Table:
+    """The paper's Table 2: where the time of a trace goes, and what happened to the traces."""
+    head = (
+        "method", "n", "wait, s", "longest wait, s", "prefill, s", "decode, s", "pruned",
+        "retracted", "pool in use, %", "at most, %",
+    )  # fmt: skip
+    rows = [
+        (
+            s.title, str(s.n), _number(s.wait, 2), _number(s.longest_wait, 2),
+            _number(s.prefill, 3), _number(s.decode, 2), _number(s.pruned, 1),
+            _number(s.retracted, 1), _number(s.usage, 0, 100), _number(s.peak_usage, 0, 100),
+        )
+        for s in summaries
+    ]  # fmt: skip
+    return _with_memory("Where the time of a trace goes", head, rows, summaries)
+
+
+def ranking_table(rankings: Rankings) -> Table:
+    """The paper's Fig. 5 in figures, within the question: where pruning compares traces."""
+    fractions = list(next(iter(rankings.values())))
+    return Table(
+        "AUC within the question after a part of the trace's steps, recorded traces",
+        ("signal", *(f"{fraction:.0%}" for fraction in fractions)),
+        tuple(
+            (
+                signal,
+                *(
+                    f"{r.auc_within.value:.3f} [{r.auc_within.low:.3f}, {r.auc_within.high:.3f}]"
+                    for r in at.values()
+                ),
+            )
+            for signal, at in rankings.items()
+        ),
+    )
+
+
+def _with_memory(
+    caption: str,
+    head: tuple[str, ...],
+    rows: Sequence[tuple[str, ...]],
+    summaries: Sequence[Summary],
+) -> Table:
+    """Name the memory once, or in a column where there are several."""
+    memories = list(dict.fromkeys(s.memory for s in summaries))
+    if len(memories) == 1:
+        return Table(f"{caption}; KV pool: {memories[0]}", head, tuple(rows))
+    return Table(
+        caption,
+        (*head[:2], "KV pool", *head[2:]),
+        tuple((*r[:2], s.memory, *r[2:]) for r, s in zip(rows, summaries, strict=True)),
+    )
+
+
+def markdown(table: Table) -> str:
+    """A pipe table with its caption."""
+    lines = [f"**{table.caption}**", "", _row(table.head), _row(["---"] * len(table.head))]
+    return "\n".join([*lines, *(_row(row) for row in table.rows), ""])
+
+
+def latex(table: Table) -> str:
+    """A ``tabular`` in a ``table``, for the booktabs package."""
+    columns = "ll" + "r" * (len(table.head) - 2)
+    lines = [
+        r"\begin{table}", rf"\caption{{{_escaped(table.caption)}}}",
+        rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _tex_row(table.head), r"\midrule",
+        *(_tex_row(row) for row in table.rows), r"\bottomrule", r"\end{tabular}", r"\end{table}",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _markdown(loaded: Loaded, tables: Sequence[Table]) -> str:
+    results = loaded.results
+    questions = len({result.question for result in results})
+    repeats = len({result.repeat for result in results})
+    title = (
+        f"# {loaded.meta['model']} on {loaded.meta['dataset']}\n\n{questions} questions, {repeats} "
+        f"repeat{'s' if repeats > 1 else ''}, {len(results)} runs.\n"
+    )
+    return "\n".join([title, *(markdown(table) for table in tables), _NOTE, ""])
+
+
+def _mean(mean: Mean, scale: float, digits: int) -> str:
+    value = f"{scale * mean.value:.{digits}f}"
+    return value if mean.error != mean.error else f"{value} ± {scale * mean.error:.{digits}f}"
+
+
+def _difference(gap: Paired | None) -> tuple[str, str]:
+    if gap is None:
+        return "", ""
+    d = gap.difference
+    return (
+        f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]",
+        _p(gap.p_value),
+    )
+
+
+def _ratio(gap: Paired | None) -> tuple[str, str]:
+    if gap is None:
+        return "", ""
+    return f"{gap.ratio.value:.2f} [{gap.ratio.low:.2f}, {gap.ratio.high:.2f}]", _p(gap.p_value)
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
+    return "" if value is None else f"{scale * value:.{digits}f}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    return " & ".join(map(_escaped, cells)) + r" \\"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", r"\%").replace("±", r"$\pm$").replace("<", "$<$").replace("_", r"\_")

@@ -1,0 +1,190 @@
+"""The results of a folder, so that a kill at any moment loses and doubles nothing.
+
+meta.json        what all results of the folder have in common
+results.jsonl    one line per question, method, n, repeat and memory
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from step_sglang.evaluation.errors import BenchError
+from step_sglang.evaluation.records import Key, RunResult
+
+META = "meta.json"
+RESULTS = "results.jsonl"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Results of one or several folders, with what they have in common."""
+
+    meta: Mapping[str, Any]
+    results: tuple[RunResult, ...]
+    problems: tuple[str, ...]
+
+
+class ResultWriter:
+    """Adds results to a folder, one writer at a time; opening repairs a torn last line."""
+
+    def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        """Open or create the folder.
+
+        Args:
+            folder: of the results.
+            meta: JSON values; two runs may share a folder only when theirs are equal.
+
+        Raises:
+            BenchError: the folder holds other results, is in use, or cannot be written.
+        """
+        self.folder = folder
+        self.repairs: tuple[str, ...] = ()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(folder, os.O_RDONLY)
+        except OSError as error:
+            raise BenchError(f"cannot write to {folder}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _agree(folder, {**meta, "version": _VERSION})
+            self._file = os.open(folder / RESULTS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._done = self._repaired()
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise BenchError(f"{folder} is being written by another process") from error
+        except OSError as error:
+            os.close(self._lock)
+            raise BenchError(f"writing to {folder} failed: {error.strerror}") from error
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> ResultWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._file)
+        os.close(self._lock)
+
+    @property
+    def done(self) -> frozenset[Key]:
+        """Runs that are in the folder."""
+        return frozenset(self._done)
+
+    def add(self, result: RunResult) -> None:
+        """Write one result and wait until it is on disk.
+
+        Raises:
+            BenchError: it is there already, or the disk is full or fails.
+        """
+        if result.key in self._done:
+            raise BenchError(f"{result.key} is in {self.folder} already")
+        line = json.dumps(result.as_json(), ensure_ascii=False, allow_nan=False) + "\n"
+        size = os.fstat(self._file).st_size
+        try:
+            view = memoryview(line.encode())
+            while view:
+                view = view[os.write(self._file, view) :]
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, size)  # half a line must not stay
+            raise BenchError(f"writing to {self.folder} failed: {error.strerror}") from error
+        self._done.add(result.key)
+
+    def _repaired(self) -> set[Key]:
+        data = (self.folder / RESULTS).read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            os.ftruncate(self._file, end)
+            self.repairs = (f"removed a torn line of {len(data) - end} bytes",)
+        results, problems = _parse(data[:end], self.folder)
+        if problems:
+            raise BenchError(f"{problems[0]}: {self.folder / RESULTS} is damaged")
+        return {result.key for result in results}
+
+
+def load_results(folders: Sequence[Path]) -> Loaded:
+    """Read the results of several folders, such as two shards, as one.
+
+    Raises:
+        BenchError: a folder holds no results, or they were measured in different ways.
+    """
+    metas: list[dict[str, Any]] = []
+    results: dict[Key, RunResult] = {}
+    problems: list[str] = []
+    for folder in folders:
+        metas.append(read_meta(folder))
+        found, bad = _parse((folder / RESULTS).read_bytes(), folder)
+        problems += bad
+        for result in found:
+            if result.key in results:
+                problems.append(f"{folder} repeats {tuple(result.key)}; the first counts")
+            results.setdefault(result.key, result)
+    different = [k for k in metas[0] if any(m.get(k) != metas[0][k] for m in metas)]
+    if different:
+        raise BenchError(
+            f"the folders were measured in different ways ({', '.join(different)}): report them "
+            "one by one"
+        )
+    if not results:
+        raise BenchError(f"{folders[0]} holds no results yet")
+    return Loaded(metas[0], tuple(results.values()), tuple(problems))
+
+
+def _parse(data: bytes, folder: Path) -> tuple[list[RunResult], list[str]]:
+    found: dict[Key, RunResult] = {}
+    problems = []
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line:
+            continue
+        try:
+            result = RunResult.from_json(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(f"{folder} line {number} is unusable ({error})")
+            continue
+        if result.key in found:
+            problems.append(f"{folder} line {number} repeats {tuple(result.key)}")
+        found.setdefault(result.key, result)
+    return list(found.values()), problems
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What all results of a folder have in common; raises BenchError."""
+    try:
+        return dict(json.loads((folder / META).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise BenchError(f"{folder} holds no results of `bench`: no usable {META}") from error
+
+
+def _agree(folder: Path, meta: Mapping[str, Any]) -> None:
+    file = folder / META
+    ours = json.loads(json.dumps(meta))
+    if file.exists():
+        theirs = read_meta(folder)
+        differing = [
+            f"{k} {theirs.get(k)!r}, now {ours.get(k)!r}"
+            for k in sorted({*ours, *theirs})
+            if ours.get(k) != theirs.get(k)
+        ]
+        if differing:
+            raise BenchError(
+                f"{folder} was measured with other settings ({'; '.join(differing)}): use the "
+                "same, or another folder"
+            )
+        return
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(file)

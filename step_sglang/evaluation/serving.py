@@ -1,0 +1,168 @@
+"""The servers that the methods need: started one after the other, or the user's own, checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from step_sglang.evaluation.errors import BenchError
+from step_sglang.toolchain.client import silence
+from step_sglang.toolchain.errors import ServerError
+from step_sglang.toolchain.launch import running_server
+
+_TIMEOUT = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How large a server's KV pool is: in tokens, as a share of the device, or as it comes."""
+
+    tokens: int | None = None
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 1:
+            raise BenchError(f"a KV pool has at least one token, not {self.tokens}")
+        if self.share is not None and not 0 < self.share < 1:
+            raise BenchError(f"--mem-fraction must be between 0 and 1, not {self.share}")
+
+    @property
+    def name(self) -> str:
+        """In keys and tables."""
+        if self.tokens is not None:
+            return f"{self.tokens} tokens"
+        return "as served" if self.share is None else f"{self.share:g} of memory"
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Of the server."""
+        if self.tokens is not None:
+            return ("--max-total-tokens", str(self.tokens))
+        return () if self.share is None else ("--mem-fraction-static", f"{self.share:g}")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One kind of server. ``policy`` None: without STEP."""
+
+    policy: str | None
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is served."""
+
+    path: str
+    scorer: str | None
+    flags: tuple[str, ...] = ()  # the user's own, last
+
+
+@dataclass(frozen=True)
+class Live:
+    """A server that answers."""
+
+    url: str
+    pool: int  # KV tokens
+    policy: str | None  # None: it runs without STEP
+
+
+@contextmanager
+def served(serving: Serving, model: Model, running: int, log: Path) -> Iterator[Live]:
+    """Start such a server, and stop it at the end.
+
+    Args:
+        serving: the kind.
+        model: what it serves.
+        running: requests that may run at the same time.
+        log: file for its output.
+
+    Raises:
+        BenchError: STEP is needed and there is no scorer.
+        ServerError: it does not start.
+    """
+    flags = ["--enable-metrics", "--decode-log-interval", "10"]
+    flags += ["--max-running-requests", str(running)]
+    if serving.policy is not None:
+        if model.scorer is None:
+            raise BenchError(
+                "these methods need STEP, and STEP needs --scorer, the model's scorer; only cot "
+                "and sc do without"
+            )
+        flags += ["--enable-step", "--step-scorer", model.scorer]
+        flags += ["--step-policy", serving.policy]
+    with running_server(model.path, [*flags, *serving.memory.flags, *model.flags], log) as url:
+        yield look_at(url, serving.policy)
+
+
+def look_at(url: str, policy: str | None) -> Live:
+    """Check that a running server is what is needed.
+
+    Raises:
+        BenchError: it runs without STEP, with another policy, or collects training data.
+        ServerError: it does not answer, or is no SGLang server of this version.
+    """
+    info = server_info(url)
+    try:
+        state = info["internal_states"][0]
+        step = state.get("step")
+        pool = int(info.get("max_total_num_tokens") or state["max_total_num_tokens"])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ServerError(f"{url} is no SGLang server of this version") from error
+    if policy is not None and step is None:
+        raise BenchError(
+            f"the server at {url} runs without STEP: start it with --enable-step --step-scorer S, "
+            "or ask for cot and sc alone"
+        )
+    if policy is not None and step["policy"] != policy:
+        raise BenchError(
+            f"the server at {url} runs with --step-policy {step['policy']}, and these methods need "
+            f"{policy}: start another, or leave --url out"
+        )
+    if step is not None and step["capture"]:
+        raise BenchError(f"the server at {url} collects training data (--step-capture)")
+    return Live(url.rstrip("/").removesuffix("/v1"), pool, None if step is None else step["policy"])
+
+
+def server_info(url: str) -> dict[str, Any]:
+    """GET /server_info; raises ServerError."""
+    url = url.rstrip("/").removesuffix("/v1")
+    try:
+        answer = httpx.get(f"{url}/server_info", timeout=_TIMEOUT)
+        return dict(answer.raise_for_status().json())
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        raise silence(url, error) from error
+    except (httpx.HTTPStatusError, ValueError, TypeError) as error:
+        raise ServerError(f"{url} is no SGLang server of this version") from error
+
+
+def parse_memory(pool: str | None, share: str | None) -> tuple[Memory, ...]:
+    """Comma-separated pool sizes, or shares of memory; neither: the server's own choice.
+
+    Raises:
+        BenchError: both are given, or one is no list of numbers.
+    """
+    if pool and share:
+        raise BenchError("--pool and --mem-fraction exclude each other")
+    if pool:
+        if not re.fullmatch(r"\d+(,\d+)*", pool):
+            raise BenchError(
+                f"--pool takes auto or tokens, such as 4096 or 2048,4096, not {pool!r}"
+            )
+        return _different([Memory(tokens=int(part)) for part in pool.split(",")])
+    if share:
+        try:
+            return _different([Memory(share=float(part)) for part in share.split(",")])
+        except ValueError as error:
+            raise BenchError(f"--mem-fraction takes numbers, not {share!r}") from error
+    return (Memory(),)
+
+
+def _different(memories: Sequence[Memory]) -> tuple[Memory, ...]:
+    return tuple(dict.fromkeys(memories))

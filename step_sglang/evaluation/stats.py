@@ -1,0 +1,90 @@
+"""Honest statistics of methods that answered the same questions. Pure numbers.
+
+The unit is the question: its repeats are averaged first, because the answers to one question are
+not independent. Differences are paired by question. Intervals are percentile bootstraps over
+questions; the p-value is that of a paired permutation test (the signs of the questions' differences
+are flipped at random, all flips of equal chance under the hypothesis of no difference).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from step_sglang.toolchain.metrics import Estimate, interval
+from step_sglang.toolchain.table import Floats
+
+RESAMPLES = 10_000
+_EXACT = 12  # so many different questions and fewer: all flips are tried
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over questions and its standard error."""
+
+    value: float
+    error: float  # NaN for a single question
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One method against the reference on the same questions."""
+
+    questions: int
+    difference: Estimate  # of the means, method minus reference
+    ratio: Estimate  # of the means, method over reference
+    p_value: float  # two-sided
+
+
+def mean_of(by_question: Mapping[str, Sequence[float]]) -> Mean:
+    """Mean over questions of the mean over their repeats."""
+    values = np.asarray([np.mean(repeats) for repeats in by_question.values()], np.float64)
+    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    return Mean(float(values.mean()), error)
+
+
+def compare(
+    method: Mapping[str, Sequence[float]],
+    reference: Mapping[str, Sequence[float]],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Paired | None:
+    """Compare values per question and repeat; questions that only one has are left out.
+
+    Returns:
+        The comparison, or None without a common question.
+    """
+    names = sorted(set(method) & set(reference))
+    if not names:
+        return None
+    ours = np.asarray([np.mean(method[name]) for name in names], np.float64)
+    theirs = np.asarray([np.mean(reference[name]) for name in names], np.float64)
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(names), (resamples, len(names)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = interval(
+            float(ours.mean() / theirs.mean()), ours[draws].mean(1) / theirs[draws].mean(1)
+        )
+    gaps = ours - theirs
+    difference = interval(float(gaps.mean()), gaps[draws].mean(1))
+    return Paired(len(names), difference, ratio, permutation_p(gaps, rng, resamples))
+
+
+def permutation_p(gaps: Floats, rng: np.random.Generator, resamples: int = RESAMPLES) -> float:
+    """Two-sided p-value of a paired sign-flip test on the mean of ``gaps``."""
+    nonzero = gaps[gaps != 0]
+    size = len(nonzero)
+    if size == 0:
+        return 1.0
+    if size <= _EXACT:
+        codes = np.arange(2**size)[:, None] >> np.arange(size) & 1
+        flips = 2.0 * codes - 1.0
+        extra = 0
+    else:
+        flips = rng.choice((-1.0, 1.0), (resamples, size))
+        extra = 1  # the observed signs are one of the draws
+    observed = abs(nonzero.sum())
+    as_large = int((np.abs(flips @ nonzero) >= observed * (1 - 1e-9)).sum())
+    return (as_large + extra) / (len(flips) + extra)

@@ -1,0 +1,109 @@
+"""From results to the figures of the tables: one summary per method, n and memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from step_sglang.evaluation.methods import METHODS, RECORD, REFERENCE
+from step_sglang.evaluation.records import RunResult
+from step_sglang.evaluation.stats import Mean, Paired, compare, mean_of
+
+Value = Callable[[RunResult], float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method with n traces on servers of one memory."""
+
+    method: str
+    title: str
+    n: int
+    memory: str
+    questions: int
+    runs: int
+    accuracy: Mean
+    tokens: Mean  # of all traces of a question
+    latency: Mean  # seconds
+    wait: float | None  # seconds a trace, mean; None without the server's time stamps
+    prefill: float | None
+    decode: float | None
+    longest_wait: float | None
+    pruned: float  # traces a question
+    retracted: float  # retractions a question
+    usage: float | None  # share of the pool in use, mean over the time
+    peak_usage: float | None
+    accuracy_gap: Paired | None  # against SC with as many traces in the same memory
+    latency_gap: Paired | None
+
+
+def summarize(results: Sequence[RunResult]) -> list[Summary]:
+    """All summaries, by memory, then n, then in the order of the methods."""
+    cells: dict[tuple[str, int, str], list[RunResult]] = defaultdict(list)
+    for result in results:
+        if result.method != RECORD.name:
+            cells[result.memory, result.n, result.method].append(result)
+    order = list(METHODS)
+    return [
+        _summary(cells[cell], cells.get((cell[0], cell[1], REFERENCE), []))
+        for cell in sorted(
+            cells, key=lambda c: (_natural(c[0]), c[1], order.index(c[2]) if c[2] in order else 99)
+        )
+    ]
+
+
+def _summary(results: Sequence[RunResult], reference: Sequence[RunResult]) -> Summary:
+    first = results[0]
+    method = METHODS.get(first.method)
+    shares = [moment.share for result in results for moment in result.usage]
+    waits = [t.wait for result in results for t in result.traces if t.wait is not None]
+    compared = bool(reference) and first.method != REFERENCE
+    accuracy, latency = _values(results, _correct), _values(results, _latency)
+    return Summary(
+        method=first.method,
+        title=method.title if method else first.method,
+        n=first.n,
+        memory=first.memory,
+        questions=len(accuracy),
+        runs=len(results),
+        accuracy=mean_of(accuracy),
+        tokens=mean_of(_values(results, lambda result: float(result.tokens))),
+        latency=mean_of(latency),
+        wait=_trace_mean(results, "wait"),
+        prefill=_trace_mean(results, "prefill"),
+        decode=_trace_mean(results, "decode"),
+        longest_wait=max(waits, default=None),
+        pruned=sum(result.pruned for result in results) / len(results),
+        retracted=sum(result.retracted for result in results) / len(results),
+        usage=sum(shares) / len(shares) if shares else None,
+        peak_usage=max(shares, default=None),
+        accuracy_gap=compare(accuracy, _values(reference, _correct)) if compared else None,
+        latency_gap=compare(latency, _values(reference, _latency)) if compared else None,
+    )
+
+
+def _correct(result: RunResult) -> float:
+    return float(result.correct)
+
+
+def _latency(result: RunResult) -> float:
+    return result.latency
+
+
+def _values(results: Sequence[RunResult], value: Value) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = defaultdict(list)
+    for result in results:
+        found[result.question].append(value(result))
+    return dict(found)
+
+
+def _trace_mean(results: Sequence[RunResult], name: str) -> float | None:
+    """Mean over runs of the mean over their traces."""
+    values = [v for result in results if (v := result.mean(name)) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _natural(memory: str) -> tuple[float, str]:
+    number = memory.split(" ", 1)[0]
+    return (float(number) if number.replace(".", "", 1).isdigit() else -1.0, memory)

@@ -1,0 +1,143 @@
+"""Recorded traces: what every token cost and every step scored, one file per question and repeat.
+
+traces/QUESTION-REPEAT.jsonl.gz    a line about the question, then one line per trace
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from step_sglang import words
+from step_sglang.evaluation.asking import Graded
+from step_sglang.evaluation.errors import BenchError, ReplayError
+from step_sglang.evaluation.methods import Asked
+from step_sglang.gather import Gathered
+from step_sglang.toolchain.errors import ServerError
+from step_sglang.toolchain.sources import Job
+
+TRACES = "traces"
+
+
+@dataclass(frozen=True)
+class RecordedTrace:
+    """One trace. T output tokens, S steps."""
+
+    fate: str
+    answer: str | None
+    correct: bool
+    score: float | None
+    times: tuple[float, ...]  # [T] unix seconds when the scheduler saw each token
+    confidences: tuple[float, ...]  # [T] token confidences, nats
+    positions: tuple[int, ...]  # [S] output index of each scored boundary token
+    step_scores: tuple[float, ...]  # [S]
+    text: str
+
+    @property
+    def tokens(self) -> int:
+        """Generated."""
+        return len(self.times)
+
+
+@dataclass(frozen=True)
+class RecordedGroup:
+    """All traces of one question, sampled together."""
+
+    question: str  # its id
+    repeat: int
+    gold: str
+    prompt_tokens: int
+    latency: float  # seconds from the request to the last trace's end
+    traces: tuple[RecordedTrace, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every trace ended by itself."""
+        return all(trace.fate == "finished" for trace in self.traces)
+
+
+def recorded_group(
+    job: Job, repeat: int, prompt_tokens: int, latency: float, asked: Asked, graded: Graded
+) -> RecordedGroup:
+    """What is kept of a group that was asked with ``record``.
+
+    Raises:
+        ServerError: the server returned no record.
+    """
+    pairs = zip(asked.traces, graded.traces, strict=True)
+    traces = tuple(_recorded(trace, result.correct) for trace, result in pairs)
+    return RecordedGroup(job.id, repeat, job.answer, prompt_tokens, latency, traces)
+
+
+def _recorded(trace: Gathered, correct: bool) -> RecordedTrace:
+    step = trace.meta_info.get(words.META_KEY) or {}
+    try:
+        record = step[words.META_RECORD]
+        return RecordedTrace(
+            fate=trace.fate.value,
+            answer=trace.answer,
+            correct=correct,
+            score=trace.score,
+            times=tuple(record[words.RECORD_TIMES]),
+            confidences=tuple(record[words.RECORD_CONFIDENCES]),
+            positions=tuple(step[words.META_POSITIONS]),
+            step_scores=tuple(step[words.META_STEP_SCORES]),
+            text=trace.text,
+        )
+    except (KeyError, TypeError) as error:
+        raise ServerError(
+            f"the server returned no record of a trace ({error}); is it of this version?"
+        ) from error
+
+
+def write_group(folder: Path, group: RecordedGroup) -> None:
+    """Write a group, or nothing; one that is there is replaced.
+
+    Raises:
+        BenchError: the disk is full or fails.
+    """
+    head = {key: value for key, value in asdict(group).items() if key != "traces"}
+    lines = [head, *(asdict(trace) for trace in group.traces)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    file = folder / TRACES / f"{group.question}-{group.repeat}.jsonl.gz"
+    partial = file.with_name(file.name + ".partial")
+    try:
+        file.parent.mkdir(exist_ok=True)
+        with partial.open("wb") as sink:
+            sink.write(gzip.compress(text.encode(), 6))
+            sink.flush()
+            os.fsync(sink.fileno())
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise BenchError(f"writing to {folder} failed: {error.strerror}") from error
+
+
+def load_groups(folders: Sequence[Path]) -> Iterator[RecordedGroup]:
+    """Recorded groups of several folders, in the order of their files' names.
+
+    Raises:
+        ReplayError: there are none, or a file is damaged.
+    """
+    files = [file for folder in folders for file in sorted((folder / TRACES).glob("*.jsonl.gz"))]
+    if not files:
+        raise ReplayError(f"{folders[0]} holds no recorded traces: run bench with --record")
+    for file in files:
+        try:
+            text = gzip.decompress(file.read_bytes()).decode()
+            head, *rows = [json.loads(line) for line in text.splitlines()]
+            yield RecordedGroup(**head, traces=tuple(map(_trace, rows)))
+        except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
+            raise ReplayError(
+                f"{file} is damaged ({error}): remove it, and record again"
+            ) from error
+
+
+def _trace(row: dict[str, Any]) -> RecordedTrace:
+    lists = ("times", "confidences", "positions", "step_scores")
+    return RecordedTrace(**{**row, **{name: tuple(row[name]) for name in lists}})

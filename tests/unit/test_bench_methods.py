@@ -1,0 +1,223 @@
+"""How the methods ask and vote, by hand-made answers; what runs in which order, and where."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from step_sglang.evaluation.asking import grade, server_times
+from step_sglang.evaluation.errors import BenchError
+from step_sglang.evaluation.methods import (
+    METHODS,
+    RECORD,
+    Part,
+    Settings,
+    methods_named,
+    stop_threshold,
+)
+from step_sglang.evaluation.run import Plan, blocks
+from step_sglang.evaluation.serving import Memory, Serving, parse_memory
+from step_sglang.evaluation.watch import read_gauges
+from step_sglang.gather import Gathered, TraceFate
+from step_sglang.judge import Judge
+from step_sglang.toolchain.sources import Job
+from step_sglang.toolchain.wire import Sampling
+
+SETTINGS = Settings(window=10, warmup=4, delay=3)
+
+
+def trace(
+    index: int,
+    answer: str | None,
+    score: float | None = None,
+    confidence: float | None = None,
+    fate: TraceFate = TraceFate.FINISHED,
+) -> Gathered:
+    info: dict[str, Any] = {"step": {"confidence": confidence}}
+    return Gathered(index, score=score, tokens=9, fate=fate, answer=answer, meta_info=info)
+
+
+class Script:
+    """Answers requests with given traces and remembers what was asked."""
+
+    settings = SETTINGS
+
+    def __init__(self, *parts: list[Gathered]) -> None:
+        self.parts = list(parts)
+        self.asked: list[tuple[int, Any, str]] = []
+
+    async def ask(self, n: int, step: Any, early: str = "off") -> Part:
+        self.asked.append((n, step, early))
+        return Part(tuple(self.parts.pop(0)), 1.0)
+
+
+def vote(name: str, script: Script, n: int) -> tuple[str | None, bool]:
+    method = METHODS[name]
+    asked = asyncio.run(method.ask(script, n))
+    judge = Judge()
+    try:
+        graded = grade(method, asked, "7", judge)
+    finally:
+        judge.close()
+    assert len(graded.traces) == n
+    return graded.answer, graded.correct
+
+
+def test_what_each_method_says_to_the_server() -> None:
+    expected: dict[str, Any] = {
+        "cot": False,
+        "sc": False,
+        "slim-sc-random": {
+            "baseline": {"name": "slim-sc", "variant": "random", "threshold": 0.95, "delay": 3}
+        },
+        "slim-sc-diversity": {
+            "baseline": {"name": "slim-sc", "variant": "diversity", "threshold": 0.95, "delay": 3}
+        },
+        "random": {"baseline": {"name": "random"}},
+        "longest": {"baseline": {"name": "longest"}},
+        "step": True,
+        "step-paper": True,
+        "step-early": True,
+    }
+    for name, step in expected.items():
+        script = Script([trace(0, "7")])
+        asyncio.run(METHODS[name].ask(script, 1))
+        assert script.asked == [(1, step, "exact" if name == "step-early" else "off")]
+
+
+def test_recorded_traces_are_never_pruned() -> None:
+    script = Script([trace(0, "7"), trace(1, "7")])
+    asyncio.run(RECORD.ask(script, 2))
+    assert script.asked == [(2, {"record": True, "step_scores": True, "min_survivors": 2}, "off")]
+    whole = replace(plan("sc,step", questions=1, ns=(8, 16)), methods=(METHODS["step"], RECORD))
+    small, large = blocks(whole, frozenset())
+    assert small.serving == Serving("fair", Memory(512))
+    assert large.serving == Serving("fair", Memory())
+    assert [(t.method.name, t.n) for t in large.turns] == [("record", 16)]
+
+
+def test_sc_counts_and_step_weighs_the_traces_that_finished() -> None:
+    traces = [
+        trace(0, "3", 0.2), trace(1, "3", 0.3), trace(2, "7", 0.9),
+        trace(3, "3", 0.99, fate=TraceFate.PRUNED), trace(4, None, 0.9),
+    ]  # fmt: skip
+    assert vote("sc", Script(traces), 5) == ("3", False)
+    assert vote("step", Script(traces), 5) == ("7", True)
+    assert vote("step", Script([trace(0, None), trace(1, "7", fate=TraceFate.PRUNED)]), 2) == (
+        None,
+        False,
+    )
+
+
+def test_deepconf_stops_below_what_the_best_of_the_warmup_reach() -> None:
+    warmup = [trace(i, "3", confidence=c) for i, c in enumerate((1.0, 2.0, 3.0, 4.0))]
+    for name, threshold in (("deepconf-low", 3.7), ("deepconf-high", 1.3)):
+        script = Script(warmup, [trace(0, "7", confidence=9.0)])
+        asked = asyncio.run(METHODS[name].ask(script, 5))
+        baseline = {"name": "deepconf", "window": 10, "top_k": 20}
+        assert asked.threshold == pytest.approx(threshold)
+        assert script.asked == [
+            (4, {"baseline": baseline}, "off"),
+            (1, {"baseline": {**baseline, "stop_below": asked.threshold}}, "off"),
+        ]
+
+
+def test_deepconf_votes_by_confidence_without_those_below_the_threshold() -> None:
+    warmup = [trace(i, "3", confidence=c) for i, c in enumerate((1.0, 2.0, 3.0, 4.0))]
+    rest = [trace(0, "7", confidence=5.0), trace(1, "3", confidence=3.6)]
+    # Low: one warm-up trace of weight 4 and one other of weight 5 are left.
+    assert vote("deepconf-low", Script(warmup, rest), 6) == ("7", True)
+    # High: only the worst is left out, and 2 + 3 + 4 + 3.6 beats 5.
+    assert vote("deepconf-high", Script(warmup, rest), 6) == ("3", False)
+
+
+def test_deepconf_with_no_more_traces_than_its_warmup_asks_once() -> None:
+    script = Script([trace(i, "7", confidence=1.0 + i) for i in range(3)])
+    asked = asyncio.run(METHODS["deepconf-low"].ask(script, 3))
+    assert [n for n, _, _ in script.asked] == [3]
+    assert asked.threshold == pytest.approx(stop_threshold([1.0, 2.0, 3.0], 10))
+    with pytest.raises(BenchError, match="no confidence"):
+        asyncio.run(METHODS["deepconf-low"].ask(Script([trace(0, "7")]), 1))
+
+
+def test_method_names() -> None:
+    names = [m.name for m in methods_named("deepconf, sc,slim-sc,deepconf-low")]
+    assert names == ["deepconf-low", "sc", "slim-sc-diversity"]
+    with pytest.raises(BenchError, match="no method 'gambit'"):
+        methods_named("sc,gambit")
+
+
+def plan(methods: str, questions: int = 3, **changes: Any) -> Plan:
+    jobs = tuple((i, Job(f"q{i}", f"q{i}", "1")) for i in range(questions))
+    options = {"ns": (8,), "repeats": 1, "memories": (Memory(512),), **changes}
+    return Plan(jobs=jobs, methods=methods_named(methods), sampling=Sampling(), **options)
+
+
+def test_methods_of_one_server_take_turns_in_rotating_order() -> None:
+    found = blocks(plan("cot,sc,step,step-paper", repeats=2), frozenset())
+    assert [b.serving for b in found] == [
+        Serving("fair", Memory(512)), Serving("paper", Memory(512)),
+    ] * 2  # fmt: skip
+    orders = [t.method.name for t in found[0].turns]
+    assert orders == ["cot", "sc", "step", "sc", "step", "cot", "step", "cot", "sc"]
+    assert [t.job.id for t in found[0].turns[:4]] == ["q0", "q0", "q0", "q1"]
+    assert [t.method.name for t in found[2].turns[:3]] == ["sc", "step", "cot"]
+    assert {t.method.name for t in found[1].turns} == {"step-paper"}
+
+
+def test_a_chain_of_thought_is_one_trace_whatever_n_is() -> None:
+    (block,) = blocks(plan("cot,sc", questions=1, ns=(8, 16)), frozenset())
+    assert sorted((t.method.name, t.n) for t in block.turns) == [("cot", 1), ("sc", 8), ("sc", 16)]
+    assert block.serving.policy is None  # stock will do
+
+
+def test_methods_without_step_share_the_only_server_there_is() -> None:
+    found = blocks(plan("sc,step-paper", questions=1), frozenset())
+    assert [(b.serving.policy, len(b.turns)) for b in found] == [("paper", 2)]
+
+
+def test_what_is_done_is_not_done_again() -> None:
+    whole = plan("cot,sc,step", questions=2)
+    (block,) = blocks(whole, frozenset())
+    done = {turn.key for turn in block.turns[:4]}
+    (left,) = blocks(whole, frozenset(done))
+    assert left.turns == block.turns[4:]
+    assert blocks(whole, frozenset(turn.key for turn in block.turns)) == []
+
+
+def test_every_memory_has_its_own_servers() -> None:
+    memories = parse_memory(None, "0.5,0.9")
+    found = blocks(plan("sc", questions=1, memories=memories), frozenset())
+    assert [b.serving.memory.flags for b in found] == [
+        ("--mem-fraction-static", "0.5"), ("--mem-fraction-static", "0.9"),
+    ]  # fmt: skip
+    assert [m.tokens for m in parse_memory("64,128", None)] == [64, 128]
+    assert parse_memory(None, None) == (Memory(),)
+    for pool, share in (("64", "0.5"), ("small", None), (None, "most"), (None, "1.5")):
+        with pytest.raises(BenchError):
+            parse_memory(pool, share)
+
+
+def test_times_by_the_servers_stamps() -> None:
+    info = {
+        "queue_time": 2.0, "forward_entry_time": 103.0, "prefill_finished_time": 103.5,
+        "request_finished_ts": 110.0, "num_retractions": 0, "api_server_dispatch_finish_ts": 101.0,
+    }  # fmt: skip
+    assert server_times(info) == (2.0, 0.5, 6.5)
+    # It waited two seconds before it started, and three more after it had been retracted.
+    again = {**info, "queue_time": 5.0, "num_retractions": 1}
+    assert server_times(again) == (5.0, 0.5, 3.5)
+    assert server_times({"queue_time": 1.0}) == (None, None, None)
+
+
+def test_gauges_of_a_metrics_page() -> None:
+    page = (
+        "# HELP sglang:token_usage x\n"
+        'sglang:token_usage{model_name="m",tp_rank="0"} 0.25\n'
+        'sglang:token_usage{model_name="m",tp_rank="1"} 0.5\n'
+        "sglang:num_running_reqs 3.0\nsglang:num_queue_reqs_total 9.0\n"
+    )
+    assert read_gauges(page) == {"token_usage": 0.5, "num_running_reqs": 3.0}

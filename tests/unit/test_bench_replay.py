@@ -1,0 +1,191 @@
+"""Recorded traces, and what a replay makes of them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from step_sglang.evaluation.clock import Clock, fit_clock
+from step_sglang.evaluation.errors import ReplayError
+from step_sglang.evaluation.ranking import build, recorded_rankings
+from step_sglang.evaluation.replay import POLICIES, is_right, predict, simulate, split_groups
+from step_sglang.evaluation.simulator import Moment, Request, Reserve
+from step_sglang.evaluation.traces import (
+    TRACES,
+    RecordedGroup,
+    RecordedTrace,
+    load_groups,
+    write_group,
+)
+from step_sglang.toolchain.metrics import RUNNING_MEAN
+
+STEP = 10  # tokens
+PROMPT = 20
+CLOCK = Clock(base=0.01, per_trace=0.001, per_token=1e-6, overhead=0.1)
+
+
+def trace(length: int, good: bool, draw: random.Random, times: list[float]) -> RecordedTrace:
+    """A trace whose scores tell what it is worth, with some noise."""
+    positions = tuple(range(STEP - 1, length - 1, STEP))
+    scores = tuple((0.6 if good else 0.4) + 0.2 * (draw.random() - 0.5) for _ in positions)
+    return RecordedTrace(
+        fate="finished",
+        answer="7" if good else "3",
+        correct=good,
+        score=float(np.mean(scores)) if scores else None,
+        times=tuple(times[:length]),
+        confidences=tuple(10 + draw.random() for _ in range(length)),
+        positions=positions,
+        step_scores=scores,
+        text="x",
+    )
+
+
+def group(number: int, n: int = 16, good: int = 6) -> RecordedGroup:
+    """A minority is right; all traces ran at the same time on a machine with known prices."""
+    draw = random.Random(number)
+    lengths = [draw.randint(60, 200) for _ in range(n)]
+    times = [1e9]
+    for step in range(1, max(lengths)):
+        running = sum(length > step for length in lengths)
+        moment = Moment(running, running * step, 0)
+        times.append(times[-1] + CLOCK.seconds([moment], PROMPT) - CLOCK.overhead)
+    traces = tuple(trace(x, i < good, draw, times) for i, x in enumerate(lengths))
+    return RecordedGroup(
+        f"q{number}", 0, "7", PROMPT, times[-1] - times[0] + CLOCK.overhead, traces
+    )
+
+
+GROUPS = [group(number) for number in range(8)]
+AMPLE, TIGHT = 10_000, 600
+
+
+def test_recorded_traces_come_back_as_they_were(tmp_path: Path) -> None:
+    for one in (*GROUPS[:2], replace(GROUPS[0], repeat=1), GROUPS[0]):
+        write_group(tmp_path, one)
+    assert list(load_groups([tmp_path])) == [GROUPS[0], replace(GROUPS[0], repeat=1), GROUPS[1]]
+    file = next((tmp_path / TRACES).iterdir())
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(ReplayError, match="damaged"):
+        list(load_groups([tmp_path]))
+    with pytest.raises(ReplayError, match="--record"):
+        list(load_groups([tmp_path / "elsewhere"]))
+
+
+def test_the_clock_finds_the_prices_of_the_machine() -> None:
+    clock = fit_clock(GROUPS)
+    assert clock.base == pytest.approx(CLOCK.base, rel=0.05)
+    assert clock.per_trace == pytest.approx(CLOCK.per_trace, rel=0.05)
+    assert clock.per_token == pytest.approx(CLOCK.per_token, rel=0.2)
+    assert clock.overhead == pytest.approx(CLOCK.overhead, rel=0.05)
+    with pytest.raises(ReplayError, match="too short"):
+        fit_clock([replace(GROUPS[0], traces=(trace(1, True, random.Random(0), [1.0]),))])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_large_pool_changes_nothing(policy: str) -> None:
+    for one in GROUPS[:3]:
+        fate = simulate(one, policy, AMPLE, CLOCK, 200)
+        assert fate.finished == one.traces
+        assert (fate.pruned, fate.retracted, fate.wait_share) == (0, 0, 0.0)
+        assert fate.tokens == sum(t.tokens for t in one.traces)
+        assert fate.steps == max(t.tokens for t in one.traces)
+        # Its first step reads the prompts' last tokens, which the recorded clock did not see.
+        assert fate.seconds == pytest.approx(one.latency, rel=0.05)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_small_pool_makes_traces_wait_or_prunes_them(policy: str) -> None:
+    for one in GROUPS:
+        fate = simulate(one, policy, TIGHT, CLOCK, 200)
+        assert len(fate.finished) + fate.pruned == len(one.traces)
+        if policy == "none":
+            assert fate.pruned == 0 and fate.wait_share > 0.1
+            assert fate.tokens == sum(t.tokens for t in one.traces)
+        else:
+            assert fate.pruned > 0 and len(fate.finished) >= 1
+            assert fate.tokens < sum(t.tokens for t in one.traces)
+            assert fate.steps <= max(t.tokens for t in one.traces) + 1
+
+
+def test_score_pruning_keeps_the_right_traces_and_longest_first_the_short_ones() -> None:
+    def kept(policy: str) -> tuple[float, float]:
+        fates = [simulate(one, policy, TIGHT, CLOCK, 200, seed=i) for i, one in enumerate(GROUPS)]
+        finished = [t for fate in fates for t in fate.finished]
+        return (
+            float(np.mean([t.correct for t in finished])),
+            float(np.mean([t.tokens for t in finished])),
+        )
+
+    fair, lots, longest = kept("fair"), kept("random"), kept("longest")
+    assert fair[0] > lots[0] + 0.2
+    assert longest[1] < lots[1]
+
+
+def test_predictions_by_policy_vote_and_pool() -> None:
+    found = list(
+        predict(GROUPS, ["none", "fair"], ["majority", "weighted"], [TIGHT, AMPLE], CLOCK, 200)
+    )
+    by = {(p.policy, p.vote, p.pool): p for p in found}
+    assert len(by) == 8 and all(p.groups == 8 and p.n == 16 for p in found)
+    assert by["none", "majority", TIGHT].accuracy.value == 0.0  # ten of sixteen are wrong
+    assert by["fair", "majority", TIGHT].accuracy.value > 0.5
+    tight, sc = by["fair", "weighted", TIGHT], by["none", "weighted", TIGHT]
+    assert tight.seconds < sc.seconds and tight.tokens < sc.tokens
+    ample = by["fair", "weighted", AMPLE]
+    assert ample.seconds == by["none", "weighted", AMPLE].seconds
+
+
+def test_votes_are_those_of_the_traces_that_finished() -> None:
+    fate = simulate(GROUPS[0], "fair", AMPLE, CLOCK, 200)
+    assert not is_right(fate, "majority")
+    assert is_right(fate, "best")
+    assert not is_right(replace(fate, finished=()), "weighted")
+
+
+def test_groups_of_fewer_traces_and_groups_that_were_pruned() -> None:
+    assert [len(g.traces) for g in split_groups(GROUPS[:1], 5)] == [5, 5, 5]
+    assert split_groups(GROUPS, None) == GROUPS
+    cut = replace(GROUPS[0].traces[0], fate="pruned")
+    pruned = replace(GROUPS[0], traces=(cut, *GROUPS[0].traces[1:]))
+    assert split_groups([pruned, GROUPS[1]], None) == [GROUPS[1]]
+    for groups, n in (([pruned], None), (GROUPS, 17)):
+        with pytest.raises(ReplayError, match="no recorded group"):
+            split_groups(groups, n)
+
+
+def test_what_cannot_be_replayed() -> None:
+    with pytest.raises(ReplayError, match="no policy 'best'"):
+        simulate(GROUPS[0], "best", AMPLE, CLOCK, 200)
+    with pytest.raises(ReplayError, match="cannot hold a trace of 20"):
+        simulate(GROUPS[0], "none", 150, CLOCK, 200)
+
+
+def test_admission_reserves_less_and_less() -> None:
+    reserve = Reserve(1000)
+    request = Request(0, 0, 500, generated=400)
+    assert reserve.future(request) == 600
+    assert Reserve(10_000).future(request) == 4096  # SGLang looks no further ahead
+    before = reserve.ratio
+    for _ in range(1000):
+        reserve.decay()
+    assert reserve.ratio == pytest.approx(0.14 * before)
+    reserve.retracted([request])
+    assert reserve.ratio == pytest.approx(420 / 1001)
+
+
+def test_ranking_along_recorded_traces(tmp_path: Path) -> None:
+    assert recorded_rankings([tmp_path], 20) is None
+    for one in GROUPS:
+        write_group(tmp_path, one)
+    found = recorded_rankings([tmp_path], 20)
+    assert found is not None
+    assert found[RUNNING_MEAN][1.0].auc_within.value > 0.9
+    assert found["minus length"][1.0].auc_within.value < 0.8
+    table, scores = build([one.traces for one in GROUPS], 20)
+    assert len(scores) == table.offsets[-1] == len(table.positions)
+    assert table.num_steps.tolist() == [len(t.positions) for g in GROUPS for t in g.traces]

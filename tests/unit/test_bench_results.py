@@ -1,0 +1,218 @@
+"""What a bench keeps: results that survive kills, figures, tables, plots."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from step_sglang.evaluation.errors import BenchError
+from step_sglang.evaluation.records import RunResult, TraceResult, Usage
+from step_sglang.evaluation.report import accuracy_table, latex, markdown, write_report
+from step_sglang.evaluation.results import RESULTS, ResultWriter, load_results
+from step_sglang.evaluation.stats import compare, mean_of, permutation_p
+from step_sglang.evaluation.summary import summarize
+
+META = {"model": "m", "dataset": "d", "settings": {"window": 20}}
+FINISHED = TraceResult("finished", "5", True, 100, 0.8, None, None, 0, 0.5, 0.01, 2.0)
+PRUNED = TraceResult("pruned", None, False, 40, 0.2, None, "decode", 0, 1.5, 0.01, 1.0)
+
+
+def result(question: str = "q0", method: str = "sc", **changes: object) -> RunResult:
+    plain = RunResult(
+        question=question,
+        method=method,
+        n=2,
+        repeat=0,
+        memory="512 tokens",
+        pool=512,
+        gold="5",
+        answer="5",
+        correct=True,
+        latency=3.0,
+        phases=(3.0,),
+        threshold=None,
+        started=1e9,
+        traces=(FINISHED, PRUNED),
+        usage=(Usage(0.5, 0.4, 2, 0), Usage(1.0, 0.8, 1, 1)),
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def test_results_come_back_as_they_were(tmp_path: Path) -> None:
+    results = [result(), result("q1", answer=None, correct=False), result(method="step", n=4)]
+    with ResultWriter(tmp_path, META) as writer:
+        for one in results:
+            writer.add(one)
+        with pytest.raises(BenchError, match="already"):
+            writer.add(results[0])
+    loaded = load_results([tmp_path])
+    assert list(loaded.results) == results
+    assert not loaded.problems
+
+
+@pytest.mark.parametrize("cut", [1, 30])
+def test_a_torn_line_is_removed_and_its_run_repeated(tmp_path: Path, cut: int) -> None:
+    with ResultWriter(tmp_path, META) as writer:
+        writer.add(result())
+        writer.add(result("q1"))
+    file = tmp_path / RESULTS
+    file.write_bytes(file.read_bytes()[:-cut])
+    with ResultWriter(tmp_path, META) as writer:
+        assert writer.done == {result().key}
+        assert "torn" in writer.repairs[0]
+        writer.add(result("q1"))
+    assert [r.question for r in load_results([tmp_path]).results] == ["q0", "q1"]
+
+
+def test_a_folder_belongs_to_one_way_of_measuring_and_one_writer(tmp_path: Path) -> None:
+    with ResultWriter(tmp_path, META) as writer:
+        writer.add(result())
+        with (
+            pytest.raises(BenchError, match="another process"),
+            ResultWriter(tmp_path, META),
+        ):
+            pass
+    with (
+        pytest.raises(BenchError, match="model 'm', now 'other'"),
+        ResultWriter(tmp_path, {**META, "model": "other"}),
+    ):
+        pass
+    with (tmp_path / RESULTS).open("a") as file:
+        file.write('{"question": 1}\n')
+    with pytest.raises(BenchError, match="line 2 is unusable"), ResultWriter(tmp_path, META):
+        pass
+
+
+def test_shards_count_as_one(tmp_path: Path) -> None:
+    for shard, question in (("a", "q0"), ("b", "q1")):
+        with ResultWriter(tmp_path / shard, META) as writer:
+            writer.add(result(question))
+            writer.add(result("both"))
+    loaded = load_results([tmp_path / "a", tmp_path / "b"])
+    assert sorted(r.question for r in loaded.results) == ["both", "q0", "q1"]
+    assert "repeats" in loaded.problems[0]
+    with ResultWriter(tmp_path / "c", {**META, "dataset": "other"}):
+        pass
+    with pytest.raises(BenchError, match="different ways \\(dataset\\)"):
+        load_results([tmp_path / "a", tmp_path / "c"])
+    with pytest.raises(BenchError, match="no usable"):
+        load_results([tmp_path])
+
+
+def test_repeats_of_a_question_are_no_new_questions() -> None:
+    one = mean_of({"a": [1.0], "b": [0.0], "c": [1.0]})
+    many = mean_of({"a": [1.0] * 9, "b": [0.0] * 9, "c": [1.0] * 9})
+    assert one == many
+    assert one.value == pytest.approx(2 / 3)
+    assert one.error == pytest.approx(np.std([1, 0, 1], ddof=1) / 3**0.5)
+    assert math.isnan(mean_of({"a": [1.0, 0.0]}).error)
+
+
+def test_the_permutation_test_is_exact_for_few_questions() -> None:
+    rng = np.random.default_rng(0)
+    # Of 2^5 flips only all and none give a mean as far from zero.
+    assert permutation_p(np.ones(5), rng) == pytest.approx(2 / 32)
+    assert permutation_p(np.asarray([1.0, 0.0, 0.0, -1.0]), rng) == 1.0
+    assert permutation_p(np.zeros(30), rng) == 1.0
+    assert permutation_p(np.ones(40), rng) == pytest.approx(1 / 10_001)
+    mixed = np.asarray([1.0] * 11 + [-1.0] * 9)
+    assert permutation_p(mixed, rng) > 0.5
+
+
+def test_the_permutation_test_keeps_its_level() -> None:
+    draws = np.random.default_rng(1)
+    found = [
+        permutation_p(draws.choice((-1.0, 0.0, 1.0), 30), np.random.default_rng(i), 500)
+        for i in range(200)
+    ]
+    assert np.mean(np.asarray(found) < 0.05) < 0.1
+
+
+def test_comparisons_are_paired_by_question() -> None:
+    # The questions differ a lot, the methods by one always.
+    hard = {f"q{i}": [10.0 * i] for i in range(20)}
+    easier = {f"q{i}": [10.0 * i - 1.0, 10.0 * i - 1.0] for i in range(20)}
+    found = compare({**easier, "only here": [0.0]}, hard)
+    assert found is not None and found.questions == 20
+    assert found.difference.low == found.difference.high == pytest.approx(-1.0)
+    assert found.p_value < 0.001
+    assert found.ratio.value == pytest.approx(94.0 / 95.0)
+    assert compare({"a": [1.0]}, {"b": [1.0]}) is None
+
+
+def some_results() -> list[RunResult]:
+    found = []
+    for q in range(6):
+        for repeat in range(2):
+            right = q % 2 == 0
+            found += [
+                result(f"q{q}", correct=right, latency=4.0 + q, repeat=repeat),
+                result(f"q{q}", "step", correct=True, latency=1.0 + q, repeat=repeat),
+                result(f"q{q}", "cot", n=1, correct=right, latency=0.5, repeat=repeat),
+            ]
+    return found
+
+
+def test_summaries_compare_with_sc_of_the_same_memory() -> None:
+    other = replace(result("q0", "step"), memory="1024 tokens")
+    found = summarize([*some_results(), other])
+    assert [(s.method, s.n, s.memory) for s in found] == [
+        ("cot", 1, "512 tokens"),
+        ("sc", 2, "512 tokens"),
+        ("step", 2, "512 tokens"),
+        ("step", 2, "1024 tokens"),
+    ]
+    cot, sc, step, alone = found
+    assert cot.accuracy_gap is None and sc.accuracy_gap is None and alone.accuracy_gap is None
+    assert step.accuracy_gap is not None
+    assert step.accuracy_gap.difference.value == pytest.approx(0.5)
+    assert step.accuracy_gap.p_value == pytest.approx(2 / 8)  # three questions differ
+    assert step.latency_gap is not None
+    assert step.latency_gap.ratio.value == pytest.approx(3.5 / 6.5)
+    assert (sc.runs, sc.questions) == (12, 6)
+    assert (sc.tokens.value, sc.pruned, sc.wait) == (140.0, 1.0, 1.0)
+    assert sc.longest_wait == 1.5 and sc.usage == pytest.approx(0.6) and sc.peak_usage == 0.8
+
+
+def test_the_report_has_tables_and_plots(tmp_path: Path) -> None:
+    with ResultWriter(tmp_path, META) as writer:
+        for one in some_results():
+            writer.add(one)
+    written = write_report([tmp_path], tmp_path)
+    assert {f.name for f in written.files} == {
+        "report.md", "report.tex", "latency.png", "breakdown.png",
+    }  # fmt: skip
+    for file in written.files:
+        assert file.stat().st_size > 500
+    assert "| STEP | 2 | 100.0 ± 0.0 | 140 ± 0 | 3.50 ± 0.76 | +50.0 [" in written.markdown
+    tex = (tmp_path / "report.tex").read_text()
+    assert tex.count(r"\toprule") == 2 and r"100.0 $\pm$ 0.0" in tex
+    table = accuracy_table(summarize(some_results()))
+    lines = markdown(table).splitlines()
+    assert len(lines) == 4 + len(table.rows)
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert latex(table).count(r"\\") == 1 + len(table.rows)
+
+
+def test_several_memories_become_a_column_and_a_plot(tmp_path: Path) -> None:
+    with ResultWriter(tmp_path, META) as writer:
+        for memory in ("0.9 of memory", "0.5 of memory"):
+            for one in some_results():
+                writer.add(replace(one, memory=memory))
+    written = write_report([tmp_path], tmp_path)
+    assert "memory.png" in {f.name for f in written.files}
+    rows = [line for line in written.markdown.splitlines() if line.startswith("| STEP")]
+    assert [row.split(" | ")[2] for row in rows[:2]] == ["0.5 of memory", "0.9 of memory"]
+
+
+def test_results_are_plain_json(tmp_path: Path) -> None:
+    with ResultWriter(tmp_path, META) as writer:
+        writer.add(result())
+    line = json.loads((tmp_path / RESULTS).read_text())
+    assert line["traces"]["tokens"] == [100, 40]
+    assert line["usage"][1] == [1.0, 0.8, 1, 1]

@@ -1,0 +1,116 @@
+"""What a bench is told: models, servers, shards, pools; and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from step_sglang.cli import app
+from step_sglang.errors import StepError
+from step_sglang.evaluation import serving
+from step_sglang.evaluation.commands import _model, _shard
+from step_sglang.evaluation.errors import BenchError
+from step_sglang.evaluation.pilot import quarter_pool
+from step_sglang.evaluation.profiles import profile_of
+from step_sglang.evaluation.serving import Memory, Model, Serving, look_at, served
+from step_sglang.reasoner import model_path
+from step_sglang.toolchain.errors import ServerError
+from step_sglang.toolchain.wire import Sampling
+
+
+def test_sampling_is_the_papers_by_the_models_name() -> None:
+    assert profile_of("Qwen/Qwen3-4B-Thinking-2507").sampling == Sampling(0.6, 0.95, 20, 32768)
+    assert profile_of("microsoft/Phi-4-reasoning-plus").sampling == Sampling(0.8, 0.95, 50, 32768)
+    reasoner = profile_of("reasoner")
+    assert reasoner.sampling == Sampling(1.0, 1.0, -1, 900) and reasoner.window == 20
+
+
+def test_shards_share_the_questions_without_overlap() -> None:
+    jobs = tuple("abcdefg")
+    parts = [_shard(f"{k}/3", jobs) for k in (1, 2, 3)]
+    assert sorted(place for part in parts for place, _ in part) == list(range(7))
+    assert all(jobs[place] == job for part in parts for place, job in part)
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(BenchError, match="--shard"):
+            _shard(wrong, jobs)
+
+
+def test_the_automatic_pool_holds_a_quarter_of_the_traces(tmp_path: Path) -> None:
+    profile = profile_of("reasoner")
+    assert profile.mean_tokens is not None
+    arguments = (profile, Model("m", None), (), profile.sampling, "", tmp_path)
+    tokens = quarter_pool(64, *arguments)
+    assert tokens == 16 * profile.mean_tokens + profile.prompt_tokens
+    # Elsewhere it was measured once, and a run that goes on has the same pool.
+    (tmp_path / "pool.txt").write_text("1234\n")
+    other = profile_of("m")
+    assert quarter_pool(64, other, Model("m", None), (), other.sampling, "", tmp_path) == 1234
+
+
+def test_the_embedded_reasoner_is_known_by_name_and_by_path() -> None:
+    assert _model(None, None, "reasoner:test") == ("reasoner", str(model_path()))
+    assert _model(str(model_path()), None, "x.jsonl") == ("reasoner", str(model_path()))
+    assert _model("org/model", None, "aime-25") == ("org/model", "org/model")
+    with pytest.raises(BenchError, match="--model"):
+        _model(None, None, "aime-25")
+
+
+def info(**step: Any) -> dict[str, Any]:
+    state = {"step": {"policy": "fair", "capture": False, **step}} if step else {}
+    return {"max_total_num_tokens": 512, "internal_states": [state]}
+
+
+def test_a_server_is_looked_at_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(value: dict[str, Any]) -> None:
+        monkeypatch.setattr(serving, "server_info", lambda url: value)
+
+    answer(info())
+    assert look_at("http://x/v1", None) == serving.Live("http://x", 512, None)
+    with pytest.raises(BenchError, match="without STEP"):
+        look_at("http://x", "fair")
+    answer(info(policy="fair"))
+    assert look_at("http://x", "fair").policy == "fair"
+    with pytest.raises(BenchError, match="need paper"):
+        look_at("http://x", "paper")
+    answer(info(capture=True))
+    with pytest.raises(BenchError, match="--step-capture"):
+        look_at("http://x", "fair")
+    answer({"error": "no"})
+    with pytest.raises(ServerError, match="no SGLang server"):
+        look_at("http://x", None)
+
+
+def test_step_needs_a_scorer(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BenchError, match="--scorer"),
+        served(Serving("fair", Memory()), Model("m", None), 8, tmp_path / "log"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dataset", "no.jsonl"), "cannot read no.jsonl"),
+        (("--dataset", "reasoner:test", "--methods", "stop"), "no method 'stop'"),
+        (("--dataset", "reasoner:test", "--n", "0"), "--n takes whole numbers"),
+        (("--dataset", "reasoner:test", "--scorer", "no.safetensors"), "no scorer"),
+        (("--dataset", "reasoner:test", "--pool", "64", "--mem-fraction", "0.5"), "exclude"),
+        (("--dataset", "reasoner:test", "--url", "http://127.0.0.1:9"), "does not answer"),
+    ],
+)
+def test_errors_come_before_anything_starts(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments, "-o", str(tmp_path / "out")])
+    assert isinstance(result.exception, StepError)
+    assert message in str(result.exception)
+
+
+def test_the_commands_are_registered() -> None:
+    group = typer.main.get_command(app)
+    assert {"bench", "report", "replay"} <= set(getattr(group, "commands", {}))
