@@ -90,6 +90,7 @@ class Kit:
     mixin: type
     quick: tuple[str, ...] = ()  # tests of the default run
     settings: dict[str, Any] = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
 
     def case(self, server: Server, model: Path, test: str) -> unittest.TestCase:
         """The kit's test of that name, bound to a server."""
@@ -115,7 +116,8 @@ class Kit:
         if quick:
             return list(self.quick)
         kind = type("Names", (self.mixin, unittest.TestCase), {})
-        return unittest.defaultTestLoader.getTestCaseNames(kind)
+        names = unittest.defaultTestLoader.getTestCaseNames(kind)
+        return [name for name in names if name not in self.skip]
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,13 @@ MAIN = Setup(
         Kit(
             PauseResumeInPlaceMixin,
             ("test_pause_resume_in_place",),
-            # Two seconds of the pause: the same paths, and the test waits all of it.
-            {"pause_duration": 2, "pause_ignore_eos": True, "pause_num_requests": 16},
+            # The same paths in less time; long enough to be still running after a second.
+            {
+                "pause_duration": 2,
+                "pause_ignore_eos": True,
+                "pause_num_requests": 8,
+                "pause_max_new_tokens": 1024,
+            },
         ),
         Kit(MatchedStopMixin, ("test_finish_length",)),
         Kit(RadixCacheServer),
@@ -163,15 +170,13 @@ MAIN = Setup(
         Kit(EBNFConstrainedMixin, ("test_ebnf_generate_phone",)),
         Kit(JSONConstrainedMixin, ("test_json_invalid",)),
         Kit(JSONModeMixin),
-        Kit(AnthropicMessagesMixin, ("test_simple_messages", "test_stop_sequences")),
+        Kit(
+            AnthropicMessagesMixin,
+            ("test_count_tokens", "test_error_empty_messages", "test_temperature"),
+        ),
         Kit(
             StreamingSessionKitMixin,
-            (
-                "test_first_mid_abort_recovery",
-                "test_kv_cache_inheritance",
-                "test_nth_mid_abort_recovery",
-                "test_preabort_recovery",
-            ),
+            ("test_kv_cache_inheritance", "test_preabort_recovery"),
         ),
         Kit(SpecCorrectnessKit, ("test_batch_generation", "test_first_token_finish")),
         Kit(
@@ -183,14 +188,15 @@ MAIN = Setup(
             ),
         ),
         Kit(SpecPenaltyKit, ("test_penalty_mixed",)),
-        Kit(SpecFeatureKit),
+        # A random model never closes its JSON object, and nothing else bounds that one.
+        Kit(SpecFeatureKit, skip=("test_constrained_decoding",)),
         Kit(SpecHiddenStatesKit, ("test_return_hidden_states",)),
         Kit(SpecSamplingMaskKit, ("test_sampling_mask",)),
     ),
     (
-        *("--max-total-tokens", "24000", "--max-running-requests", "64"),
-        *("--chunked-prefill-size", "512", "--enable-streaming-session"),
-        *("--enable-return-hidden-states"),
+        *("--max-total-tokens", "49152", "--max-running-requests", "64"),
+        *("--chunked-prefill-size", "2048", "--enable-streaming-session"),
+        "--enable-return-hidden-states",
     ),
 )
 # The rest need a server of their own.

@@ -36,6 +36,7 @@ def run_kits(
     traces: bool = False,
     quick: bool = False,
     only: frozenset[str] | None = None,
+    attempts: int = 1,
 ) -> Outcomes:
     """Run the kits of a setup against its server.
 
@@ -46,6 +47,7 @@ def run_kits(
         traces: turn every request of the kits into a trace of a group.
         quick: only the tests of the default run.
         only: only the tests of these names.
+        attempts: how often a test that fails is tried; some expect much of random text.
     """
     outcomes: Outcomes = {}
     with as_traces() if traces else nullcontext():
@@ -53,8 +55,11 @@ def run_kits(
             for test in kit.tests(quick=quick):
                 name = f"{kit.mixin.__name__}.{test}"
                 if only is None or name in only:
-                    outcomes[name] = _run(kit.case(server, model, test))
-                    _settle(server, name)
+                    for _ in range(attempts):
+                        outcomes[name] = _run(kit.case(server, model, test))
+                        _settle(server, name)
+                        if not outcomes[name]:
+                            break
     return outcomes
 
 
