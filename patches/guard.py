@@ -1,9 +1,9 @@
 """Fails open: a defect in what STEP computes costs a score or a pruning, never the server.
 
 Guards decisions and bookkeeping, not the engine's own calls: what SGLang's functions raise is
-SGLang's to handle, and going on after one that failed half-way is not safe. Between tensor-parallel
-ranks, what comes before an exchange is guarded by itself, so that a rank that fails still takes
-part.
+SGLang's to handle, and going on after one that failed half-way is not safe. Tensor-parallel ranks
+compute from the same data, so they fail alike; only scores can differ, and what chooses by them is
+guarded by itself, so that a rank that fails still takes part in the exchange after it.
 """
 
 from __future__ import annotations

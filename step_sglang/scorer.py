@@ -220,9 +220,14 @@ def _checked(file: Path, tensors: dict[str, torch.Tensor], info: ScorerInfo) -> 
     # bf16 weights are served as they are (half the bytes to stream); anything else as fp32.
     kept = w1.dtype if w1.dtype == torch.bfloat16 else torch.float32
     return Scorer(
-        w1=w1.detach().to(kept).contiguous(),
-        b1=tensors["b1"].detach().float().reshape(-1).contiguous(),
-        w2=tensors["w2"].detach().float().reshape(-1).contiguous(),
-        b2=tensors["b2"].detach().float().reshape(-1).contiguous(),
+        w1=_own(w1, kept),
+        b1=_own(tensors["b1"].reshape(-1)),
+        w2=_own(tensors["w2"].reshape(-1)),
+        b2=_own(tensors["b2"].reshape(-1)),
         info=info,
     )
+
+
+def _own(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    # A copy: the file may be mapped, and then cut short under a running server.
+    return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)

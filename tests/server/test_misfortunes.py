@@ -111,7 +111,7 @@ def test_steps_that_are_not_finite_are_counted_and_not_scored(unlucky: Unlucky) 
     assert [answer["meta_info"]["completion_tokens"] for answer in answers] == [60] * 64
     scored, unscored = assert_scored(unlucky, answers)
     print(f"{scored} steps scored, {unscored} not finite")
-    assert scored >= 20 and unscored >= 20
+    assert scored >= 10 and unscored >= 10
     state = unlucky.server.info()["internal_states"][0]["step"]
     assert state["steps_unscored"] == unscored and state["failures"] == {}
     text = requests.get(f"{unlucky.server.url}/metrics", timeout=60).text
@@ -122,9 +122,9 @@ def test_steps_that_are_not_finite_are_counted_and_not_scored(unlucky: Unlucky) 
 def test_a_scorer_file_replaced_or_deleted_while_running(unlucky: Unlucky) -> None:
     """The server goes on with what it loaded."""
     unlucky.scorer.write_bytes(b"no scorer")
-    assert assert_scored(unlucky, sample(unlucky, 8, 60))[0] > 0
+    assert assert_scored(unlucky, sample(unlucky, 24, 60))[0] > 0
     unlucky.scorer.unlink()
-    assert assert_scored(unlucky, sample(unlucky, 8, 60))[0] > 0
+    assert assert_scored(unlucky, sample(unlucky, 24, 60))[0] > 0
     assert unlucky.server.info()["internal_states"][0]["step"]["failures"] == {}
 
 
@@ -152,7 +152,7 @@ def test_a_client_that_stops_reading_harms_nobody(unlucky: Unlucky) -> None:
         assert client.stdout is not None and client.stdout.readline() == "streaming\n"
         client.send_signal(signal.SIGSTOP)
         for _ in range(3):
-            assert assert_scored(unlucky, sample(unlucky, 8, 60))[0] > 0
+            assert assert_scored(unlucky, sample(unlucky, 24, 60))[0] > 0
         assert live() == 1 and client.poll() is None
     finally:
         client.kill()
@@ -162,7 +162,7 @@ def test_a_client_that_stops_reading_harms_nobody(unlucky: Unlucky) -> None:
     while live() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert live() == 0
-    assert assert_scored(unlucky, sample(unlucky, 8, 60))[0] > 0
+    assert assert_scored(unlucky, sample(unlucky, 24, 60))[0] > 0
 
 
 def test_sigkill_of_the_detokenizer(unlucky: Unlucky) -> None:

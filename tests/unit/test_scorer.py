@@ -69,6 +69,22 @@ def test_the_reference_format(tmp_path: Path, wrap: bool) -> None:
     assert loaded.info == ScorerInfo()
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_loaded_scorer_does_not_need_its_file(tmp_path: Path, suffix: str) -> None:
+    """Overwritten in place, a file that is still mapped would end the process with SIGBUS."""
+    file = tmp_path / f"s.{suffix}"
+    if suffix == "pt":
+        torch.save(reference_state(), file)
+    else:
+        write(file, tensors())
+    loaded = load_scorer(file)
+    with file.open("r+b") as opened:
+        opened.truncate(10)
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(file) not in maps.read_text()
+    assert torch.equal(loaded.w1, tensors()["w1"]) and torch.equal(loaded.w2, tensors()["w2"])
+
+
 def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
