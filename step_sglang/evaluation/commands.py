@@ -183,11 +183,14 @@ def report(
     target: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder to write to. Default: the first.")
     ] = None,
+    against: Annotated[str, typer.Option(help="The method that others are compared with.")] = "sc",
 ) -> None:
     """Make tables and plots of results; several folders count as one."""
+    from step_sglang.evaluation.methods import methods_named
     from step_sglang.evaluation.report import write_report
 
-    written = write_report(folders, target or folders[0])
+    (reference,) = methods_named(against)[:1]
+    written = write_report(folders, target or folders[0], reference)
     for problem in written.problems[:5]:
         err.print(problem, style="yellow", markup=False)
     out.print(written.markdown, markup=False, highlight=False)
@@ -210,7 +213,6 @@ def replay(
     """Evaluate pruning policies and votes on recorded traces, in a model of the memory."""
     from step_sglang.evaluation.clock import fit_clock
     from step_sglang.evaluation.replay import predict, split_groups
-    from step_sglang.evaluation.results import read_meta
     from step_sglang.evaluation.traces import load_groups
     from step_sglang.judge import Judge
 
@@ -220,13 +222,12 @@ def replay(
     if pruned:
         err.print(f"left out: {pruned} groups in which a trace did not end by itself")
     clock = fit_clock(recorded)
-    limit = int(read_meta(folders[0])["sampling"]["max_new_tokens"])
     judge = Judge()
     try:
         found = list(
             predict(
                 groups, policies.split(","), votes.split(","), _numbers("--pool", pool), clock,
-                limit, page, judge.same,
+                page, judge.same,
             )
         )  # fmt: skip
     finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from step_sglang.answers import equivalent
 from step_sglang.config import StepConfig
@@ -73,13 +73,7 @@ def split_groups(groups: Sequence[RecordedGroup], n: int | None) -> list[Recorde
         if not group.whole:
             continue
         for start in range(0, len(group.traces) - size + 1, size):
-            part = group.traces[start : start + size]
-            found.append(
-                RecordedGroup(
-                    group.question, group.repeat, group.gold, group.prompt_tokens, group.latency,
-                    part,
-                )
-            )  # fmt: skip
+            found.append(replace(group, traces=group.traces[start : start + size]))
     if not found:
         raise ReplayError(
             f"no recorded group has {n or 'any'} traces that all ended by themselves: record with "
@@ -93,7 +87,6 @@ def simulate(
     policy: str,
     pool: int,
     clock: Clock,
-    max_new_tokens: int,
     page: int = 1,
     seed: int = 0,
 ) -> Fate:
@@ -104,7 +97,6 @@ def simulate(
         policy: one of :data:`POLICIES`.
         pool: KV tokens.
         clock: of the machine.
-        max_new_tokens: of the requests; SGLang reserves for them.
         page: KV tokens of a page.
         seed: of the random policy.
 
@@ -121,7 +113,7 @@ def simulate(
         )
     config = StepConfig("recorded", policy="paper" if policy == "paper" else "fair")
     alive = None if policy == NO_PRUNING else Group(group.question)
-    limit = min(max_new_tokens, room - page - 1)
+    limit = min(group.max_new_tokens, room - 2)  # as SGLang cuts it to the pool
     simulator = Simulator(room, page, config, reserve=Reserve(limit))
     requests = [
         Request(0, 0, trace.tokens, alive, steps=_known(trace), rank=rank)
@@ -152,7 +144,6 @@ def predict(
     votes: Sequence[str],
     pools: Sequence[int],
     clock: Clock,
-    max_new_tokens: int,
     page: int = 1,
     same: Same = equivalent,
 ) -> Iterator[Prediction]:
@@ -165,7 +156,7 @@ def predict(
     for pool in pools:
         for policy in policies:
             fates = [
-                simulate(group, policy, pool, clock, max_new_tokens, page, seed=number)
+                simulate(group, policy, pool, clock, page, seed=number)
                 for number, group in enumerate(groups)
             ]
             for vote in votes:

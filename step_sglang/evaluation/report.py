@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from step_sglang.evaluation.errors import BenchError
+from step_sglang.evaluation.methods import METHODS, REFERENCE, Method
 from step_sglang.evaluation.ranking import Rankings, recorded_rankings
 from step_sglang.evaluation.results import Loaded, load_results
 from step_sglang.evaluation.stats import Mean, Paired
@@ -16,9 +17,9 @@ MARKDOWN, LATEX = "report.md", "report.tex"
 _NOTE = (
     "Accuracy and latency are means over questions of the mean over repeats; ± is the standard "
     "error over questions. In brackets: 95 % bootstrap intervals over questions, paired. p: "
-    "paired permutation test over questions, two-sided, against SC with as many traces in the "
-    "same memory. Latency: from the request to the vote. Wait, prefill and decode: a trace's own, "
-    "mean, by the server's time stamps."
+    "paired permutation test over questions, two-sided, against the named method with as many "
+    "traces in the same memory. Latency: from the request to the vote. Wait, prefill and decode: "
+    "a trace's own, mean, by the server's time stamps."
 )
 
 
@@ -40,7 +41,9 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def write_report(folders: Sequence[Path], target: Path) -> Written:
+def write_report(
+    folders: Sequence[Path], target: Path, reference: Method = METHODS[REFERENCE]
+) -> Written:
     """Write ``report.md``, ``report.tex`` and the plots into ``target``.
 
     Raises:
@@ -49,8 +52,8 @@ def write_report(folders: Sequence[Path], target: Path) -> Written:
     from step_sglang.evaluation.plots import draw_all
 
     loaded = load_results(folders)
-    summaries = summarize(loaded.results)
-    tables = [accuracy_table(summaries), breakdown_table(summaries)]
+    summaries = summarize(loaded.results, reference.name)
+    tables = [accuracy_table(summaries, reference.title), breakdown_table(summaries)]
     rankings = recorded_rankings(folders, loaded.meta["settings"]["window"])
     if rankings:
         tables.append(ranking_table(rankings))
@@ -65,11 +68,11 @@ def write_report(folders: Sequence[Path], target: Path) -> Written:
     return Written((target / MARKDOWN, target / LATEX, *drawn), text, loaded.problems)
 
 
-def accuracy_table(summaries: Sequence[Summary]) -> Table:
-    """The paper's Table 1: accuracy, tokens and latency, with the tests against SC."""
+def accuracy_table(summaries: Sequence[Summary], reference: str = "SC") -> Table:
+    """The paper's Table 1: accuracy, tokens and latency, with tests against the reference."""
     head = (
-        "method", "n", "accuracy, %", "tokens", "latency, s", "accuracy - SC, points", "p",
-        "latency / SC", "p",
+        "method", "n", "accuracy, %", "tokens", "latency, s",
+        f"accuracy - {reference}, points", "p", f"latency / {reference}", "p",
     )  # fmt: skip
     rows = [
         (

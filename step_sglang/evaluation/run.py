@@ -168,7 +168,9 @@ class Bench:
             latency = time.perf_counter() - clock
         graded = grade(turn.method, asked, job.answer, self.judge)
         if turn.method is RECORD:
-            kept = recorded_group(job, turn.repeat, len(prompt), latency, asked, graded)
+            # As SGLang cuts it to what a request may have.
+            limit = min(plan.sampling.max_new_tokens, live.longest - len(prompt) - 1)
+            kept = recorded_group(job, turn.repeat, len(prompt), limit, latency, asked, graded)
             write_group(self.writer.folder, kept)
         return RunResult(
             question=job.id,

@@ -17,6 +17,7 @@ from step_sglang.toolchain.errors import ServerError
 from step_sglang.toolchain.launch import running_server
 
 _TIMEOUT = 60.0  # seconds
+_KEPT_BACK = 5  # tokens by which a prompt must be shorter than SGLang's longest request
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Live:
     url: str
     pool: int  # KV tokens
     policy: str | None  # None: it runs without STEP
+    longest: int  # tokens that one request may have, its prompt included
 
 
 @contextmanager
@@ -112,7 +114,8 @@ def look_at(url: str, policy: str | None) -> Live:
     try:
         state = info["internal_states"][0]
         step = state.get("step")
-        pool = int(info.get("max_total_num_tokens") or state["max_total_num_tokens"])
+        pool = int(info["max_total_num_tokens"])
+        longest = int(info["max_req_input_len"]) + _KEPT_BACK
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ServerError(f"{url} is no SGLang server of this version") from error
     if policy is not None and step is None:
@@ -127,7 +130,8 @@ def look_at(url: str, policy: str | None) -> Live:
         )
     if step is not None and step["capture"]:
         raise BenchError(f"the server at {url} collects training data (--step-capture)")
-    return Live(url.rstrip("/").removesuffix("/v1"), pool, None if step is None else step["policy"])
+    name = None if step is None else step["policy"]
+    return Live(url.rstrip("/").removesuffix("/v1"), pool, name, longest)
 
 
 def server_info(url: str) -> dict[str, Any]:

@@ -34,31 +34,36 @@ class Summary:
     retracted: float  # retractions a question
     usage: float | None  # share of the pool in use, mean over the time
     peak_usage: float | None
-    accuracy_gap: Paired | None  # against SC with as many traces in the same memory
+    accuracy_gap: Paired | None  # against the reference with as many traces, in the same memory
     latency_gap: Paired | None
 
 
-def summarize(results: Sequence[RunResult]) -> list[Summary]:
-    """All summaries, by memory, then n, then in the order of the methods."""
+def summarize(results: Sequence[RunResult], reference: str = REFERENCE) -> list[Summary]:
+    """All summaries, by memory, then n, then in the order of the methods.
+
+    Args:
+        results: of all methods.
+        reference: the method that the others are compared with.
+    """
     cells: dict[tuple[str, int, str], list[RunResult]] = defaultdict(list)
     for result in results:
         if result.method != RECORD.name:
             cells[result.memory, result.n, result.method].append(result)
     order = list(METHODS)
     return [
-        _summary(cells[cell], cells.get((cell[0], cell[1], REFERENCE), []))
+        _summary(cells[cell], cells.get((cell[0], cell[1], reference), []), reference)
         for cell in sorted(
             cells, key=lambda c: (_natural(c[0]), c[1], order.index(c[2]) if c[2] in order else 99)
         )
     ]
 
 
-def _summary(results: Sequence[RunResult], reference: Sequence[RunResult]) -> Summary:
+def _summary(results: Sequence[RunResult], reference: Sequence[RunResult], name: str) -> Summary:
     first = results[0]
     method = METHODS.get(first.method)
     shares = [moment.share for result in results for moment in result.usage]
     waits = [t.wait for result in results for t in result.traces if t.wait is not None]
-    compared = bool(reference) and first.method != REFERENCE
+    compared = bool(reference) and first.method != name
     accuracy, latency = _values(results, _correct), _values(results, _latency)
     return Summary(
         method=first.method,

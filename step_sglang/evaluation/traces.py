@@ -52,6 +52,7 @@ class RecordedGroup:
     repeat: int
     gold: str
     prompt_tokens: int
+    max_new_tokens: int  # that a trace could have had
     latency: float  # seconds from the request to the last trace's end
     traces: tuple[RecordedTrace, ...]
 
@@ -62,7 +63,13 @@ class RecordedGroup:
 
 
 def recorded_group(
-    job: Job, repeat: int, prompt_tokens: int, latency: float, asked: Asked, graded: Graded
+    job: Job,
+    repeat: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    latency: float,
+    asked: Asked,
+    graded: Graded,
 ) -> RecordedGroup:
     """What is kept of a group that was asked with ``record``.
 
@@ -71,7 +78,7 @@ def recorded_group(
     """
     pairs = zip(asked.traces, graded.traces, strict=True)
     traces = tuple(_recorded(trace, result.correct) for trace, result in pairs)
-    return RecordedGroup(job.id, repeat, job.answer, prompt_tokens, latency, traces)
+    return RecordedGroup(job.id, repeat, job.answer, prompt_tokens, max_new_tokens, latency, traces)
 
 
 def _recorded(trace: Gathered, correct: bool) -> RecordedTrace:

@@ -56,7 +56,7 @@ def group(number: int, n: int = 16, good: int = 6) -> RecordedGroup:
         times.append(times[-1] + CLOCK.seconds([moment], PROMPT) - CLOCK.overhead)
     traces = tuple(trace(x, i < good, draw, times) for i, x in enumerate(lengths))
     return RecordedGroup(
-        f"q{number}", 0, "7", PROMPT, times[-1] - times[0] + CLOCK.overhead, traces
+        f"q{number}", 0, "7", PROMPT, 200, times[-1] - times[0] + CLOCK.overhead, traces
     )
 
 
@@ -89,7 +89,7 @@ def test_the_clock_finds_the_prices_of_the_machine() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_large_pool_changes_nothing(policy: str) -> None:
     for one in GROUPS[:3]:
-        fate = simulate(one, policy, AMPLE, CLOCK, 200)
+        fate = simulate(one, policy, AMPLE, CLOCK)
         assert fate.finished == one.traces
         assert (fate.pruned, fate.retracted, fate.wait_share) == (0, 0, 0.0)
         assert fate.tokens == sum(t.tokens for t in one.traces)
@@ -101,7 +101,7 @@ def test_a_large_pool_changes_nothing(policy: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_small_pool_makes_traces_wait_or_prunes_them(policy: str) -> None:
     for one in GROUPS:
-        fate = simulate(one, policy, TIGHT, CLOCK, 200)
+        fate = simulate(one, policy, TIGHT, CLOCK)
         assert len(fate.finished) + fate.pruned == len(one.traces)
         if policy == "none":
             assert fate.pruned == 0 and fate.wait_share > 0.1
@@ -114,7 +114,7 @@ def test_a_small_pool_makes_traces_wait_or_prunes_them(policy: str) -> None:
 
 def test_score_pruning_keeps_the_right_traces_and_longest_first_the_short_ones() -> None:
     def kept(policy: str) -> tuple[float, float]:
-        fates = [simulate(one, policy, TIGHT, CLOCK, 200, seed=i) for i, one in enumerate(GROUPS)]
+        fates = [simulate(one, policy, TIGHT, CLOCK, seed=i) for i, one in enumerate(GROUPS)]
         finished = [t for fate in fates for t in fate.finished]
         return (
             float(np.mean([t.correct for t in finished])),
@@ -127,9 +127,7 @@ def test_score_pruning_keeps_the_right_traces_and_longest_first_the_short_ones()
 
 
 def test_predictions_by_policy_vote_and_pool() -> None:
-    found = list(
-        predict(GROUPS, ["none", "fair"], ["majority", "weighted"], [TIGHT, AMPLE], CLOCK, 200)
-    )
+    found = list(predict(GROUPS, ["none", "fair"], ["majority", "weighted"], [TIGHT, AMPLE], CLOCK))
     by = {(p.policy, p.vote, p.pool): p for p in found}
     assert len(by) == 8 and all(p.groups == 8 and p.n == 16 for p in found)
     assert by["none", "majority", TIGHT].accuracy.value == 0.0  # ten of sixteen are wrong
@@ -141,7 +139,7 @@ def test_predictions_by_policy_vote_and_pool() -> None:
 
 
 def test_votes_are_those_of_the_traces_that_finished() -> None:
-    fate = simulate(GROUPS[0], "fair", AMPLE, CLOCK, 200)
+    fate = simulate(GROUPS[0], "fair", AMPLE, CLOCK)
     assert not is_right(fate, "majority")
     assert is_right(fate, "best")
     assert not is_right(replace(fate, finished=()), "weighted")
@@ -160,9 +158,9 @@ def test_groups_of_fewer_traces_and_groups_that_were_pruned() -> None:
 
 def test_what_cannot_be_replayed() -> None:
     with pytest.raises(ReplayError, match="no policy 'best'"):
-        simulate(GROUPS[0], "best", AMPLE, CLOCK, 200)
+        simulate(GROUPS[0], "best", AMPLE, CLOCK)
     with pytest.raises(ReplayError, match="cannot hold a trace of 20"):
-        simulate(GROUPS[0], "none", 150, CLOCK, 200)
+        simulate(GROUPS[0], "none", 150, CLOCK)
 
 
 def test_admission_reserves_less_and_less() -> None:

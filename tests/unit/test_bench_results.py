@@ -179,6 +179,14 @@ def test_summaries_compare_with_sc_of_the_same_memory() -> None:
     assert sc.longest_wait == 1.5 and sc.usage == pytest.approx(0.6) and sc.peak_usage == 0.8
 
 
+def test_any_method_may_be_the_one_to_compare_with() -> None:
+    cot, sc, step = summarize(some_results(), "step")
+    assert cot.latency_gap is None and step.latency_gap is None  # one trace is another n
+    assert sc.latency_gap is not None
+    assert sc.latency_gap.ratio.value == pytest.approx(6.5 / 3.5)
+    assert "latency / STEP" in accuracy_table([sc, step], "STEP").head
+
+
 def test_the_report_has_tables_and_plots(tmp_path: Path) -> None:
     with ResultWriter(tmp_path, META) as writer:
         for one in some_results():

@@ -61,7 +61,7 @@ def test_the_embedded_reasoner_is_known_by_name_and_by_path() -> None:
 
 def info(**step: Any) -> dict[str, Any]:
     state = {"step": {"policy": "fair", "capture": False, **step}} if step else {}
-    return {"max_total_num_tokens": 512, "internal_states": [state]}
+    return {"max_total_num_tokens": 512, "max_req_input_len": 95, "internal_states": [state]}
 
 
 def test_a_server_is_looked_at_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_a_server_is_looked_at_before_it_is_measured(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(serving, "server_info", lambda url: value)
 
     answer(info())
-    assert look_at("http://x/v1", None) == serving.Live("http://x", 512, None)
+    assert look_at("http://x/v1", None) == serving.Live("http://x", 512, None, 100)
     with pytest.raises(BenchError, match="without STEP"):
         look_at("http://x", "fair")
     answer(info(policy="fair"))
