@@ -17,8 +17,9 @@ import requests
 from step_sglang.client.abort import abort_group
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
+from step_sglang.evaluation.simulator import Request, Simulator
+from step_sglang.groups import Group
 from tests.server.launch import Server, serve
-from tests.unit.simulator import Group, Request, Simulator
 
 pytestmark = pytest.mark.server
 
