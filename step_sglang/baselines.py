@@ -7,6 +7,7 @@ how the trace ranks when memory is short. Knows nothing of SGLang.
 
 from __future__ import annotations
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections import deque
@@ -207,6 +208,8 @@ class LowestConfidence(Signal):
 
     def token(self, token: int, confidence: float) -> Trace | None:
         """One more token of the sliding group."""
+        if math.isnan(confidence):
+            return None  # the logits were not finite; the mean would never recover
         size = self._method.window
         if len(self._window) == size:
             self._sum -= self._window.popleft()
@@ -227,37 +230,72 @@ class LowestConfidence(Signal):
 
 @dataclass(eq=False)
 class Thoughts:
-    """The thoughts of a group's traces, one row each."""
+    """The thoughts of a group's traces, one row each. Rows of traces that ended go in time."""
 
     random: random.Random
-    owners: list[Trace] = field(default_factory=list)
-    vectors: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    _traces: list[Trace] = field(default_factory=list)  # that have a thought
+    _sums: list[NDArray[np.float32]] = field(default_factory=list)  # [D] of each trace's rows
+    _counts: list[int] = field(default_factory=list)
+    _vectors: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    _owners: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))  # of rows
+    _size: int = 0  # rows in use
+
+    def __len__(self) -> int:
+        return self._size
 
     def add(self, owner: Trace, vector: NDArray[np.float32]) -> None:
-        """Keep a [D] unit vector; the array grows by doubling."""
-        if len(self.owners) == len(self.vectors):
-            more = np.empty((max(64, len(self.owners)), len(vector)), np.float32)
-            self.vectors = np.concatenate([self.vectors.reshape(-1, len(vector)), more])
-        self.vectors[len(self.owners)] = vector
-        self.owners.append(owner)
+        """Keep a [D] unit vector."""
+        if self._size == len(self._vectors):
+            self._make_room(len(vector))
+        place = self._place(owner)
+        if place is None:
+            place = len(self._traces)
+            self._traces.append(owner)
+            self._sums.append(np.zeros_like(vector))
+            self._counts.append(0)
+        self._vectors[self._size], self._owners[self._size] = vector, place
+        self._size += 1
+        self._sums[place] = self._sums[place] + vector
+        self._counts[place] += 1
 
     def nearest(self, owner: Trace, vector: NDArray[np.float32]) -> tuple[Trace | None, float]:
-        """The live trace, not ``owner``, with the most similar thought, and the cosine."""
-        others = [i for i, other in enumerate(self.owners) if other is not owner and other.is_live]
-        if not others:
+        """The trace that goes on, not ``owner``, with the most similar thought, and the cosine."""
+        others = np.asarray([t is not owner and t.goes_on for t in self._traces], bool)
+        if not others.any():
             return None, -1.0
-        cosines = self.vectors[others] @ vector
+        owners = self._owners[: self._size]
+        cosines = np.where(others[owners], self._vectors[: self._size] @ vector, -2.0)
         best = int(cosines.argmax())
-        return self.owners[others[best]], float(cosines[best])
+        return self._traces[owners[best]], float(cosines[best])
 
     def redundancy(self, owner: Trace) -> float:
         """Mean cosine between the thoughts of one trace; 0 with fewer than two."""
-        rows = self.vectors[[i for i, other in enumerate(self.owners) if other is owner]]
-        count = len(rows)
-        if count < 2:
+        place = self._place(owner)
+        count = 0 if place is None else self._counts[place]
+        if place is None or count < 2:
             return 0.0
-        total = float(np.square(rows.sum(0)).sum()) - count  # unit vectors: each is 1 with itself
+        # Unit vectors: each is 1 with itself.
+        total = float(np.square(self._sums[place]).sum()) - count
         return total / (count * (count - 1))
+
+    def _place(self, owner: Trace) -> int | None:
+        return next((i for i, trace in enumerate(self._traces) if trace is owner), None)
+
+    def _make_room(self, width: int) -> None:
+        """Drop the rows of traces that ended; double the array where that frees too little."""
+        stays = [i for i, trace in enumerate(self._traces) if trace.goes_on]
+        renumbered = np.full(len(self._traces), -1, np.int32)
+        renumbered[stays] = np.arange(len(stays), dtype=np.int32)
+        owners = renumbered[self._owners[: self._size]]
+        kept = owners >= 0
+        rows = self._vectors[: self._size].reshape(-1, width)[kept]
+        self._traces = [self._traces[i] for i in stays]
+        self._sums = [self._sums[i] for i in stays]
+        self._counts = [self._counts[i] for i in stays]
+        self._size = len(rows)
+        more = max(64, self._size)
+        self._vectors = np.concatenate([rows, np.empty((more, width), np.float32)])
+        self._owners = np.concatenate([owners[kept], np.empty(more, np.int32)])
 
 
 class _Thinking(Signal):
@@ -273,7 +311,7 @@ class _Thinking(Signal):
         self._over = False
 
     def token(self, token: int, confidence: float) -> Trace | None:
-        if self._over:
+        if self._over or not self._trace.goes_on:
             return None
         self._step.append(token)
         if token == self._around.think_end_id:

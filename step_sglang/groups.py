@@ -84,6 +84,11 @@ class Trace:
         return self.fate is Fate.LIVE
 
     @property
+    def goes_on(self) -> bool:
+        """Whether it is live, and its baseline has not ended it."""
+        return self.fate is Fate.LIVE and not self.ending
+
+    @property
     def watches_tokens(self) -> bool:
         """Whether somebody wants to see its output tokens as they come."""
         return self.recording is not None or (

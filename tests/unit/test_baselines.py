@@ -100,6 +100,32 @@ def test_the_diversity_variant_ends_the_more_redundant_trace() -> None:
     assert say(dull, 10, 11, 12, BOUNDARY) is dull
 
 
+def test_of_three_twins_one_survives() -> None:
+    """All say the same in one pass; a trace that is about to end takes no part any more."""
+    groups = GroupRegistry()
+    traces = [join(groups, SlimSC(delay=0)) for _ in range(3)]
+    for trace in traces:
+        ended = say(trace, 5, 6, BOUNDARY)
+        if ended is not None:
+            groups.end_soon(ended)
+    assert sum(trace.goes_on for trace in traces) == 1
+
+
+def test_thoughts_of_traces_that_ended_are_dropped() -> None:
+    groups = GroupRegistry()
+    stays = join(groups, SlimSC(delay=0))
+    for number in range(40):
+        trace = join(groups, SlimSC(delay=0))
+        for word in range(10):
+            say(trace, 1000 * number + word, BOUNDARY)
+            say(stays, 1000 * number + 500 + word, BOUNDARY)
+        groups.end(trace, Fate.FINISHED)
+    thoughts = stays.group.thoughts
+    assert thoughts is not None and 400 <= len(thoughts) < 600
+    last = join(groups, SlimSC(delay=0))
+    assert say(last, 20_505, BOUNDARY) in (last, stays)  # what stays said is still known
+
+
 def test_ending_spares_the_minimum() -> None:
     groups = GroupRegistry()
     traces = [join(groups, SlimSC()) for _ in range(3)]
