@@ -66,14 +66,18 @@ def forward_batch_generation(worker: Any, batch: Any, *args: Any, **kwargs: Any)
     with guard(words.IN_SCORING) as beginning:
         _begin(_active, batch)
     if beginning.failed:
-        for req in batch.reqs:
+        for req in _starting(batch):
             setattr(req, _UNSURE, True)
+
+
+def _starting(batch: Any) -> list[Any]:
+    decoding = set(batch.decoding_reqs or ())
+    return [req for req in batch.reqs if req not in decoding]
 
 
 def _begin(active: _Active, batch: Any) -> None:
     active.prefilled = None
-    decoding, slots = set(batch.decoding_reqs or ()), active.slots
-    starting = [req for req in batch.reqs if req not in decoding]
+    starting, slots = _starting(batch), active.slots
     slots.reset([_slot_reset(req, slots) for req in starting])
     for req in starting:
         setattr(req, _UNSURE, False)
@@ -186,13 +190,12 @@ def _append_output(logits_output: Any, batch: int, confidences: Confidences | No
     )
 
 
-def _results(
-    active: _Active, batch: int, confidences: Confidences | None
-) -> StepDeviceOutput | None:
+def _results(active: _Active, batch: int, confidences: Confidences | None) -> StepDeviceOutput:
     slots, prefilled = active.slots, active.prefilled
     active.prefilled = None
     if active.lost:
-        return None  # what the slots hold is of an earlier pass
+        # What the slots hold is of an earlier pass; the tokens may be wanted all the same.
+        return StepDeviceOutput(slots.results(batch).fill_(math.nan), confidences=confidences)
     return StepDeviceOutput(
         values=slots.results(batch),
         hidden=slots.last_hidden(batch),
@@ -256,8 +259,7 @@ class StepHostOutput:
         with guard(words.IN_SCORING):
             self._record(batch, commits)
         if _active is not None and _active.groups.watched:
-            with guard(words.IN_SCORING):
-                self._show_tokens(_active.groups, batch, commits)
+            self._show_tokens(_active.groups, batch, commits)
 
     def _record(self, batch: Any, commits: Sequence[Any]) -> None:
         from step_sglang.patches.scheduler import trace_of
@@ -297,12 +299,13 @@ class StepHostOutput:
             trace = trace_of(req)
             if trace is None or commit is None or not trace.watches_tokens:
                 continue
-            known = self.confidences
-            confidence = math.nan if known is None else known.of(row, trace.top_k)
-            for token in commit.token_ids:
-                ended = trace.token(token, now, confidence)
-                if ended is not None:
-                    groups.end_soon(ended)
+            with guard(words.IN_SCORING):
+                known = self.confidences
+                confidence = math.nan if known is None else known.of(row, trace.top_k)
+                for token in commit.token_ids:
+                    ended = trace.token(token, now, confidence)
+                    if ended is not None:
+                        groups.end_soon(ended)
 
 
 def _thought_before(req: Any, position: int) -> bool:

@@ -88,23 +88,24 @@ class Round:
     def prune_worst(self) -> bool:
         """Prune one trace because the next decode step does not fit; False when none may be."""
         victim = None
-        with guard(words.IN_PRUNING):
+        with guard(words.IN_PRUNING) as choosing:
             victim = self.candidates.take()
-        return self._prune([] if victim is None else [victim], words.PRUNED_FOR_DECODE)
+        victims = [] if victim is None else [victim]
+        return self._prune(victims, words.PRUNED_FOR_DECODE, choosing.failed)
 
     def prune_for(self, claim: float, tokens: int) -> bool:
         """Prune traces for a waiting request; see ``Candidates.take_for``."""
         victims: list[TraceView] = []
-        with guard(words.IN_PRUNING):
+        with guard(words.IN_PRUNING) as choosing:
             victims = self.candidates.take_for(claim, tokens)
-        return self._prune(victims, words.PRUNED_FOR_ADMISSION)
+        return self._prune(victims, words.PRUNED_FOR_ADMISSION, choosing.failed)
 
-    def _prune(self, victims: Sequence[TraceView], reason: str) -> bool:
+    def _prune(self, victims: Sequence[TraceView], reason: str, failed: bool) -> bool:
         chosen = [victim.handle for victim in victims]
         agreed = _agree(self._scheduler, chosen)
         for index in agreed:
             _prune(self._scheduler, self._state, self._batch, self._reqs[index], reason)
-        if agreed != chosen:
+        if failed or agreed != chosen:
             self._look()  # the candidates here lack other traces than the batch does
         return bool(agreed)
 

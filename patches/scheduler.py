@@ -185,7 +185,8 @@ def record_weight_version(result: None, updater: Any, *args: Any, **kwargs: Any)
         return
     state.scorer_stale = True
     if state.metrics is not None:
-        state.metrics.scorer_is_stale()
+        with guard.guard(words.IN_METRICS):
+            state.metrics.scorer_is_stale()
     logger.warning(
         "STEP: the model's weights were updated, but the scorer %r was trained for those before; "
         "it goes on scoring until the server is started with one for the new weights",

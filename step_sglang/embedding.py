@@ -39,7 +39,7 @@ def load_embedding(name: str, decode: Callable[[Sequence[int]], str]) -> Embeddi
             f"{NGRAMS} needs nothing"
         ) from error
     try:
-        model = SentenceTransformer(name)
+        model = SentenceTransformer(name, device="cpu")  # the accelerator's memory is the pool's
     except Exception as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"--step-embedding: cannot load {name}: {first}") from error

@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from step_sglang import words
 from step_sglang.baselines import DEFAULT_TOP_K, Baseline, Signal, Surroundings, Thoughts
@@ -166,6 +166,15 @@ class Trace:
         return info
 
 
+class _Ended(NamedTuple):
+    """What a continuation needs of a named trace that ended."""
+
+    score_sum: float
+    num_steps: int
+    prompt_tokens: int
+    finished_in: Group | None  # counts it as finished
+
+
 @dataclass(slots=True, eq=False)
 class GroupRegistry:
     """The groups that have a live trace. A group is forgotten when its last live trace ends.
@@ -176,7 +185,7 @@ class GroupRegistry:
     _groups: dict[str, Group] = field(default_factory=dict)
     # Named traces that ended, by group and name, the oldest first. They outlive their group,
     # because a program may have no live trace between two of its requests.
-    _named: OrderedDict[tuple[str, str], Trace] = field(default_factory=OrderedDict)
+    _named: OrderedDict[tuple[str, str], _Ended] = field(default_factory=OrderedDict)
     num_live: int = 0
     num_finished: int = 0  # traces, of these groups
     # Live traces whose tokens somebody wants to see, by `top_k`; no entry is 0.
@@ -213,12 +222,6 @@ class GroupRegistry:
         group = self._groups.get(group_id)
         if group is None:
             group = Group(group_id, weight, min_survivors, baseline=baseline)
-            self._groups[group_id] = group
-        group.weight = max(group.weight, weight)
-        group.min_survivors = max(group.min_survivors, min_survivors)
-        group.live += 1
-        group.joined += 1
-        self.num_live += 1
         trace = Trace(
             group,
             step_scores=[] if step_scores else None,
@@ -229,14 +232,21 @@ class GroupRegistry:
             recording=recording,
         )
         if group.baseline is not None and around is not None:
-            trace.signal = group.baseline.signal(trace, group.joined, around)
+            trace.signal = group.baseline.signal(trace, group.joined + 1, around)
+        # Counted only now: what raises above must leave no survivor behind that does not exist.
+        self._groups[group_id] = group
+        group.weight = max(group.weight, weight)
+        group.min_survivors = max(group.min_survivors, min_survivors)
+        group.live += 1
+        group.joined += 1
+        self.num_live += 1
         if trace.watches_tokens:
             self.watched[trace.top_k] += 1
         before = None if name is None else self._named.pop((group_id, name), None)
         if before is not None:
             trace.score_sum, trace.num_steps = before.score_sum, before.num_steps
             trace.prompt_tokens = before.prompt_tokens
-            if before.fate is Fate.FINISHED and before.group is group:
+            if before.finished_in is group:
                 group.finished -= 1
                 self.num_finished -= 1
         if self.observer is not None:
@@ -272,12 +282,16 @@ class GroupRegistry:
             group.finished += 1
             self.num_finished += 1
         if trace.name is not None:
-            self._named[group.group_id, trace.name] = trace
+            finished_in = group if fate is Fate.FINISHED else None
+            self._named[group.group_id, trace.name] = _Ended(
+                trace.score_sum, trace.num_steps, trace.prompt_tokens, finished_in
+            )
             if len(self._named) > MAX_NAMED:
                 self._named.popitem(last=False)
         if group.live == 0 and self._groups.get(group.group_id) is group:
             del self._groups[group.group_id]
             self.num_finished -= group.finished
+            group.thoughts = None
         if self.observer is not None:
             self.observer(trace)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,10 @@ class Recording:
         self.confidences.append(confidence)
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values: tenths of a millisecond, the precision of fp32."""
+        """JSON values: tenths of a millisecond, the precision of fp32; null for NaN."""
         return {
             words.RECORD_TIMES: [round(time, 4) for time in self.times],
-            words.RECORD_CONFIDENCES: [float(f"{value:.7g}") for value in self.confidences],
+            words.RECORD_CONFIDENCES: [
+                None if math.isnan(value) else float(f"{value:.7g}") for value in self.confidences
+            ],
         }

@@ -211,7 +211,7 @@ def test_an_embedding_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "sentence_transformers.py").write_text(
         "import numpy\n"
         "class SentenceTransformer:\n"
-        "    def __init__(self, name):\n"
+        "    def __init__(self, name, device):\n"
         "        if name != 'm': raise OSError(f'no {name}')\n"
         "    def encode(self, text, **options):\n"
         "        assert options['normalize_embeddings']\n"

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_sglang.groups import Fate, GroupRegistry
+from step_sglang.baselines import Longest, Signal, Surroundings
+from step_sglang.embedding import ngrams
+from step_sglang.groups import Fate, GroupRegistry, Trace
 
 
 def test_survivors_are_live_or_finished_normally() -> None:
@@ -127,3 +129,16 @@ def test_only_so_many_named_traces_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
         trace.record(0.5, 0.5, 0)
         registry.end(trace, Fate.FINISHED)
     assert [registry.join("g", name=name).num_steps for name in "abc"] == [0, 1, 1]
+
+
+def test_a_join_that_fails_leaves_nothing_behind() -> None:
+    class Broken(Longest):
+        def signal(self, trace: Trace, number: int, around: Surroundings) -> Signal:
+            raise RuntimeError
+
+    groups = GroupRegistry()
+    around = Surroundings((), None, ngrams)
+    with pytest.raises(RuntimeError):
+        groups.join("q", baseline=Broken(), around=around)
+    assert len(groups) == 0 and groups.num_live == groups.num_survivors == 0 and not groups.watched
+    assert groups.join("q").group.survivors == 1
