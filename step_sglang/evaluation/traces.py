@@ -136,8 +136,9 @@ def load_groups(folders: Sequence[Path]) -> Iterator[RecordedGroup]:
         raise ReplayError(f"{folders[0]} holds no recorded traces: run bench with --record")
     for file in files:
         try:
-            text = gzip.decompress(file.read_bytes()).decode()
-            head, *rows = [json.loads(line) for line in text.splitlines()]
+            # Only "\n" ends a line: a trace's text may hold U+2028 and its like.
+            lines = gzip.decompress(file.read_bytes()).split(b"\n")
+            head, *rows = [json.loads(line) for line in lines if line]
             yield RecordedGroup(**head, traces=tuple(map(_trace, rows)))
         except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
             raise ReplayError(

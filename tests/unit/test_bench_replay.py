@@ -65,9 +65,11 @@ AMPLE, TIGHT = 10_000, 600
 
 
 def test_recorded_traces_come_back_as_they_were(tmp_path: Path) -> None:
-    for one in (*GROUPS[:2], replace(GROUPS[0], repeat=1), GROUPS[0]):
+    again = replace(GROUPS[0].traces[0], text="one\u2028two\u2029three\u0085four\r\n")
+    again_group = replace(GROUPS[0], repeat=1, traces=(again, *GROUPS[0].traces[1:]))
+    for one in (*GROUPS[:2], again_group, GROUPS[0]):
         write_group(tmp_path, one)
-    assert list(load_groups([tmp_path])) == [GROUPS[0], replace(GROUPS[0], repeat=1), GROUPS[1]]
+    assert list(load_groups([tmp_path])) == [GROUPS[0], again_group, GROUPS[1]]
     file = next((tmp_path / TRACES).iterdir())
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(ReplayError, match="damaged"):
