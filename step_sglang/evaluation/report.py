@@ -18,8 +18,9 @@ _NOTE = (
     "Accuracy and latency are means over questions of the mean over repeats; ± is the standard "
     "error over questions. In brackets: 95 % bootstrap intervals over questions, paired. p: "
     "paired permutation test over questions, two-sided, against the named method with as many "
-    "traces in the same memory. Latency: from the request to the vote. Wait, prefill and decode: "
-    "a trace's own, mean, by the server's time stamps."
+    "traces in the same memory. Latency: from the request to the end of the last trace, all of a "
+    "method's requests together; the vote counts only where it ends the group early. Wait, "
+    "prefill and decode: a trace's own, mean, by the server's time stamps."
 )
 
 
