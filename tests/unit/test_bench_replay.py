@@ -69,7 +69,17 @@ def test_recorded_traces_come_back_as_they_were(tmp_path: Path) -> None:
     again_group = replace(GROUPS[0], repeat=1, traces=(again, *GROUPS[0].traces[1:]))
     for one in (*GROUPS[:2], again_group, GROUPS[0]):
         write_group(tmp_path, one)
-    assert list(load_groups([tmp_path])) == [GROUPS[0], again_group, GROUPS[1]]
+    smaller = replace(GROUPS[0], traces=GROUPS[0].traces[:4])
+    write_group(tmp_path, smaller)  # beside the others
+    assert list(load_groups([tmp_path])) == [GROUPS[0], again_group, smaller, GROUPS[1]]
+    problems: list[str] = []
+    (tmp_path / "other").mkdir()
+    write_group(tmp_path / "other", GROUPS[2])
+    write_group(tmp_path / "other", replace(GROUPS[0], gold="other"))
+    both = list(load_groups([tmp_path, tmp_path / "other"], problems.append))
+    assert both == [GROUPS[0], again_group, smaller, GROUPS[1], GROUPS[2]]
+    assert len(problems) == 1 and "repeats a group; the first counts" in problems[0]
+    (tmp_path / TRACES / "q0-4-0.jsonl.gz").unlink()
     file = next((tmp_path / TRACES).iterdir())
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(ReplayError, match="damaged"):
