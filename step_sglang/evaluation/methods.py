@@ -167,6 +167,7 @@ def _by_confidence(trace: Gathered, threshold: float | None) -> float | None:
     return confidence
 
 
+EARLY = "step-early"
 # STEP waits for all survivors, as the paper's does; `step-early` ends the group by the exact rule.
 # `step-paper` differs from `step` in the victims alone: both weigh the traces that finished, while
 # the reference's script also counts pruned traces whose text contains "boxed".
@@ -183,7 +184,7 @@ METHODS = {
         Method("longest", "longest victim", _control("longest"), _by_score),
         Method("step-paper", "STEP (paper policy)", _one_request(True), _by_score, policy="paper"),
         Method("step", "STEP", _one_request(True), _by_score),
-        Method("step-early", "STEP, ends early", _one_request(True, "exact"), _by_score),
+        Method(EARLY, "STEP, ends early", _one_request(True, "exact"), _by_score),
     )
 }
 
