@@ -194,8 +194,8 @@ async def _record(asker: Asker, n: int) -> Asked:
     return Asked((await asker.ask(n, step),))
 
 
-# Not a method to compare: every trace runs to its end, and is kept with all that a policy could
-# have known, for `replay`.
+# Not a method to compare: every trace runs to its end, and is kept with what the policies that
+# `replay` knows go by.
 RECORD = Method("record", "recorded", _record, _by_score, ample=True)
 ALIASES = {"slim-sc": "slim-sc-diversity", "deepconf": "deepconf-low"}
 REFERENCE = "sc"  # what the others are compared with
