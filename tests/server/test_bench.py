@@ -35,7 +35,7 @@ from tests.server.launch import Server, environment, serve
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1200)]  # of a loaded machine
 
 N, QUESTIONS, POOL, WARMUP = 8, 2, 700, 4
-SMALL = 220  # KV tokens for a random model; its prompt has about a hundred
+SMALL = 220  # KV tokens for a random model; its prompt has 83
 METHODS = (
     "cot", "sc", "slim-sc-random", "slim-sc-diversity", "deepconf-low", "deepconf-high", "random",
     "longest", "step", "step-early",
