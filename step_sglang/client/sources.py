@@ -71,11 +71,15 @@ class UrlSource:
             async with self._http.stream("POST", f"{self.url}/generate", json=body) as answer:
                 if answer.status_code != 200:
                     raise self._refused(answer, (await answer.aread()).decode(errors="replace"))
-                async for line in answer.aiter_lines():
-                    if line == "data: [DONE]":
-                        return
-                    if line.startswith("data: "):
-                        yield _chunk(line[6:])
+                # Only "\n" ends a line: a text may hold U+2028 and its like as they are.
+                rest = b""
+                async for data in answer.aiter_bytes():
+                    *lines, rest = (rest + data).split(b"\n")
+                    for line in lines:
+                        if line.rstrip() == b"data: [DONE]":
+                            return
+                        if line.startswith(b"data: "):
+                            yield _chunk(line[6:])
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise silence(self.url, error) from error
         raise ServerError(f"the server at {self.url} ended the answer in the middle")
@@ -121,7 +125,7 @@ class EngineSource:
             raise RequestRefused(f"the engine refused the request: {error}") from error
 
 
-def _chunk(line: str) -> dict[str, Any]:
+def _chunk(line: bytes) -> dict[str, Any]:
     try:
         chunk: dict[str, Any] = json.loads(line)
     except ValueError as error:

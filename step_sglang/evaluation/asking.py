@@ -38,6 +38,8 @@ class Session:
     async def ask(self, n: int, step: Step, early: str = "off") -> Part:
         """Sample n traces in one request.
 
+        The clock stops when the last trace ended, or was cancelled; only an early end votes before.
+
         Raises:
             RequestRefused: the server refused it.
             ServerError: it does not answer, breaks off, or answers something unusable.
@@ -66,7 +68,9 @@ class Session:
                         break
         seconds = time.perf_counter() - started
         gathering.cancel()
-        gathering.count()
+        for trace in gathering.traces:
+            if trace.answer is None and trace.fate is not TraceFate.CANCELLED:
+                trace.answer = self.extract(trace.text)
         return Part(tuple(gathering.traces), seconds)
 
 

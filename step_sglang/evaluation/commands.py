@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from step_sglang import __version__
 from step_sglang.evaluation.errors import BenchError
 
 out = Console(soft_wrap=True)
@@ -41,7 +43,7 @@ def bench(
     ),
     n: Annotated[str, typer.Option("--n", help="Traces per question; comma-separated.")] = "64",
     repeats: Annotated[int, typer.Option(min=1, help="Of everything.")] = 1,
-    limit: Annotated[int | None, typer.Option(help="At most so many questions.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions.")] = None,
     shard: Annotated[
         str, typer.Option(help="K/M: only every M-th question, for processes side by side.")
     ] = "1/1",
@@ -96,10 +98,11 @@ def bench(
 ) -> None:
     """Measure methods side by side on one engine: accuracy, tokens, latency. Resumable."""
     from step_sglang.evaluation.methods import RECORD, Settings, methods_named
+    from step_sglang.evaluation.pilot import measured_lengths
     from step_sglang.evaluation.profiles import profile_of
     from step_sglang.evaluation.results import ResultWriter
     from step_sglang.evaluation.run import Bench, Plan, blocks
-    from step_sglang.toolchain.sources import Fields, load_questions
+    from step_sglang.toolchain.sources import REASONER, Fields, load_questions
 
     chosen = methods_named(methods) if methods else ()
     if record:
@@ -108,9 +111,12 @@ def bench(
         raise BenchError("--methods names none, and without --record there is nothing to do")
     sizes = _numbers("--n", n)
     fields = Fields(question_field, answer_field)
+    endless = dataset.startswith(f"{REASONER}:")
+    # All of a set, so that it is the same set whatever the limit is.
     found = load_questions(
-        dataset, limit, split, fields=fields, seed=question_seed, data_dir=data_dir
-    )
+        dataset, limit if endless else None, split,
+        fields=fields, seed=question_seed, data_dir=data_dir,
+    )  # fmt: skip
     for problem in found.problems[:5]:
         err.print(f"{found.name}: left out: {problem}", style="yellow", markup=False)
     jobs = found.jobs[:limit]
@@ -128,16 +134,13 @@ def bench(
     )
     asked = suffix if suffix is not None else ("" if profile.bare else _SUFFIX)
     served_model = _served(path, scorer, profile, server_flags or [])
-    folder.mkdir(parents=True, exist_ok=True)
-    memories = _memories(
-        pool, mem_fraction, url, max(sizes), profile, served_model, jobs, sampling, asked, folder
-    )
+    memories = _memories(pool, mem_fraction, url, max(sizes), profile, shard)
     plan = Plan(
         jobs=_shard(shard, jobs),
         methods=chosen,
         ns=sizes,
         repeats=repeats,
-        memories=memories,
+        memories=memories or (),
         sampling=sampling,
         settings=settings,
         suffix=asked,
@@ -147,14 +150,22 @@ def bench(
     meta = {
         "model": name,
         "dataset": dataset,
-        "question_seed": question_seed if dataset.startswith("reasoner:") else None,
+        "question_seed": question_seed if endless else None,
+        "questions": None if endless else _fingerprint(found.jobs),
+        "split": split,
+        "fields": [question_field, answer_field],
+        "package": __version__,
         "sampling": asdict(sampling),
         "settings": asdict(settings),
         "suffix": asked,
         "scorer": served_model.scorer if scorer else None,
         "server_flags": list(server_flags or []),
     }
+    refused: tuple[str, ...] = ()
     with ResultWriter(folder, meta) as writer:
+        if memories is None:
+            lengths = measured_lengths(served_model, jobs, sampling, asked, folder)
+            plan = replace(plan, memories=_quarter(lengths, max(sizes)))
         for repair in writer.repairs:
             err.print(f"repaired: {repair}", style="yellow", markup=False)
         left = sum(len(block.turns) for block in blocks(plan, writer.done))
@@ -168,14 +179,17 @@ def bench(
             serve = _servers(url, served_model, running, folder)
             try:
                 with _bar(left) as report_one:
-                    Bench(plan, writer, serve, report_one).run()
+                    refused = Bench(plan, writer, serve, report_one).run()
             except KeyboardInterrupt:
                 err.print(
                     f"stopped; {len(writer.done)} results are in {folder}, run again to go on"
                 )
                 raise SystemExit(130) from None
-    if methods:
+    if methods and (writer.done or not refused):
         report([folder])
+    if refused:
+        shown = "".join(f"\n  {one}" for one in refused[:20])
+        raise BenchError(f"the server refused {len(refused)} runs, which were left out:{shown}")
 
 
 def report(
@@ -216,7 +230,9 @@ def replay(
     from step_sglang.evaluation.traces import load_groups
     from step_sglang.judge import Judge
 
-    recorded = list(load_groups(folders))
+    recorded = list(
+        load_groups(folders, lambda text: err.print(text, style="yellow", markup=False))
+    )
     groups = split_groups(recorded, n)
     pruned = sum(not group.whole for group in recorded)
     if pruned:
@@ -226,7 +242,7 @@ def replay(
     try:
         found = list(
             predict(
-                groups, policies.split(","), votes.split(","), _numbers("--pool", pool), clock,
+                groups, _names(policies), _names(votes), _numbers("--pool", pool), clock,
                 page, judge.same,
             )
         )  # fmt: skip
@@ -260,6 +276,10 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise BenchError(f"{flag} takes whole numbers such as 16,64, not {text!r}")
     return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -303,22 +323,41 @@ def _memories(
     url: str | None,
     n: int,
     profile: Any,
-    model: Any,
-    jobs: Any,
-    sampling: Any,
-    suffix: str,
-    folder: Path,
+    shard: str,
 ) -> Any:
-    from step_sglang.evaluation.pilot import quarter_pool
+    """What the servers shall have; None: a pool of which nobody knows yet how large it is."""
+    from step_sglang.evaluation.pilot import known_lengths
     from step_sglang.evaluation.serving import parse_memory
 
     if url is not None and (pool or mem_fraction):
         raise BenchError("--pool and --mem-fraction are for servers that are started, not --url")
     if pool != "auto":
         return parse_memory(pool, mem_fraction)
-    tokens = quarter_pool(n, profile, model, jobs, sampling, suffix, folder)
-    err.print(f"--pool auto is {tokens} tokens", highlight=False)
-    return parse_memory(str(tokens), mem_fraction)
+    if mem_fraction:
+        raise BenchError("--pool and --mem-fraction exclude each other")
+    lengths = known_lengths(profile)
+    if lengths is not None:
+        return _quarter(lengths, n)
+    if re.fullmatch(r"0*1/0*1", shard) is None:
+        raise BenchError(
+            "every shard would measure a --pool auto of its own: give --pool in tokens, such as "
+            "what a run without --shard says"
+        )
+    return None
+
+
+def _quarter(lengths: Any, n: int) -> Any:
+    from step_sglang.evaluation.serving import Memory
+
+    memory = Memory(tokens=lengths.quarter(n))
+    err.print(f"--pool auto is {memory.name}", highlight=False)
+    return (memory,)
+
+
+def _fingerprint(jobs: Any) -> str:
+    """Of all questions and answers, in their order."""
+    digest = hashlib.sha256(json.dumps([(job.question, job.answer) for job in jobs]).encode())
+    return digest.hexdigest()[:16]
 
 
 def _servers(url: str | None, model: Any, running: int, folder: Path) -> Any:

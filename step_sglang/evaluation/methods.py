@@ -167,6 +167,7 @@ def _by_confidence(trace: Gathered, threshold: float | None) -> float | None:
     return confidence
 
 
+EARLY = "step-early"
 # STEP waits for all survivors, as the paper's does; `step-early` ends the group by the exact rule.
 # `step-paper` differs from `step` in the victims alone: both weigh the traces that finished, while
 # the reference's script also counts pruned traces whose text contains "boxed".
@@ -183,7 +184,7 @@ METHODS = {
         Method("longest", "longest victim", _control("longest"), _by_score),
         Method("step-paper", "STEP (paper policy)", _one_request(True), _by_score, policy="paper"),
         Method("step", "STEP", _one_request(True), _by_score),
-        Method("step-early", "STEP, ends early", _one_request(True, "exact"), _by_score),
+        Method(EARLY, "STEP, ends early", _one_request(True, "exact"), _by_score),
     )
 }
 
@@ -193,8 +194,8 @@ async def _record(asker: Asker, n: int) -> Asked:
     return Asked((await asker.ask(n, step),))
 
 
-# Not a method to compare: every trace runs to its end, and is kept with all that a policy could
-# have known, for `replay`.
+# Not a method to compare: every trace runs to its end, and is kept with what the policies that
+# `replay` knows go by.
 RECORD = Method("record", "recorded", _record, _by_score, ample=True)
 ALIASES = {"slim-sc": "slim-sc-diversity", "deepconf": "deepconf-low"}
 REFERENCE = "sc"  # what the others are compared with

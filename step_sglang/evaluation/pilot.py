@@ -3,69 +3,95 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from step_sglang.answers import extract_boxed
 from step_sglang.client.sources import UrlSource
 from step_sglang.evaluation.asking import Session
+from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.methods import Settings
 from step_sglang.evaluation.profiles import Profile
 from step_sglang.evaluation.serving import Memory, Model, Serving, served
 from step_sglang.judge import Judge
+from step_sglang.toolchain.errors import RequestRefused
 from step_sglang.toolchain.sources import Job
 from step_sglang.toolchain.wire import Sampling
 
 _QUESTIONS, _TRACES = 4, 8
-_FILE = "pool.txt"
+PILOT = "pilot.json"
 
 
-def quarter_pool(
-    n: int,
-    profile: Profile,
-    model: Model,
-    jobs: Sequence[Job],
-    sampling: Sampling,
-    suffix: str,
-    folder: Path,
-) -> int:
-    """KV tokens that a quarter of n traces needs at their mean length, and one prompt.
+@dataclass(frozen=True)
+class Lengths:
+    """Means, in tokens."""
 
-    Traces of a question share their prompt. Where the mean is not known, a few traces of the first
-    questions are sampled, and the pool is remembered in ``folder``, so that a later run has the
-    same. Only lengths are looked at.
+    trace: float
+    prompt: float
+
+    def quarter(self, n: int) -> int:
+        """KV tokens of a quarter of n traces and one prompt, which the traces share."""
+        return max(1, round(n / 4 * self.trace + self.prompt))
+
+
+def known_lengths(profile: Profile) -> Lengths | None:
+    """What the profile knows of its model."""
+    if profile.mean_tokens is None:
+        return None
+    return Lengths(profile.mean_tokens, profile.prompt_tokens)
+
+
+def measured_lengths(
+    model: Model, jobs: Sequence[Job], sampling: Sampling, suffix: str, folder: Path
+) -> Lengths:
+    """Sample a few traces of the first questions; only lengths are looked at.
+
+    The means are remembered in ``folder``, so that a later run has the same pool. Call it once the
+    folder is known to be this measurement's.
+
+    Raises:
+        BenchError: what is remembered is unusable, or the disk fails.
+        ServerError: the server does not start or fails, or refuses all of these questions.
     """
-    if profile.mean_tokens is not None:
-        return _quarter(n, profile.mean_tokens, profile.prompt_tokens)
-    known = folder / _FILE
-    if known.exists():
-        return int(known.read_text())
+    file = folder / PILOT
+    if file.exists():
+        try:
+            return Lengths(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise BenchError(f"{file} is unusable ({error}): remove it") from error
     with served(Serving(None, Memory()), model, 256, folder / "server.log") as live:
-        tokens = asyncio.run(_sample(live.url, jobs[:_QUESTIONS], sampling, suffix))
-    pool = _quarter(n, *tokens)
-    known.write_text(f"{pool}\n")
-    return pool
+        found = asyncio.run(_sample(live.url, jobs[:_QUESTIONS], sampling, suffix))
+    partial = file.with_name(file.name + ".partial")
+    try:
+        partial.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise BenchError(f"writing to {folder} failed: {error.strerror}") from error
+    return found
 
 
-def _quarter(n: int, mean_tokens: float, prompt_tokens: float) -> int:
-    return max(1, round(n / 4 * mean_tokens + prompt_tokens))
-
-
-async def _sample(
-    url: str, jobs: Sequence[Job], sampling: Sampling, suffix: str
-) -> tuple[float, float]:
+async def _sample(url: str, jobs: Sequence[Job], sampling: Sampling, suffix: str) -> Lengths:
     source, judge = UrlSource(url, 3600.0, None), Judge()
     lengths: list[int] = []
     prompts: list[int] = []
+    refused: RequestRefused | None = None
     try:
         for job in jobs:
-            prompt = await source.render([{"role": "user", "content": job.question + suffix}])
-            session = Session(source, prompt, sampling, Settings(), extract_boxed, judge)
-            part = await session.ask(_TRACES, False)
+            try:
+                prompt = await source.render([{"role": "user", "content": job.question + suffix}])
+                session = Session(source, prompt, sampling, Settings(), extract_boxed, judge)
+                part = await session.ask(_TRACES, False)
+            except RequestRefused as error:  # too long for the model, for one
+                refused = error
+                continue
             lengths += [trace.tokens for trace in part.traces]
             prompts.append(len(prompt))
     finally:
         judge.close()
         await source.close()
-    return statistics.mean(lengths), statistics.mean(prompts)
+    if refused is not None and not lengths:
+        raise refused
+    return Lengths(statistics.mean(lengths), statistics.mean(prompts))

@@ -56,8 +56,8 @@ class RunResult:
     gold: str
     answer: str | None
     correct: bool
-    latency: float  # seconds from the request to the vote
-    phases: tuple[float, ...]  # seconds of each request that it is made of, in order
+    latency: float  # seconds from the request to the end of the last trace, all requests together
+    phases: tuple[float, ...]  # seconds of each request, in order; DeepConf makes two
     threshold: float | None  # that DeepConf's warm-up set
     started: float  # unix seconds
     traces: tuple[TraceResult, ...]

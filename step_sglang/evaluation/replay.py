@@ -33,7 +33,6 @@ class Fate:
     """What became of one group."""
 
     question: str
-    gold: str
     finished: tuple[RecordedTrace, ...]
     pruned: int
     retracted: int
@@ -65,13 +64,16 @@ def split_groups(groups: Sequence[RecordedGroup], n: int | None) -> list[Recorde
     """Groups of n traces each, as many as the recorded ones give; None: as recorded.
 
     Raises:
-        ReplayError: no group is complete, or none has n traces.
+        ReplayError: no group is complete, or none has n traces, or they differ in size and n is
+            None.
     """
+    whole = [group for group in groups if group.whole]
+    sizes = sorted({len(group.traces) for group in whole})
+    if n is None and len(sizes) > 1:
+        raise ReplayError(f"the recorded groups have {_listed(sizes)} traces: choose with -n")
     found = []
-    for group in groups:
+    for group in whole:
         size = n or len(group.traces)
-        if not group.whole:
-            continue
         for start in range(0, len(group.traces) - size + 1, size):
             found.append(replace(group, traces=group.traces[start : start + size]))
     if not found:
@@ -123,7 +125,6 @@ def simulate(
     steps = len(simulator.history)
     return Fate(
         question=group.question,
-        gold=group.gold,
         finished=tuple(
             trace
             for trace, request in zip(group.traces, requests, strict=True)
@@ -206,6 +207,10 @@ def _by_lot(lot: float) -> Rank:
 
 def _by_length(request: Request) -> tuple[float, int]:
     return -float(request.generated), 1
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]}"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -7,19 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from step_sglang.evaluation.errors import BenchError
-from step_sglang.evaluation.methods import METHODS, REFERENCE, Method
+from step_sglang.evaluation.methods import EARLY, METHODS, REFERENCE, Method
 from step_sglang.evaluation.ranking import Rankings, recorded_rankings
 from step_sglang.evaluation.results import Loaded, load_results
 from step_sglang.evaluation.stats import Mean, Paired
 from step_sglang.evaluation.summary import Summary, summarize
+from step_sglang.gather import STREAM_INTERVAL
 
 MARKDOWN, LATEX = "report.md", "report.tex"
 _NOTE = (
     "Accuracy and latency are means over questions of the mean over repeats; ± is the standard "
     "error over questions. In brackets: 95 % bootstrap intervals over questions, paired. p: "
     "paired permutation test over questions, two-sided, against the named method with as many "
-    "traces in the same memory. Latency: from the request to the vote. Wait, prefill and decode: "
-    "a trace's own, mean, by the server's time stamps."
+    "traces in the same memory. Latency: from the request to the end of the last trace, all of a "
+    "method's requests together; the vote counts only where it ends the group early. Wait, "
+    "prefill and decode: a trace's own, mean, by the server's time stamps."
+)
+_CUT_SHORT = (
+    "Tokens of {}: a cancelled trace counts with those that had been sent, which happens every "
+    f"{STREAM_INTERVAL} tokens. Later ones, and what the server made until it heard of the end, "
+    "are missing: the figure is too small by so much."
 )
 
 
@@ -57,7 +64,7 @@ def write_report(
     rankings = recorded_rankings(folders, loaded.meta["settings"]["window"])
     if rankings:
         tables.append(ranking_table(rankings))
-    text = _markdown(loaded, tables)
+    text = _markdown(loaded, tables, [s.title for s in summaries if s.method == EARLY])
     try:
         target.mkdir(parents=True, exist_ok=True)
         (target / MARKDOWN).write_text(text, encoding="utf-8")
@@ -155,7 +162,7 @@ def latex(table: Table) -> str:
     return "\n".join(lines)
 
 
-def _markdown(loaded: Loaded, tables: Sequence[Table]) -> str:
+def _markdown(loaded: Loaded, tables: Sequence[Table], early: Sequence[str]) -> str:
     results = loaded.results
     questions = len({result.question for result in results})
     repeats = len({result.repeat for result in results})
@@ -163,7 +170,8 @@ def _markdown(loaded: Loaded, tables: Sequence[Table]) -> str:
         f"# {loaded.meta['model']} on {loaded.meta['dataset']}\n\n{questions} questions, {repeats} "
         f"repeat{'s' if repeats > 1 else ''}, {len(results)} runs.\n"
     )
-    return "\n".join([title, *(markdown(table) for table in tables), _NOTE, ""])
+    notes = [_NOTE, *(f"\n{_CUT_SHORT.format(name)}" for name in dict.fromkeys(early))]
+    return "\n".join([title, *(markdown(table) for table in tables), *notes, ""])
 
 
 def _mean(mean: Mean, scale: float, digits: int) -> str:

@@ -21,6 +21,7 @@ from step_sglang.evaluation.records import Key, RunResult
 META = "meta.json"
 RESULTS = "results.jsonl"
 _VERSION = 1
+_POOL_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class ResultWriter:
 
         Args:
             folder: of the results.
-            meta: JSON values; two runs may share a folder only when theirs are equal.
+            meta: JSON values; two runs may share a folder only when theirs are equal. What an
+                earlier version did not write counts as equal.
 
         Raises:
             BenchError: the folder holds other results, is in use, or cannot be written.
@@ -56,7 +58,10 @@ class ResultWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _agree(folder, {**meta, "version": _VERSION})
             self._file = os.open(folder / RESULTS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            self._done = self._repaired()
+            self._done: set[Key] = set()
+            self._pools: dict[str, int] = {}
+            for result in self._repaired():
+                self._remember(result)
         except BlockingIOError as error:
             os.close(self._lock)
             raise BenchError(f"{folder} is being written by another process") from error
@@ -84,6 +89,22 @@ class ResultWriter:
         """Runs that are in the folder."""
         return frozenset(self._done)
 
+    def check_pool(self, memory: str, pool: int) -> None:
+        """Refuse a server whose pool is another than that of earlier results of this memory.
+
+        How much a share of memory, or a server that somebody else started, has is found by looking;
+        a share may give a few tokens more or less after every start.
+
+        Raises:
+            BenchError: they differ by more than one in a hundred.
+        """
+        known = self._pools.get(memory)
+        if known is not None and abs(pool - known) > _POOL_TOLERANCE * known:
+            raise BenchError(
+                f"the server's KV pool has {pool} tokens, but the results of {memory!r} in "
+                f"{self.folder} were measured with {known}: serve as before, or use another folder"
+            )
+
     def add(self, result: RunResult) -> None:
         """Write one result and wait until it is on disk.
 
@@ -102,9 +123,13 @@ class ResultWriter:
         except OSError as error:
             os.ftruncate(self._file, size)  # half a line must not stay
             raise BenchError(f"writing to {self.folder} failed: {error.strerror}") from error
-        self._done.add(result.key)
+        self._remember(result)
 
-    def _repaired(self) -> set[Key]:
+    def _remember(self, result: RunResult) -> None:
+        self._done.add(result.key)
+        self._pools.setdefault(result.memory, result.pool)
+
+    def _repaired(self) -> list[RunResult]:
         data = (self.folder / RESULTS).read_bytes()
         end = data.rfind(b"\n") + 1
         if end < len(data):
@@ -113,7 +138,7 @@ class ResultWriter:
         results, problems = _parse(data[:end], self.folder)
         if problems:
             raise BenchError(f"{problems[0]}: {self.folder / RESULTS} is damaged")
-        return {result.key for result in results}
+        return results
 
 
 def load_results(folders: Sequence[Path]) -> Loaded:
@@ -127,13 +152,15 @@ def load_results(folders: Sequence[Path]) -> Loaded:
     problems: list[str] = []
     for folder in folders:
         metas.append(read_meta(folder))
-        found, bad = _parse((folder / RESULTS).read_bytes(), folder)
+        file = folder / RESULTS  # a kill may have come before it
+        found, bad = _parse(file.read_bytes() if file.exists() else b"", folder)
         problems += bad
         for result in found:
             if result.key in results:
                 problems.append(f"{folder} repeats {tuple(result.key)}; the first counts")
             results.setdefault(result.key, result)
-    different = [k for k in metas[0] if any(m.get(k) != metas[0][k] for m in metas)]
+    known = {key: value for meta in reversed(metas) for key, value in meta.items()}
+    different = [k for k in known if any(m.get(k, known[k]) != known[k] for m in metas)]
     if different:
         raise BenchError(
             f"the folders were measured in different ways ({', '.join(different)}): report them "
@@ -176,8 +203,8 @@ def _agree(folder: Path, meta: Mapping[str, Any]) -> None:
         theirs = read_meta(folder)
         differing = [
             f"{k} {theirs.get(k)!r}, now {ours.get(k)!r}"
-            for k in sorted({*ours, *theirs})
-            if ours.get(k) != theirs.get(k)
+            for k in sorted(theirs)
+            if ours.get(k) != theirs[k]
         ]
         if differing:
             raise BenchError(

@@ -121,20 +121,22 @@ class Bench:
     report: Callable[[RunResult], None] = lambda result: None
     judge: Judge = field(default_factory=Judge)
 
-    def run(self) -> int:
-        """Do everything that is left; returns how many results were added.
+    def run(self) -> tuple[str, ...]:
+        """Do everything that is left; returns what the server refused, in words.
+
+        A question that is refused, such as one too long for the model, is left out, and asked again
+        by the next run.
 
         Raises:
             ServerError: a server does not start, died or failed; what is written stays.
             BenchError: the server is not what the methods need, or the disk fails.
         """
-        added = 0
+        refused: list[str] = []
         try:
             for block in blocks(self.plan, self.writer.done):
                 with self.serve(block.serving) as live:
-                    added += asyncio.run(self._block(live, block))
-        except RequestRefused:
-            raise
+                    self.writer.check_pool(block.serving.memory.name, live.pool)
+                    refused += asyncio.run(self._block(live, block))
         except ServerError as error:
             raise ServerError(
                 f"{error}. {len(self.writer.done)} results are in {self.writer.folder} and stay; "
@@ -142,18 +144,25 @@ class Bench:
             ) from error
         finally:
             self.judge.close()
-        return added
+        return tuple(refused)
 
-    async def _block(self, live: Live, block: Block) -> int:
+    async def _block(self, live: Live, block: Block) -> list[str]:
+        refused = []
         source = UrlSource(live.url, self.plan.timeout, None)
         try:
             for turn in block.turns:
-                result = await self._turn(source, live, turn)
+                try:
+                    result = await self._turn(source, live, turn)
+                except RequestRefused as error:
+                    refused.append(
+                        f"{turn.method.name} n={turn.n}, {turn.job.question[:60]!r}: {error}"
+                    )
+                    continue
                 self.writer.add(result)
                 self.report(result)
         finally:
             await source.close()
-        return len(block.turns)
+        return refused
 
     async def _turn(self, source: UrlSource, live: Live, turn: Turn) -> RunResult:
         plan, job = self.plan, turn.job

@@ -83,7 +83,7 @@ def served(serving: Serving, model: Model, running: int, log: Path) -> Iterator[
         serving: the kind.
         model: what it serves.
         running: requests that may run at the same time.
-        log: file for its output.
+        log: file that its output is added to.
 
     Raises:
         BenchError: STEP is needed and there is no scorer.

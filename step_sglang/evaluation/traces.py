@@ -1,6 +1,7 @@
-"""Recorded traces: what every token cost and every step scored, one file per question and repeat.
+"""Recorded traces: what every token cost and every step scored, one file per question, n
+and repeat.
 
-traces/QUESTION-REPEAT.jsonl.gz    a line about the question, then one line per trace
+traces/QUESTION-N-REPEAT.jsonl.gz    a line about the question, then one line per trace
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def write_group(folder: Path, group: RecordedGroup) -> None:
     head = {key: value for key, value in asdict(group).items() if key != "traces"}
     lines = [head, *(asdict(trace) for trace in group.traces)]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    file = folder / TRACES / f"{group.question}-{group.repeat}.jsonl.gz"
+    file = folder / TRACES / f"{group.question}-{len(group.traces)}-{group.repeat}.jsonl.gz"
     partial = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(exist_ok=True)
@@ -125,8 +126,14 @@ def write_group(folder: Path, group: RecordedGroup) -> None:
         raise BenchError(f"writing to {folder} failed: {error.strerror}") from error
 
 
-def load_groups(folders: Sequence[Path]) -> Iterator[RecordedGroup]:
+def load_groups(
+    folders: Sequence[Path], warn: Callable[[str], None] = lambda problem: None
+) -> Iterator[RecordedGroup]:
     """Recorded groups of several folders, in the order of their files' names.
+
+    Args:
+        folders: of `bench`, such as shards.
+        warn: hears of a group that is there twice; the first counts.
 
     Raises:
         ReplayError: there are none, or a file is damaged.
@@ -134,15 +141,23 @@ def load_groups(folders: Sequence[Path]) -> Iterator[RecordedGroup]:
     files = [file for folder in folders for file in sorted((folder / TRACES).glob("*.jsonl.gz"))]
     if not files:
         raise ReplayError(f"{folders[0]} holds no recorded traces: run bench with --record")
+    seen: set[tuple[str, int, int]] = set()
     for file in files:
         try:
-            text = gzip.decompress(file.read_bytes()).decode()
-            head, *rows = [json.loads(line) for line in text.splitlines()]
-            yield RecordedGroup(**head, traces=tuple(map(_trace, rows)))
+            # Only "\n" ends a line: a trace's text may hold U+2028 and its like.
+            lines = gzip.decompress(file.read_bytes()).split(b"\n")
+            head, *rows = [json.loads(line) for line in lines if line]
+            group = RecordedGroup(**head, traces=tuple(map(_trace, rows)))
         except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
             raise ReplayError(
                 f"{file} is damaged ({error}): remove it, and record again"
             ) from error
+        key = (group.question, len(group.traces), group.repeat)
+        if key in seen:
+            warn(f"{file} repeats a group; the first counts")
+            continue
+        seen.add(key)
+        yield group
 
 
 def _trace(row: dict[str, Any]) -> RecordedTrace:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,7 +69,7 @@ def running_server(model: str, more: Sequence[str], log: Path) -> Iterator[str]:
     Args:
         model: path or name.
         more: flags; they come last, so they win.
-        log: file for its output.
+        log: file that its output is added to.
 
     Raises:
         ServerError: it does not come up; the end of its log is in the message.
@@ -77,7 +78,9 @@ def running_server(model: str, more: Sequence[str], log: Path) -> Iterator[str]:
     port = _free_port()
     command = server_command(model, port, [*flags, *more])
     command = [sys.executable, "-c", _DIE_WITH_PARENT, *command]
-    with log.open("wb") as sink:
+    with log.open("ab") as sink:  # what an earlier server said stays
+        sink.write(f"--- a server starts, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+        sink.flush()
         process = subprocess.Popen(
             command,
             stdout=sink,

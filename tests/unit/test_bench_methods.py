@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from step_sglang.evaluation.asking import grade, server_times
+from step_sglang.answers import extract_boxed
+from step_sglang.evaluation.asking import Session, grade, server_times
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.methods import (
     METHODS,
@@ -148,6 +150,40 @@ def test_method_names() -> None:
     assert names == ["deepconf-low", "sc", "slim-sc-diversity"]
     with pytest.raises(BenchError, match="no method 'gambit'"):
         methods_named("sc,gambit")
+
+
+class Streamed:
+    """A source whose traces end with given texts."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = texts
+
+    async def render(self, messages: Any) -> list[int]:
+        return [1]
+
+    async def close(self) -> None:
+        pass
+
+    async def stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        for index, text in enumerate(self.texts):
+            info = {"completion_tokens": 1, "finish_reason": {"type": "stop"}}
+            yield {"index": index, "text": text, "output_ids": [5], "meta_info": info}
+
+
+class NoJudge(Judge):
+    def same(self, one: str, other: str) -> bool:
+        raise AssertionError("a vote, while the clock may run")
+
+
+def test_answers_are_read_and_not_compared_while_a_question_is_asked() -> None:
+    source = Streamed("\\boxed{x+1}", "no answer", "\\boxed{1+x}")
+    judge = NoJudge()
+    session = Session(source, [1], Sampling(), SETTINGS, extract_boxed, judge)
+    part = asyncio.run(session.ask(3, False))
+    assert [trace.answer for trace in part.traces] == ["x+1", None, "1+x"]
+    assert {trace.fate for trace in part.traces} == {TraceFate.FINISHED}
+    with pytest.raises(AssertionError):
+        asyncio.run(session.ask(3, False, "exact"))
 
 
 def plan(methods: str, questions: int = 3, **changes: Any) -> Plan:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from step_sglang.cli import app
 from step_sglang.evaluation.clock import Clock, fit_clock
 from step_sglang.evaluation.errors import ReplayError
 from step_sglang.evaluation.ranking import build, recorded_rankings
@@ -65,9 +68,21 @@ AMPLE, TIGHT = 10_000, 600
 
 
 def test_recorded_traces_come_back_as_they_were(tmp_path: Path) -> None:
-    for one in (*GROUPS[:2], replace(GROUPS[0], repeat=1), GROUPS[0]):
+    again = replace(GROUPS[0].traces[0], text="one\u2028two\u2029three\u0085four\r\n")
+    again_group = replace(GROUPS[0], repeat=1, traces=(again, *GROUPS[0].traces[1:]))
+    for one in (*GROUPS[:2], again_group, GROUPS[0]):
         write_group(tmp_path, one)
-    assert list(load_groups([tmp_path])) == [GROUPS[0], replace(GROUPS[0], repeat=1), GROUPS[1]]
+    smaller = replace(GROUPS[0], traces=GROUPS[0].traces[:4])
+    write_group(tmp_path, smaller)  # beside the others
+    assert list(load_groups([tmp_path])) == [GROUPS[0], again_group, smaller, GROUPS[1]]
+    problems: list[str] = []
+    (tmp_path / "other").mkdir()
+    write_group(tmp_path / "other", GROUPS[2])
+    write_group(tmp_path / "other", replace(GROUPS[0], gold="other"))
+    both = list(load_groups([tmp_path, tmp_path / "other"], problems.append))
+    assert both == [GROUPS[0], again_group, smaller, GROUPS[1], GROUPS[2]]
+    assert len(problems) == 1 and "repeats a group; the first counts" in problems[0]
+    (tmp_path / TRACES / "q0-4-0.jsonl.gz").unlink()
     file = next((tmp_path / TRACES).iterdir())
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(ReplayError, match="damaged"):
@@ -161,6 +176,25 @@ def test_what_cannot_be_replayed() -> None:
         simulate(GROUPS[0], "best", AMPLE, CLOCK)
     with pytest.raises(ReplayError, match="cannot hold a trace of 20"):
         simulate(GROUPS[0], "none", 150, CLOCK)
+
+
+def test_the_command_takes_lists_with_blanks(tmp_path: Path) -> None:
+    for one in GROUPS[:2]:
+        write_group(tmp_path, one)
+    options = ("--pool", str(TIGHT), "--policies", "none, fair", "--votes", "weighted, best")
+    ran = CliRunner().invoke(app, ["replay", str(tmp_path), *options, "--json"])
+    assert ran.exit_code == 0, ran.output
+    found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert [(one["policy"], one["vote"], one["n"]) for one in found] == [
+        ("none", "weighted", 16), ("none", "best", 16), ("fair", "weighted", 16),
+        ("fair", "best", 16),
+    ]  # fmt: skip
+    # Groups of another size are another measurement.
+    write_group(tmp_path, replace(GROUPS[0], traces=GROUPS[0].traces[:4]))
+    ran = CliRunner().invoke(app, ["replay", str(tmp_path), *options, "--json"])
+    assert isinstance(ran.exception, ReplayError) and "4 and 16 traces" in str(ran.exception)
+    ran = CliRunner().invoke(app, ["replay", str(tmp_path), *options, "--json", "-n", "8"])
+    assert ran.exit_code == 0, ran.output
 
 
 def test_admission_reserves_less_and_less() -> None:

@@ -88,6 +88,39 @@ def test_a_folder_belongs_to_one_way_of_measuring_and_one_writer(tmp_path: Path)
         pass
 
 
+def test_a_kill_before_the_first_result_and_what_an_earlier_version_wrote(tmp_path: Path) -> None:
+    with ResultWriter(tmp_path, META):
+        pass
+    (tmp_path / RESULTS).unlink()
+    with pytest.raises(BenchError, match="no results yet"):
+        load_results([tmp_path])
+    more = {**META, "split": "test"}
+    with ResultWriter(tmp_path, more) as writer:
+        writer.add(result())
+    with ResultWriter(tmp_path / "new", more) as writer:
+        writer.add(result("q1"))
+    assert len(load_results([tmp_path, tmp_path / "new"]).results) == 2
+    for folder, meta, message in (
+        (tmp_path / "new", {**more, "split": "train"}, "split 'test', now 'train'"),
+        (tmp_path / "new", META, "split 'test', now None"),
+        (tmp_path, {**more, "model": "other"}, "model 'm', now 'other'"),
+    ):
+        with pytest.raises(BenchError, match=message), ResultWriter(folder, meta):
+            pass
+
+
+def test_one_memory_is_one_pool(tmp_path: Path) -> None:
+    with ResultWriter(tmp_path, META) as writer:
+        writer.check_pool("0.9 of memory", 10_000)
+        writer.add(result(memory="0.9 of memory", pool=10_000))
+        writer.check_pool("0.9 of memory", 10_099)  # another start
+        with pytest.raises(BenchError, match=r"11000 tokens.*'0\.9 of memory'.*with 10000"):
+            writer.check_pool("0.9 of memory", 11_000)
+        writer.check_pool("0.5 of memory", 5_000)
+    with ResultWriter(tmp_path, META) as writer, pytest.raises(BenchError, match="another folder"):
+        writer.check_pool("0.9 of memory", 9_000)
+
+
 def test_shards_count_as_one(tmp_path: Path) -> None:
     for shard, question in (("a", "q0"), ("b", "q1")):
         with ResultWriter(tmp_path / shard, META) as writer:
@@ -197,6 +230,7 @@ def test_the_report_has_tables_and_plots(tmp_path: Path) -> None:
     }  # fmt: skip
     for file in written.files:
         assert file.stat().st_size > 500
+    assert "counts with those that had been sent" not in written.markdown
     assert "| STEP | 2 | 100.0 ± 0.0 | 140 ± 0 | 3.50 ± 0.76 | +50.0 [" in written.markdown
     tex = (tmp_path / "report.tex").read_text()
     assert tex.count(r"\toprule") == 2 and r"100.0 $\pm$ 0.0" in tex
@@ -205,6 +239,14 @@ def test_the_report_has_tables_and_plots(tmp_path: Path) -> None:
     assert len(lines) == 4 + len(table.rows)
     assert len({line.count("|") for line in lines[2:]}) == 1
     assert latex(table).count(r"\\") == 1 + len(table.rows)
+
+
+def test_an_early_end_has_its_footnote(tmp_path: Path) -> None:
+    with ResultWriter(tmp_path, META) as writer:
+        for one in some_results():
+            writer.add(replace(one, method="step-early") if one.method == "step" else one)
+    text = write_report([tmp_path], tmp_path).markdown
+    assert "Tokens of STEP, ends early: a cancelled trace counts with those" in text
 
 
 def test_several_memories_become_a_column_and_a_plot(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,15 @@ from typer.testing import CliRunner
 
 from step_sglang.cli import app
 from step_sglang.errors import StepError
-from step_sglang.evaluation import serving
-from step_sglang.evaluation.commands import _model, _shard
+from step_sglang.evaluation import pilot, serving
+from step_sglang.evaluation.commands import _memories, _model, _shard
 from step_sglang.evaluation.errors import BenchError
-from step_sglang.evaluation.pilot import quarter_pool
+from step_sglang.evaluation.pilot import measured_lengths
 from step_sglang.evaluation.profiles import profile_of
-from step_sglang.evaluation.serving import Memory, Model, Serving, look_at, served
+from step_sglang.evaluation.serving import Live, Memory, Model, Serving, look_at, served
 from step_sglang.reasoner import model_path
-from step_sglang.toolchain.errors import ServerError
+from step_sglang.toolchain.errors import RequestRefused, ServerError
+from step_sglang.toolchain.sources import Job
 from step_sglang.toolchain.wire import Sampling
 
 
@@ -39,16 +42,62 @@ def test_shards_share_the_questions_without_overlap() -> None:
             _shard(wrong, jobs)
 
 
-def test_the_automatic_pool_holds_a_quarter_of_the_traces(tmp_path: Path) -> None:
+def test_the_automatic_pool_holds_a_quarter_of_the_traces() -> None:
     profile = profile_of("reasoner")
     assert profile.mean_tokens is not None
-    arguments = (profile, Model("m", None), (), profile.sampling, "", tmp_path)
-    tokens = quarter_pool(64, *arguments)
-    assert tokens == 16 * profile.mean_tokens + profile.prompt_tokens
-    # Elsewhere it was measured once, and a run that goes on has the same pool.
-    (tmp_path / "pool.txt").write_text("1234\n")
+    (memory,) = _memories("auto", None, None, 64, profile, "1/2")
+    assert memory.tokens == 16 * profile.mean_tokens + profile.prompt_tokens
     other = profile_of("m")
-    assert quarter_pool(64, other, Model("m", None), (), other.sampling, "", tmp_path) == 1234
+    assert _memories("auto", None, None, 64, other, "1/1") is None
+    assert _memories(None, "0.9", None, 64, other, "1/2") == (Memory(share=0.9),)
+    for wrong, message in (
+        ((None, "1/2"), "every shard would measure"),
+        (("0.9", "1/1"), "exclude each other"),
+    ):
+        with pytest.raises(BenchError, match=message):
+            _memories("auto", wrong[0], None, 64, other, wrong[1])
+
+
+def test_a_pilot_is_sampled_once_and_serves_any_n(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [Job(f"q{i}", f"q{i}", "1") for i in range(9)]
+    asked: list[str] = []
+
+    @contextmanager
+    def fake(*arguments: Any) -> Iterator[Live]:
+        yield Live("http://x", 512, None, 100)
+
+    class Source:
+        def __init__(self, *arguments: Any) -> None:
+            pass
+
+        async def render(self, messages: Any) -> list[int]:
+            asked.append(messages[0]["content"])
+            if asked[-1] == "q1":
+                raise RequestRefused("too long")
+            return [1] * 10
+
+        async def stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+            for index in range(body["sampling_params"]["n"]):
+                info = {"completion_tokens": 20, "finish_reason": {"type": "stop"}}
+                yield {"index": index, "text": "", "meta_info": info}
+
+        async def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(pilot, "served", fake)
+    monkeypatch.setattr(pilot, "UrlSource", Source)
+    arguments = (Model("m", None), jobs, Sampling(), "", tmp_path)
+    lengths = measured_lengths(*arguments)
+    assert asked == ["q0", "q1", "q2", "q3"]
+    assert (lengths.quarter(64), lengths.quarter(16)) == (330, 90)
+    assert measured_lengths(*arguments) == lengths and len(asked) == 4
+    (tmp_path / pilot.PILOT).write_text("{}")
+    with pytest.raises(BenchError, match="remove it"):
+        measured_lengths(*arguments)
+    with pytest.raises(RequestRefused):
+        measured_lengths(Model("m", None), jobs[1:2], Sampling(), "", tmp_path / "new")
 
 
 def test_the_embedded_reasoner_is_known_by_name_and_by_path() -> None:

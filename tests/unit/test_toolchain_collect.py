@@ -318,6 +318,12 @@ def test_a_server_that_does_not_start_is_stopped(tmp_path: Path) -> None:
         with pytest.raises(ServerError, match="bad flags --no-such-flag"):  # noqa: SIM117
             with running_server("m", flags, log):
                 pass
+        (fake / "launch_server.py").write_text("import sys; sys.exit('and worse')")
+        with pytest.raises(ServerError, match="and worse"):  # noqa: SIM117
+            with running_server("m", flags, log):
+                pass
+    assert log.read_text().count("a server starts") == 2  # an earlier server's log stays
+    assert "bad flags" in log.read_text()
 
 
 def test_our_server_is_stopped_with_its_children(tmp_path: Path) -> None:

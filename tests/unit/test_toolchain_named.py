@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +17,8 @@ from step_sglang.toolchain.errors import SourceError
 from step_sglang.toolchain.named import NAMED, with_choices
 from step_sglang.toolchain.sources import load_questions
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+BESIDE = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(os.environ.get("STEP_TEST_DATA") or BESIDE)
 GPQA = {
     "Question": "Which gas is most of the air?",
     "Correct Answer": "Nitrogen\n",
@@ -64,8 +68,11 @@ def test_choices_in_words_already_stay(tmp_path: Path) -> None:
 def test_without_a_file_and_a_connection_the_error_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to the hub")
+
+    loader = SimpleNamespace(load_dataset=unreachable)
+    monkeypatch.setitem(sys.modules, "datasets", loader)
     with pytest.raises(SourceError, match=r"aime_2025\.jsonl and name the folder with --data-dir"):
         load_questions("aime-25", data_dir=tmp_path)
 
