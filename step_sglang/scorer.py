@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ HIDDEN_UNITS = 512
 FORMAT = "step-sglang-scorer"
 FORMAT_VERSION = "1"
 _MAX_BYTES = 256 << 20  # d = 65536 in fp32 needs 128 MiB; anything larger is not a scorer
+_MAX_HEADER = 1 << 20  # of a safetensors header or a zip directory; a scorer's has some hundreds
 _NAMES = ("w1", "b1", "w2", "b2")
 _REFERENCE_NAMES = {
     "w1": "net.0.weight",
@@ -116,6 +118,11 @@ def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
 
 def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], ScorerInfo]:
     try:
+        # What parsing takes is many times the header's size.
+        with file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+        if length > _MAX_HEADER:
+            raise OSError(f"its header has {length} bytes, a scorer's at most {_MAX_HEADER}")
         with safetensors.safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             names = set(opened.keys())
@@ -150,13 +157,22 @@ def _info(file: Path, metadata: dict[str, str]) -> ScorerInfo:
     return ScorerInfo(metadata.get("model"), tuple(delimiters), metadata.get("think_end"), training)
 
 
+class _Archive(io.FileIO):
+    """A zip archive, whose directory ``zipfile`` reads at once and keeps as objects."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MAX_HEADER:
+            raise ValueError(f"its directory has {size} bytes, a scorer's at most {_MAX_HEADER}")
+        return super().read(size) or b""
+
+
 def _read_reference(file: Path) -> dict[str, torch.Tensor]:
     try:
         # Torch goes by the first bytes; what it wrote before 1.6, no archive, has no size to check.
         with file.open("rb") as opened:
             if opened.read(4) != b"PK\x03\x04":
                 raise ValueError("it is no zip archive")
-        with zipfile.ZipFile(file) as archive:
+        with _Archive(file) as raw, zipfile.ZipFile(raw) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > _MAX_BYTES:  # a few kilobytes can unpack to terabytes
             raise ScorerError(

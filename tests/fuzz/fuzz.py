@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,18 @@ def main(name: str) -> None:
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument("--corpus", help="a folder for what is found; the committed one is read")
     options = parser.parse_args()
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="step-fuzz-", dir=memory) as folder:
+        # libFuzzer ends its process without Python's clean-up.
+        child = os.fork()
+        if child == 0:
+            os.environ["TMPDIR"] = folder
+            _fuzz(name, options, Path(folder))
+        _, status = os.waitpid(child, 0)
+    sys.exit(os.waitstatus_to_exitcode(status))
+
+
+def _fuzz(name: str, options: argparse.Namespace, folder: Path) -> None:
     # What reads a pickle is measured too.
     Unpickler.load = atheris.instrument_func(Unpickler.load)
     with atheris.instrument_imports(include=["step_sglang"]):
@@ -26,7 +39,8 @@ def main(name: str) -> None:
         f"-max_len={targets.MAX_BYTES}", "-timeout=20", "-rss_limit_mb=4096",
         "-use_value_profile=1",
     ]  # fmt: skip
-    kept = Path(tempfile.mkdtemp(prefix="step-corpus-"))
+    kept = folder / "corpus"
+    kept.mkdir()
     for number, content in enumerate(targets.corpus(name)):
         (kept / str(number)).write_bytes(content)
     folders = [options.corpus] if options.corpus else []

@@ -5,11 +5,13 @@ A corpus is one text file of base64 lines, so that hundreds of tiny inputs are t
 
 from __future__ import annotations
 
+import atexit
 import base64
 import io
 import json
 import os
 import re
+import shutil
 import tempfile
 import zipfile
 from functools import cache
@@ -208,8 +210,11 @@ def torch_file(data: Bytes) -> bytes:
 
 @cache
 def _folder() -> Path:
-    base = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="step-fuzz-", dir=base if base.is_dir() else None))
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    base = os.environ.get("TMPDIR") or memory
+    folder = tempfile.mkdtemp(prefix="step-fuzz-", dir=base)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def scorer(data: bytes) -> str:

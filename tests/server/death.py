@@ -26,7 +26,7 @@ def kill_while_pruning(server: Server, title: str | None) -> None:
         try:
             answer = requests.post(f"{server.url}/generate", json=body, timeout=560)
             outcome.append(f"status {answer.status_code}")
-        except requests.ConnectionError:
+        except requests.RequestException:
             outcome.append("connection closed")
 
     before = server.log_text().count("STEP pruned")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,12 @@ def environment(**extra: str) -> dict[str, str]:
     }
 
 
+def one_core_each() -> str:
+    """For SGLANG_CPU_OMP_THREADS_BIND: a core for each of two ranks, of those that may be used."""
+    cores = sorted(os.sched_getaffinity(0))
+    return f"{cores[0]}|{cores[-1]}"
+
+
 def free_port() -> int:
     """A port that is free now; SGLang derives others from it, so stay well below the limit."""
     with socket.socket() as probe:
@@ -86,7 +92,7 @@ def command(port: int, *flags: str, entry: Sequence[str] = LAUNCH_SERVER) -> lis
     ]  # fmt: skip
 
 
-@contextmanager
+@contextlib.contextmanager
 def serve(
     model: Path,
     *flags: str,
@@ -127,6 +133,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    # Whoever is left has lost its parent: a server is a process group of its own.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait_until_ready(server: Server) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import requests
 
+from tests.server.idle import free_tokens
 from tests.server.launch import Server
 
 PROMPT = list(range(40, 80))
@@ -60,18 +61,15 @@ def start(server: Server, threads: ThreadPoolExecutor, **more: Any) -> Future[li
     """Begin a group, and wait until a trace of it is pruned."""
     before = prunings(server)
     future = threads.submit(group, server, **more)
-    wait_until(lambda: prunings(server) > before)
+    wait_until(lambda: future.done() or prunings(server) > before)
+    if future.done():
+        future.result()  # what went wrong, if it did
+    assert prunings(server) > before
     return future
 
 
 def flush(server: Server) -> requests.Response:
     return requests.post(f"{server.url}/flush_cache", timeout=60)
-
-
-def free_tokens(server: Server) -> int:
-    wait_until(lambda: flush(server).status_code == 200)
-    load = requests.get(f"{server.url}/v1/loads", timeout=60).json()["loads"][0]
-    return int(load["max_total_num_tokens"] - load["num_used_tokens"])
 
 
 def nothing_is_left(server: Server) -> None:

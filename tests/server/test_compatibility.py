@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import requests
 
 from tests.models import build_adapter, build_model
 from tests.server.expected import assert_scores
+from tests.server.idle import free_tokens
 from tests.server.launch import Server, serve
 from tests.server.pruned import (
     POOL,
@@ -30,6 +32,8 @@ from tests.server.pruned import (
 )
 
 pytestmark = pytest.mark.server
+
+LONG = 1000  # tokens of a trace, so that its group outlives what is done to the server meanwhile
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,17 @@ def nothing_leaks(running: Running) -> Iterator[None]:
     nothing_is_left(running.server)
 
 
+@contextmanager
+def paused(server: Server, mode: str) -> Iterator[None]:
+    """A pause that ends, whatever happens in it."""
+    try:
+        assert server.post("/pause_generation", {"mode": mode}).status_code == 200
+        yield
+    finally:
+        continued = server.post("/continue_generation", {}).status_code
+    assert continued == 200
+
+
 def test_lora(running: Running, threads: ThreadPoolExecutor) -> None:
     """Traces of the base model and of an adapter in the same batches, each scored as its own."""
     adapted = threads.submit(
@@ -89,7 +104,7 @@ def test_lora(running: Running, threads: ThreadPoolExecutor) -> None:
 
 def test_grammar(running: Running) -> None:
     """Every trace, pruned or not, is a beginning of what the grammar allows, and is scored."""
-    answers = group(running.server, regex=r"([a-f]{2,9}\n\n){4,60}", ignore_eos=False)
+    answers = group(running.server, regex=r"([a-f]{2,9}\n\n){60}", ignore_eos=False)
     split(answers)
     begun = re.compile(r"([a-f]{2,9}\n\n)*[a-f]{0,9}\n?")
     assert all(begun.fullmatch(answer["text"]) for answer in answers)
@@ -205,8 +220,11 @@ def test_sessions(running: Running, threads: ThreadPoolExecutor, streaming: bool
             },
         )
 
-    first = list(threads.map(lambda session: turn(session, PROMPT, 120), sessions))
+    first = list(threads.map(lambda session: turn(session, PROMPT, 240), sessions))
     pruned, _ = split(first, 16)
+    if streaming:  # what an open session holds is no leak, but not free
+        with pytest.raises(AssertionError, match=r"'num_used_tokens': [1-9]"):
+            free_tokens(running.server, seconds=2)
     for session, answer in zip(sessions, first, strict=True):
         rid = None if streaming else answer["meta_info"]["id"]
         second = turn(session, [90, 91, 92], 4, rid)
@@ -220,20 +238,19 @@ def test_sessions(running: Running, threads: ThreadPoolExecutor, streaming: bool
 def test_flush_cache_is_refused_while_traces_run(
     running: Running, threads: ThreadPoolExecutor
 ) -> None:
-    future = start(running.server, threads)
+    future = start(running.server, threads, tokens=LONG)
     refused = flush(running.server)
     assert not future.done() and refused.status_code == 400
     split(future.result())
 
 
 def test_pause_in_place(running: Running, threads: ThreadPoolExecutor) -> None:
-    future = start(running.server, threads)
-    assert running.server.post("/pause_generation", {"mode": "in_place"}).status_code == 200
-    time.sleep(0.5)
-    before = prunings(running.server)
-    time.sleep(1)
-    assert prunings(running.server) == before and not future.done()
-    assert running.server.post("/continue_generation", {}).status_code == 200
+    future = start(running.server, threads, tokens=LONG)
+    with paused(running.server, "in_place"):
+        time.sleep(0.5)
+        before = prunings(running.server)
+        time.sleep(1)
+        assert prunings(running.server) == before and not future.done()
     answers = future.result()
     split(answers)
     for answer in answers:
@@ -242,10 +259,9 @@ def test_pause_in_place(running: Running, threads: ThreadPoolExecutor) -> None:
 
 def test_pause_with_retraction(running: Running, threads: ThreadPoolExecutor) -> None:
     """Traces that lost their memory to a pause resume with their scores."""
-    future = start(running.server, threads)
-    assert running.server.post("/pause_generation", {"mode": "retract"}).status_code == 200
-    assert not future.done()
-    assert running.server.post("/continue_generation", {}).status_code == 200
+    future = start(running.server, threads, tokens=LONG)
+    with paused(running.server, "retract"):
+        assert not future.done()
     answers = future.result()
     split(answers)
     assert any(answer["meta_info"]["num_retractions"] for answer in answers)
@@ -254,12 +270,11 @@ def test_pause_with_retraction(running: Running, threads: ThreadPoolExecutor) ->
 
 
 def test_pause_with_abort(running: Running, threads: ThreadPoolExecutor) -> None:
-    future = start(running.server, threads)
-    assert running.server.post("/pause_generation", {"mode": "abort"}).status_code == 200
-    answers = future.result()
+    future = start(running.server, threads, tokens=LONG)
+    with paused(running.server, "abort"):
+        answers = future.result()
     assert len(answers) == TRACES
     assert {a["meta_info"]["finish_reason"]["type"] for a in answers} == {"abort"}
-    assert running.server.post("/continue_generation", {}).status_code == 200
     split(group(running.server))
 
 
@@ -283,15 +298,19 @@ def test_an_update_of_the_weights_flags_the_scorer(
     assert stale() == (False, 0)
     assert "weights were updated" not in server.log_text()
 
-    future = start(server, threads)
-    assert server.post("/pause_generation", {"mode": "retract"}).status_code == 200
-    assert update(running.other)
-    assert server.post("/continue_generation", {}).status_code == 200
-    split(future.result())
-    assert stale() == (True, 1)
-    assert f"the scorer {str(running.scorer)!r} was trained for those before" in server.log_text()
-    answers = group(server)
-    split(answers)
-    for answer in answers:
-        assert_scores(running.other, running.scorer, PROMPT, answer)
-    assert update(running.model)  # the tests beside this one want it
+    future = start(server, threads, tokens=LONG)
+    try:
+        with paused(server, "retract"):
+            assert not future.done() and update(running.other)
+        split(future.result())
+        assert stale() == (True, 1)
+        text = f"the scorer {str(running.scorer)!r} was trained for those before"
+        assert text in server.log_text()
+        answers = group(server)
+        split(answers)
+        for answer in answers:
+            assert_scores(running.other, running.scorer, PROMPT, answer)
+    finally:  # the tests beside this one want the first weights
+        free_tokens(server)
+        restored = update(running.model)
+    assert restored

@@ -12,6 +12,7 @@ from tests.server.launch import serve
 pytestmark = pytest.mark.server
 
 
+@pytest.mark.timeout(1200)
 def test_sigkill_of_the_http_process(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None:
     with serve(
         models["qwen3"],

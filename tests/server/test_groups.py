@@ -19,6 +19,7 @@ from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
 from step_sglang.evaluation.simulator import Request, Simulator
 from step_sglang.groups import Group
+from tests.server.idle import free_tokens
 from tests.server.launch import Server, serve
 
 pytestmark = pytest.mark.server
@@ -85,12 +86,7 @@ def step_state(server: Server) -> dict[str, Any]:
 
 def idle_free_tokens(server: Server) -> int:
     wait_until(lambda: step_state(server)["live_traces"] == 0)
-    deadline = time.monotonic() + 30
-    while requests.post(f"{server.url}/flush_cache", timeout=60).status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    load = requests.get(f"{server.url}/v1/loads", timeout=60).json()["loads"][0]
-    return load["max_total_num_tokens"] - load["num_used_tokens"]
+    return free_tokens(server)
 
 
 def pruned(server: Server, reason: str) -> int:

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import requests
 
 from tests.server.expected import assert_scores
+from tests.server.idle import free_tokens
 from tests.server.launch import Server, serve
 
 pytestmark = pytest.mark.server
@@ -56,13 +56,6 @@ def running(
         **env,
     ) as server:
         yield request.param, models[kind], server
-
-
-def free_tokens(server: Server) -> int:
-    """Tokens free in an idle pool once the radix cache is flushed."""
-    assert requests.post(f"{server.url}/flush_cache", timeout=60).status_code == 200
-    load = requests.get(f"{server.url}/v1/loads", timeout=60).json()["loads"][0]
-    return load["max_total_num_tokens"] - load["num_used_tokens"]
 
 
 def sample(server: Server, n: int = TRACES, new_tokens: int = NEW_TOKENS, **params) -> list[dict]:

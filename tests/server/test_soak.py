@@ -11,7 +11,7 @@ from tests.soak.run import soak
 pytestmark = pytest.mark.server
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_nothing_is_lost_doubled_or_leaked(
     models: dict[str, Path], scorer: Path, tmp_path: Path
 ) -> None:

@@ -55,7 +55,11 @@ class MemoryWatch:
     def _watch(self) -> None:
         while not self._end.wait(EVERY):
             now = time.monotonic()
-            for process in (self._root, *self._root.children(recursive=True)):
+            try:
+                children = self._root.children(recursive=True)
+            except psutil.NoSuchProcess:
+                return  # the server died
+            for process in (self._root, *children):
                 try:
                     size = process.memory_info().rss / MIB
                     key = (process.pid, self._name(process))
@@ -72,7 +76,7 @@ class MemoryWatch:
 
     def slopes(self, warm_up: float) -> list[Slope]:
         """One per process that lived longer than ``warm_up`` seconds after the first sample."""
-        start = min(samples[0][0] for samples in self._samples.values())
+        start = min((samples[0][0] for samples in self._samples.values()), default=0.0)
         found = []
         for (_, name), samples in self._samples.items():
             kept = np.array([s for s in samples if s[0] >= start + warm_up])
@@ -84,7 +88,7 @@ class MemoryWatch:
 def _fit(name: str, samples: np.ndarray) -> Slope:
     """Least squares; ``samples`` [N, 2] are seconds and MiB."""
     hours = (samples[:, 0] - samples[0, 0]) / 3600
-    (slope, first), residuals = np.polyfit(hours, samples[:, 1], 1), 0.0
+    slope, first = np.polyfit(hours, samples[:, 1], 1)
     residuals = samples[:, 1] - (first + slope * hours)
     spread = float(((hours - hours.mean()) ** 2).sum())
     error = float(np.sqrt((residuals**2).sum() / (len(samples) - 2) / spread))

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import requests
 
+from tests.server.idle import free_tokens
 from tests.server.launch import Server, serve
 from tests.soak.memory import MemoryWatch, Slope
 from tests.soak.tally import Tally
 from tests.soak.traffic import CLIENTS, TIMEOUT, Client
 
 POOL = 6144  # KV tokens; a quarter of what the clients ask for at once, see `demand`
-GROWTH = 32.0  # MiB that a process may certainly have grown by since the warm-up
+JUDGED = 10  # minutes that a soak must last before growth is told from warming up
+GROWTH, PER_HOUR = 16.0, 16.0  # MiB that a process may certainly have grown by in its second half
+SHORT_GROWTH = 128.0  # the same of a shorter soak
 PRUNED = re.compile(r"STEP pruned rid='([^']*)' group='([^']*)'")
 BAD_LINE = re.compile(r"traceback|exception|leak|error", re.IGNORECASE)
-FINE_LINE = re.compile(r"Error: Request is disconnected from the client side")
+FINE_LINE = re.compile(
+    r"Error: Request is disconnected from the client side"
+    r"|socket\.send\(\) raised exception\."  # asyncio's, when a client went away
+)
 
 
 @dataclass
@@ -72,7 +78,7 @@ def soak(
     pool = ("--max-total-tokens", str(POOL), "--max-running-requests", "320")
     chunks = ("--chunked-prefill-size", "256")
     with serve(model, *step, *pool, *chunks, *flags, log=log) as server:
-        free = _free_tokens(server)
+        free = free_tokens(server)
         said = server.log.stat().st_size  # starting up has its own noise
         tally = Tally(step=scorer is not None)
         started = time.monotonic()
@@ -81,15 +87,11 @@ def soak(
         seconds = time.monotonic() - started
         tally.problems += lost
         tally.problems += _left_over(server, free, said, tally)
-        slopes = watch.slopes(warm_up=seconds / 3)
-        tally.problems += [
-            f"memory grows: {slope}" for slope in slopes if slope.growth_mib > GROWTH
-        ]
-        cuts = statistics.quantiles(tally.latencies, n=100, method="inclusive")
+        slopes = watch.slopes(warm_up=seconds / 2)
+        tally.problems += _growing(slopes, minutes)
+        p50, p99 = _percentiles(tally)
         demand = tally.demand_seconds / seconds / POOL
-        return Report(
-            seconds / 60, tally.counts, demand, cuts[49], cuts[98], slopes, tally.problems
-        )
+        return Report(seconds / 60, tally.counts, demand, p50, p99, slopes, tally.problems)
 
 
 def _send(server: Server, tally: Tally, seed: int, until: float) -> list[str]:
@@ -105,7 +107,7 @@ def _send(server: Server, tally: Tally, seed: int, until: float) -> list[str]:
         thread.daemon = True
         thread.start()
     for thread in threads:
-        thread.join(max(0, until - time.monotonic()) + TIMEOUT)
+        thread.join(max(0, until + TIMEOUT - time.monotonic()))
     return [
         f"lost: client {thread.name} is still waiting" for thread in threads if thread.is_alive()
     ]
@@ -114,19 +116,38 @@ def _send(server: Server, tally: Tally, seed: int, until: float) -> list[str]:
 def _left_over(server: Server, free: int, said: int, tally: Tally) -> list[str]:
     """What the server has kept, or said, that it should not."""
     problems = []
-    if server.process.poll() is not None:
-        return [f"the server died\n{server.tail()}"]
     try:
-        after = _free_tokens(server)
-    except AssertionError as error:
-        return [f"{error}\n{server.tail()}"]
-    if after != free:
-        problems.append(f"leaked: {free - after} of {free} free tokens did not return")
-    if tally.step:
-        state = server.info()["internal_states"][0]["step"]
-        if state["groups"] or state["live_traces"]:
-            problems.append(f"leaked: {state}")
+        after = free_tokens(server)
+        if after != free:
+            problems.append(f"leaked: {free - after} of {free} free tokens did not return")
+        if tally.step:
+            state = server.info()["internal_states"][0]["step"]
+            if state["groups"] or state["live_traces"] or state["failures"]:
+                problems.append(f"leaked or failed: {state}")
+    except (AssertionError, requests.RequestException) as error:
+        problems.append(f"not idle at the end: {error}\n{server.tail()}")
+    if server.process.poll() is not None:
+        problems.append(f"the server died\n{server.tail()}")
     return problems + _in_the_log(server.log, said, tally)
+
+
+def _growing(slopes: list[Slope], minutes: float) -> list[str]:
+    if not slopes:
+        return ["no process lived long enough for its memory to be measured"]
+    return [
+        f"memory grows: {slope}"
+        for slope in slopes
+        if slope.growth_mib
+        > (GROWTH + PER_HOUR * slope.hours if minutes >= JUDGED else SHORT_GROWTH)
+    ]
+
+
+def _percentiles(tally: Tally) -> tuple[float, float]:
+    if len(tally.latencies) < 2:
+        tally.problems.append(f"only {len(tally.latencies)} ordinary requests")
+        return math.nan, math.nan
+    cuts = statistics.quantiles(tally.latencies, n=100, method="inclusive")
+    return cuts[49], cuts[98]
 
 
 def _in_the_log(log: Path, start: int, tally: Tally) -> list[str]:
@@ -144,27 +165,3 @@ def _in_the_log(log: Path, start: int, tally: Tally) -> list[str]:
     problems += [f"doubled: {rid} was pruned {n} times" for rid, n in logged.items() if n > 1]
     problems += [f"pruned without a log line: {rid}" for rid in tally.pruned - logged.keys()]
     return problems
-
-
-def _free_tokens(server: Server) -> int:
-    """Tokens free once nothing runs and the radix cache is empty.
-
-    SGLang refuses to flush while a request runs or waits, and checks its pools of tokens and of
-    slots whenever it is idle: a leak ends the server.
-    """
-    flushed = _soon(
-        lambda: requests.post(f"{server.url}/flush_cache", timeout=60).status_code == 200
-    )
-    assert flushed, "the server does not become idle"
-    load = requests.get(f"{server.url}/v1/loads", timeout=60).json()["loads"][0]
-    assert load["num_running_reqs"] == load["num_waiting_reqs"] == 0, load
-    return int(load["max_total_num_tokens"] - load["num_used_tokens"])
-
-
-def _soon(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.5)
-    return False

@@ -13,7 +13,8 @@ import requests
 
 from tests.soak.tally import Ask, Tally
 
-TIMEOUT = 240  # seconds without a byte: then the request is lost
+TIMEOUT = 600  # seconds without a byte: then the request is lost
+ENOUGH = 1000  # problems: the server is dead, or fails everything
 GROUP_SIZES = (4, 8, 16, 32, 64)
 TOKENS = range(40, 260)  # ids of ordinary text in the tests' tokenizer
 
@@ -28,7 +29,7 @@ class Client:
 
     def run(self, kind: Callable[[Client], None], until: float) -> None:
         """Send until a moment of the monotonic clock; what was begun is waited for."""
-        while time.monotonic() < until:
+        while time.monotonic() < until and len(self._tally.problems) < ENOUGH:
             kind(self)
 
     # The kinds of traffic.
@@ -71,9 +72,8 @@ class Client:
             path, body = "/step/abort_group", {"group": ask.group}
         elif n > 1:
             return  # a stock server knows the samples' own ids alone
-        timer = threading.Timer(
-            self._draw.uniform(0, 3), requests.post, (f"{self._url}{path}",), {"json": body}
-        )
+        timer = threading.Timer(self._draw.uniform(0, 3), self._end, (ask, path, body))
+        timer.daemon = True
         with self._tally.asking(ask):
             timer.start()
             self._generate(ask, stream=self._draw.random() < 0.5)
@@ -123,6 +123,14 @@ class Client:
         prompt = self._draw.choices(TOKENS, k=ask.prompt_tokens)
         body = {"input_ids": prompt, "sampling_params": params, "stream": stream}
         return {**body, "rid": self._rid()} if params["n"] == 1 and traces is None else body
+
+    def _end(self, ask: Ask, path: str, body: Any) -> None:
+        try:
+            with self._post(path, body) as answer:
+                if answer.status_code != 200:
+                    self._tally.problem(ask, f"its abort was answered with {answer.status_code}")
+        except requests.RequestException as error:
+            self._tally.problem(ask, f"its abort was not answered: {error}"[:300])
 
     def _post(self, path: str, body: Any, timeout: float = TIMEOUT) -> requests.Response:
         return requests.post(f"{self._url}{path}", json=body, timeout=timeout, stream=True)
