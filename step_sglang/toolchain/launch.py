@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -75,7 +76,7 @@ def running_server(model: str, more: Sequence[str], log: Path) -> Iterator[str]:
         ServerError: it does not come up; the end of its log is in the message.
     """
     environment, flags = plain_cpu(more)
-    port = _free_port()
+    port = free_port()
     command = server_command(model, port, [*flags, *more])
     command = [sys.executable, "-c", _DIE_WITH_PARENT, *command]
     with log.open("ab") as sink:  # what an earlier server said stays
@@ -111,7 +112,15 @@ def tail(log: Path, lines: int = 20) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that is free now, below those that the kernel hands out by itself.
+
+    A server binds it only when its model is loaded; until then its own sockets, those between
+    tensor-parallel ranks above all, could take any of the others.
+    """
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(10_000, 30_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import Any
 
 import psutil
 import requests
+
+from step_sglang.toolchain.launch import free_port
 
 START_TIMEOUT = 240  # seconds; a loaded two-core machine needs a minute
 
@@ -67,13 +68,6 @@ def one_core_each() -> str:
     """For SGLANG_CPU_OMP_THREADS_BIND: a core for each of two ranks, of those that may be used."""
     cores = sorted(os.sched_getaffinity(0))
     return f"{cores[0]}|{cores[-1]}"
-
-
-def free_port() -> int:
-    """A port that is free now; SGLang derives others from it, so stay well below the limit."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 LAUNCH_SERVER = ("-m", "sglang.launch_server")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from step_sglang.toolchain.launch import free_port
 from tests.models import build_scorer
-from tests.server.launch import LAUNCH_SERVER, SGLANG_SERVE, command, environment, free_port
+from tests.server.launch import LAUNCH_SERVER, SGLANG_SERVE, command, environment
 
 pytestmark = pytest.mark.server
 
