@@ -106,17 +106,26 @@ def assert_scored(unlucky: Unlucky, answers: list[dict]) -> tuple[int, int]:
     return scored, unscored
 
 
+def metric(server: Server, name: str) -> float:
+    text = requests.get(f"{server.url}/metrics", timeout=60).text
+    found = re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE)
+    return sum(map(float, found))
+
+
 def test_steps_that_are_not_finite_are_counted_and_not_scored(unlucky: Unlucky) -> None:
+    def counted() -> tuple[int, float]:
+        state = unlucky.server.info()["internal_states"][0]["step"]
+        assert state["failures"] == {}
+        return state["steps_unscored"], metric(unlucky.server, "step_steps_unscored_total")
+
+    before = counted()
     answers = sample(unlucky, 64, 60)
     assert [answer["meta_info"]["completion_tokens"] for answer in answers] == [60] * 64
     scored, unscored = assert_scored(unlucky, answers)
     print(f"{scored} steps scored, {unscored} not finite")
     assert scored >= 10 and unscored >= 10
-    state = unlucky.server.info()["internal_states"][0]["step"]
-    assert state["steps_unscored"] == unscored and state["failures"] == {}
-    text = requests.get(f"{unlucky.server.url}/metrics", timeout=60).text
-    (value,) = re.findall(r"^step_steps_unscored_total\{.*\} (\S+)$", text, re.MULTILINE)
-    assert float(value) == unscored
+    after = counted()
+    assert after == (before[0] + unscored, before[1] + unscored)
 
 
 def test_a_scorer_file_replaced_or_deleted_while_running(unlucky: Unlucky) -> None:
@@ -145,6 +154,7 @@ def test_a_client_that_stops_reading_harms_nobody(unlucky: Unlucky) -> None:
     def live() -> int:
         return int(server.info()["internal_states"][0]["step"]["live_traces"])
 
+    aborted = metric(server, "sglang:num_aborted_requests_total")
     client = subprocess.Popen(
         [sys.executable, "-c", CLIENT, server.url], stdout=subprocess.PIPE, text=True
     )
@@ -157,13 +167,15 @@ def test_a_client_that_stops_reading_harms_nobody(unlucky: Unlucky) -> None:
     finally:
         client.kill()
         client.wait()
-    # 20,000 tokens would take minutes more.
+    # 20,000 tokens would take minutes more; and it did not come to its end, but was aborted.
     deadline = time.monotonic() + 90
     while live() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert live() == 0
+    assert metric(server, "sglang:num_aborted_requests_total") == aborted + 1
     assert assert_scored(unlucky, sample(unlucky, 24, 60))[0] > 0
 
 
+@pytest.mark.timeout(1200)
 def test_sigkill_of_the_detokenizer(unlucky: Unlucky) -> None:
     kill_while_pruning(unlucky.server, "sglang::detokenizer")
