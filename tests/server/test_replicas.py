@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from step_sglang.client.abort import abort_group
-from tests.server.launch import Server, serve
+from tests.server.launch import Server, one_core_each, serve
 from tests.server.test_ranks import PROMPT, sample
 
 pytestmark = pytest.mark.server
@@ -25,7 +25,7 @@ def two_replicas(
         *("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", "3000"),
         *("--dp-size", "2", "--max-running-requests", "128"),
         log=tmp_path_factory.mktemp("log") / "dp.log",
-        SGLANG_CPU_OMP_THREADS_BIND="0|1",
+        SGLANG_CPU_OMP_THREADS_BIND=one_core_each(),
     ) as server:
         yield server
 
