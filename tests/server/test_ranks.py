@@ -12,7 +12,7 @@ import pytest
 
 from step_sglang.client.abort import abort_group
 from tests.server.expected import assert_scores
-from tests.server.launch import Server, serve
+from tests.server.launch import Server, one_core_each, serve
 
 pytestmark = pytest.mark.server
 
@@ -61,7 +61,7 @@ def two_ranks(
         *("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", "3000"),
         *("--tp-size", "2", "--max-running-requests", "128"),
         log=tmp_path_factory.mktemp("log") / "tp.log",
-        SGLANG_CPU_OMP_THREADS_BIND="0|1",
+        SGLANG_CPU_OMP_THREADS_BIND=one_core_each(),
     ) as server:
         yield server
 
