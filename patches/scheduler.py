@@ -42,7 +42,6 @@ class SchedulerStep:
 
     config: StepConfig
     slots: SlotState
-    boundaries: frozenset[int]
     around: Surroundings
     hidden_size: int
     hidden_dtype: torch.dtype
@@ -90,13 +89,11 @@ def init_all_cuda_graphs(scheduler: Any) -> None:
     )
     groups = GroupRegistry()
     metrics = _metrics(scheduler, groups)
-    boundaries = frozenset(ids)
     embedding = load_embedding(config.embedding, tokenizer.decode)
     state = SchedulerStep(
         config,
         slots,
-        boundaries,
-        Surroundings(boundaries, think_end, embedding),
+        Surroundings(frozenset(ids), think_end, embedding),
         hidden_size,
         runner.dtype,
         groups,
@@ -150,7 +147,7 @@ def _capture(state: SchedulerStep, wishes: StepRequest, req: Any) -> Capture:
         req.extra_key = f"{req.extra_key or ''}{req.rid}"
         req.skip_radix_cache_insert = True
         wanted = boundary_positions(
-            req.origin_input_ids, start, state.boundaries, state.slots.think_end_id
+            req.origin_input_ids, start, state.around.boundaries, state.around.think_end_id
         )
     return Capture(state.hidden_size, state.hidden_dtype, start, wanted)
 

@@ -11,7 +11,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,7 +35,7 @@ MAX_WINDOW = 1 << 20
 class Surroundings:
     """What signals may know of the engine."""
 
-    boundaries: Collection[int]  # token ids that end a step
+    boundaries: frozenset[int]  # token ids that end a step
     think_end_id: int | None
     embedding: Embedding
 

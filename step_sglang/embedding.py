@@ -8,7 +8,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from step_sglang.errors import ConfigError
+from step_sglang.errors import ConfigError, first_line
 
 NGRAMS = "ngrams"
 DIMENSIONS = 1024  # of the bag of n-grams
@@ -41,8 +41,7 @@ def load_embedding(name: str, decode: Callable[[Sequence[int]], str]) -> Embeddi
     try:
         model = SentenceTransformer(name, device="cpu")  # the accelerator's memory is the pool's
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"--step-embedding: cannot load {name}: {first}") from error
+        raise ConfigError(f"--step-embedding: cannot load {name}: {first_line(error)}") from error
 
     def embed(step: Sequence[int]) -> NDArray[np.float32]:
         vector: NDArray[np.float32] = model.encode(

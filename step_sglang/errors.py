@@ -11,6 +11,12 @@ def shown(value: object, length: int = 40) -> str:
         return f"a {type(value).__name__}"
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, as one short line without control characters."""
+    text = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 class StepError(ValueError):
     """Base of every error this package raises on purpose."""
 

@@ -16,7 +16,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from step_sglang.errors import ScorerError, shown
+from step_sglang.errors import ScorerError, first_line, shown
 
 HIDDEN_UNITS = 512
 FORMAT = "step-sglang-scorer"
@@ -73,7 +73,7 @@ def load_scorer(path: str | os.PathLike[str]) -> Scorer:
     except FileNotFoundError as error:
         raise ScorerError(f"scorer {file} does not exist") from error
     except (OSError, ValueError) as error:  # a name too long, a loop of links, a zero byte
-        raise ScorerError(f"scorer {file} cannot be opened: {_line(error)}") from error
+        raise ScorerError(f"scorer {file} cannot be opened: {first_line(error)}") from error
     if not stat.S_ISREG(status.st_mode):
         raise ScorerError(f"scorer {file} is not a regular file")
     size = status.st_size
@@ -134,7 +134,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], ScorerInfo]:
             tensors = {name: opened.get_tensor(name) for name in _NAMES}
     except (OSError, safetensors.SafetensorError) as error:
         raise ScorerError(
-            f"scorer {file} is not a readable safetensors file: {_line(error)}"
+            f"scorer {file} is not a readable safetensors file: {first_line(error)}"
         ) from error
     if metadata.get("format") != FORMAT or metadata.get("version") != FORMAT_VERSION:
         raise ScorerError(
@@ -149,7 +149,7 @@ def _info(file: Path, metadata: dict[str, str]) -> ScorerInfo:
         delimiters = json.loads(metadata.get("delimiters", "[]"))
         training = json.loads(metadata.get("training", "{}"))
     except (ValueError, RecursionError) as error:
-        raise ScorerError(f"scorer {file} has unreadable metadata: {_line(error)}") from error
+        raise ScorerError(f"scorer {file} has unreadable metadata: {first_line(error)}") from error
     if not isinstance(delimiters, list) or not all(isinstance(d, str) and d for d in delimiters):
         raise ScorerError(f"scorer {file}: delimiters must be a list of non-empty strings")
     if not isinstance(training, dict):
@@ -189,7 +189,7 @@ def _read_reference(file: Path) -> dict[str, torch.Tensor]:
         ) from error
     except Exception as error:  # a damaged file fails in any way: IndexError, TypeError, ...
         raise ScorerError(
-            f"scorer {file} is not a readable torch weights file: {_line(error)}"
+            f"scorer {file} is not a readable torch weights file: {first_line(error)}"
         ) from error
     state = loaded.get("model_state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(
@@ -200,12 +200,6 @@ def _read_reference(file: Path) -> dict[str, torch.Tensor]:
             "(at top level or under 'model_state_dict')"
         )
     return {name: state[theirs] for name, theirs in _REFERENCE_NAMES.items()}
-
-
-def _line(error: Exception) -> str:
-    """What an error says, as one short line without control characters."""
-    text = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _checked(file: Path, tensors: dict[str, torch.Tensor], info: ScorerInfo) -> Scorer:

@@ -12,7 +12,13 @@ from step_sglang import words
 from step_sglang.answers import Extractor, extractor_named
 from step_sglang.client.errors import ClientError, NoStepError, ServerError, ServerGoneError
 from step_sglang.client.result import Progress, Result, progress_of, result_of
-from step_sglang.client.sources import EngineSource, Messages, Source, UrlSource
+from step_sglang.client.sources import (
+    EngineSource,
+    Messages,
+    Source,
+    UrlSource,
+    reading_chunks,
+)
 from step_sglang.early import DEFAULT_THRESHOLD
 from step_sglang.gather import STREAM_INTERVAL, Gathering, VoteRules
 from step_sglang.judge import Judge
@@ -183,7 +189,7 @@ async def _gather(
 
 
 def _feed(gathering: Gathering, chunk: Mapping[str, Any]) -> bool:
-    try:
+    with reading_chunks():
         if words.META_KEY not in chunk["meta_info"]:
             # An abort of a request that never ran carries no step data.
             reason = chunk["meta_info"].get("finish_reason") or {}
@@ -193,11 +199,6 @@ def _feed(gathering: Gathering, chunk: Mapping[str, Any]) -> bool:
                     "--enable-step --step-scorer S (an engine with enable_step=True)"
                 )
         return gathering.feed(chunk)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ServerError(
-            f"the server sent an unusable chunk ({type(error).__name__} {error}); is it an SGLang "
-            "server of this version?"
-        ) from error
 
 
 def _arrived(result: Result) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import httpx
@@ -123,6 +124,18 @@ class EngineSource:
                 await chunks.aclose()
         except ValueError as error:
             raise RequestRefused(f"the engine refused the request: {error}") from error
+
+
+@contextmanager
+def reading_chunks() -> Iterator[None]:
+    """Turns what a malformed chunk raises while it is read into one ServerError."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError) as error:
+        raise ServerError(
+            f"the server sent an unusable chunk ({type(error).__name__} {error}); is it an SGLang "
+            "server of this version?"
+        ) from error
 
 
 def _chunk(line: bytes) -> dict[str, Any]:

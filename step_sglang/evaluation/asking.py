@@ -11,12 +11,11 @@ from typing import Any
 
 from step_sglang import words
 from step_sglang.answers import Extractor
-from step_sglang.client.sources import Source
+from step_sglang.client.sources import Source, reading_chunks
 from step_sglang.evaluation.methods import Asked, Method, Part, Settings, Step, confidence_of
 from step_sglang.evaluation.records import TraceResult
 from step_sglang.gather import STREAM_INTERVAL, Gathered, Gathering, TraceFate, VoteRules
 from step_sglang.judge import Judge
-from step_sglang.toolchain.errors import ServerError
 from step_sglang.toolchain.wire import Sampling
 from step_sglang.vote import Ballot, tally
 
@@ -62,7 +61,9 @@ class Session:
         chunks = self.source.stream(body)
         async with aclosing(chunks):
             async for chunk in chunks:
-                if _feed(gathering, chunk) and early != "off":
+                with reading_chunks():
+                    ended = gathering.feed(chunk)
+                if ended and early != "off":
                     await asyncio.to_thread(gathering.count)
                     if gathering.decided():
                         break
@@ -72,16 +73,6 @@ class Session:
             if trace.answer is None and trace.fate is not TraceFate.CANCELLED:
                 trace.answer = self.extract(trace.text)
         return Part(tuple(gathering.traces), seconds)
-
-
-def _feed(gathering: Gathering, chunk: Mapping[str, Any]) -> bool:
-    try:
-        return gathering.feed(chunk)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ServerError(
-            f"the server sent an unusable chunk ({type(error).__name__} {error}); is it an SGLang "
-            "server of this version?"
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,17 @@ def command(port: int, *flags: str, entry: Sequence[str] = LAUNCH_SERVER) -> lis
     ]  # fmt: skip
 
 
+def start_command(*arguments: object) -> subprocess.Popen[str]:
+    """Start `step-sglang` with these arguments."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "step_sglang", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+
 @contextlib.contextmanager
 def serve(
     model: Path,

@@ -8,7 +8,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,7 +25,8 @@ from step_sglang.evaluation.records import RunResult
 from step_sglang.evaluation.results import RESULTS, load_results
 from step_sglang.evaluation.traces import load_groups
 from step_sglang.reasoner import model_path, scorer_path
-from tests.server.launch import Server, environment, serve
+from tests.server.launch import Server, serve
+from tests.server.launch import start_command as start
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1200)]  # of a loaded machine
 
@@ -46,16 +46,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flags += ("--max-total-tokens", str(POOL), "--decode-log-interval", "10")
     with serve(model_path(), *flags, log=log) as running:
         yield running
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "step_sglang", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
 
 
 def run(*arguments: object, status: int = 0) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +21,8 @@ from step_sglang.reasoner.tokenizer import prompt_text
 from step_sglang.scorer import load_scorer
 from step_sglang.toolchain.reader import Reader
 from tests.server.expected import hidden_states, step_positions
-from tests.server.launch import Server, environment, serve
+from tests.server.launch import Server, serve
+from tests.server.launch import start_command as start
 
 pytestmark = pytest.mark.server
 
@@ -34,16 +34,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "collect.log"
     with serve(model_path(), "--enable-step", "--step-capture", log=log) as running:
         yield running
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "step_sglang", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
 
 
 def run(*arguments: object) -> str:

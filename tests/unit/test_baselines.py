@@ -23,7 +23,7 @@ from step_sglang.recording import Recording
 from step_sglang.toolchain.confidence import token_signals
 
 BOUNDARY, THINK_END = 1, 2
-AROUND = Surroundings({BOUNDARY}, THINK_END, ngrams)
+AROUND = Surroundings(frozenset({BOUNDARY}), THINK_END, ngrams)
 
 
 def join(groups: GroupRegistry, baseline: Baseline | None, **more: Any) -> Trace:

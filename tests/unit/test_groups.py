@@ -137,7 +137,7 @@ def test_a_join_that_fails_leaves_nothing_behind() -> None:
             raise RuntimeError
 
     groups = GroupRegistry()
-    around = Surroundings((), None, ngrams)
+    around = Surroundings(frozenset(), None, ngrams)
     with pytest.raises(RuntimeError):
         groups.join("q", baseline=Broken(), around=around)
     assert len(groups) == 0 and groups.num_live == groups.num_survivors == 0 and not groups.watched
