@@ -6,7 +6,6 @@ results.jsonl    one line per question, method, n, repeat and memory
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from step_sglang import files
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.records import Key, RunResult
 
@@ -51,20 +51,18 @@ class ResultWriter:
         self.repairs: tuple[str, ...] = ()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder, os.O_RDONLY)
+            self._lock = files.lock(folder)
+        except BlockingIOError as error:
+            raise BenchError(f"{folder} is being written by another process") from error
         except OSError as error:
             raise BenchError(f"cannot write to {folder}: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _agree(folder, {**meta, "version": _VERSION})
             self._file = os.open(folder / RESULTS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             self._done: set[Key] = set()
             self._pools: dict[str, int] = {}
             for result in self._repaired():
                 self._remember(result)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise BenchError(f"{folder} is being written by another process") from error
         except OSError as error:
             os.close(self._lock)
             raise BenchError(f"writing to {folder} failed: {error.strerror}") from error
@@ -114,14 +112,9 @@ class ResultWriter:
         if result.key in self._done:
             raise BenchError(f"{result.key} is in {self.folder} already")
         line = json.dumps(result.as_json(), ensure_ascii=False, allow_nan=False) + "\n"
-        size = os.fstat(self._file).st_size
         try:
-            view = memoryview(line.encode())
-            while view:
-                view = view[os.write(self._file, view) :]
-            os.fsync(self._file)
+            files.append(self._file, line.encode())
         except OSError as error:
-            os.ftruncate(self._file, size)  # half a line must not stay
             raise BenchError(f"writing to {self.folder} failed: {error.strerror}") from error
         self._remember(result)
 
@@ -212,6 +205,4 @@ def _agree(folder: Path, meta: Mapping[str, Any]) -> None:
                 "same, or another folder"
             )
         return
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(file)
+    files.write(file, (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode())

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from step_sglang.boundary import THINK_END, boundary_ids, think_end_id
+from step_sglang.errors import first_line
 from step_sglang.toolchain.errors import ServerError, SourceError
 
 _OPEN_THINK = re.compile(r"<think>\s*$")
@@ -79,8 +80,7 @@ def load_prompter(
         config = AutoConfig.from_pretrained(model).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(f"cannot load the tokenizer of {model}: {first}") from error
+        raise SourceError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
     if not getattr(tokenizer, "chat_template", None):
         raise SourceError(f"the tokenizer of {model} has no chat template to ask a question with")
     return Prompter(

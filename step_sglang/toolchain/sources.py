@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from step_sglang.answers import extract_boxed
+from step_sglang.errors import first_line
 from step_sglang.toolchain.errors import SourceError
 from step_sglang.toolchain.named import NAMED, Named, with_choices
 
@@ -213,10 +214,9 @@ def _data_set(name: str, config: str | None, split: str) -> Iterator[tuple[str, 
     try:
         rows = load_dataset(name, config, split=split)
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
             f"{name!r} is neither a file nor a data set that can be loaded "
-            f"(split {split!r}): {first}"
+            f"(split {split!r}): {first_line(error)}"
         ) from error
     for number, row in enumerate(rows):
         yield f"row {number}", row

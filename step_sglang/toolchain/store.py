@@ -11,7 +11,6 @@ an orphan of a kill, and a question without all its lines does not count.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 from dataclasses import replace
@@ -21,6 +20,7 @@ from types import TracebackType
 import torch
 from safetensors.torch import save
 
+from step_sglang import files
 from step_sglang.toolchain.errors import StoreError
 from step_sglang.toolchain.index import (
     INDEX,
@@ -51,17 +51,15 @@ class Writer:
         self.repairs: tuple[str, ...] = ()
         try:
             (folder / SHARDS).mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder, os.O_RDONLY)
+            self._lock = files.lock(folder)
+        except BlockingIOError as error:
+            raise StoreError(f"{folder} is being written by another process") from error
         except OSError as error:
             raise StoreError(f"cannot write to {folder}: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._agree_on_meta()
             self._repair()
             self._index = os.open(folder / INDEX, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise StoreError(f"{folder} is being written by another process") from error
         except OSError as error:
             os.close(self._lock)
             raise StoreError(self._failure(error)) from error
@@ -101,8 +99,8 @@ class Writer:
             lines.append(json.dumps(placed.as_json(), ensure_ascii=False, allow_nan=False) + "\n")
             first_row += record.num_steps
         try:
-            self._write_file(shard_path(self.folder, self._next), save({TENSOR: hidden}))
-            self._append("".join(lines).encode())
+            files.write(shard_path(self.folder, self._next), save({TENSOR: hidden}))
+            files.append(self._index, "".join(lines).encode())
         except OSError as error:
             raise StoreError(self._failure(error)) from error
         self._done.add(result.records[0].question_id)
@@ -135,7 +133,7 @@ class Writer:
             if (self.folder / INDEX).exists():
                 raise StoreError(f"{self.folder} has an {INDEX} but no {META}: not a usable store")
             text = json.dumps(self.meta.as_json(), indent=2, sort_keys=True) + "\n"
-            self._write_file(file, text.encode())
+            files.write(file, text.encode())
             return
         ours, theirs = self.meta.as_json(), read_meta(self.folder).as_json()
         differing = [f"{k} {theirs[k]!r}, now {ours[k]!r}" for k in ours if ours[k] != theirs[k]]
@@ -157,7 +155,7 @@ class Writer:
         pairs = zip(scan.records, scan.kept_lines, strict=True)
         kept = [(record, line) for record, line in pairs if record.shard not in bad]
         if sum(len(line) for _, line in kept) != scan.size:
-            self._write_file(self.folder / INDEX, b"".join(line for _, line in kept))
+            files.write(self.folder / INDEX, b"".join(line for _, line in kept))
         used = {shard_path(self.folder, record.shard) for record, _ in kept}
         for file in sorted((self.folder / SHARDS).iterdir()):
             if file not in used:
@@ -167,46 +165,8 @@ class Writer:
         self._done = {record.question_id for record, _ in kept}
         self.repairs = tuple(repairs)
 
-    def _append(self, data: bytes) -> None:
-        size = os.fstat(self._index).st_size
-        try:
-            _write_all(self._index, data)
-            os.fsync(self._index)
-        except OSError:
-            os.ftruncate(self._index, size)  # half a question must not stay
-            raise
-
-    def _write_file(self, file: Path, data: bytes) -> None:
-        partial = file.with_name(file.name + ".partial")
-        try:
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            try:
-                _write_all(handle, data)
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        except OSError:
-            partial.unlink(missing_ok=True)  # give the space back
-            raise
-        partial.replace(file)
-        _sync_folder(file.parent)
-
     def _failure(self, error: OSError) -> str:
         kept = f"the {len(getattr(self, '_done', ()))} questions in {self.folder} stay usable"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"the disk is full: {kept}; free some space and run the same command again"
         return f"writing to {self.folder} failed: {error.strerror}; {kept}"
-
-
-def _write_all(handle: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
