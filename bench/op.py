@@ -115,14 +115,12 @@ class Call:
             return t.to(device)
 
         self.hidden = move(torch.randn(ROWS, dim, generator=g).to(hidden))
-        self.rows = move(torch.arange(ROWS))
         self.slots = move(torch.randperm(SLOTS, generator=g)[:ROWS])
         self.ids = move(ids)
         self.positions = move(torch.full((ROWS,), 1000))
         self.boundary_ids = move(boundary_ids)
         self.boundary = move(torch.where(words >= 2**31, words - 2**32, words).to(torch.int32))
-        self.score_from = move(torch.full((SLOTS,), 10, dtype=torch.int32))
-        self.thinking = move(torch.ones(SLOTS, dtype=torch.uint8))
+        self.table = move(torch.tensor([10, 1, 0, 0], dtype=torch.int32)[:, None].repeat(1, SLOTS))
         self.score_sum = move(torch.zeros(SLOTS))
         self.num_steps = move(torch.zeros(SLOTS, dtype=torch.int32))
         self.out = move(torch.empty(ROWS, 2))
@@ -133,6 +131,7 @@ class Call:
         self.b1 = move(torch.zeros(op.HIDDEN_UNITS))
         self.w2 = move(torch.randn(1, op.HIDDEN_UNITS, generator=g) / op.HIDDEN_UNITS**0.5)
         self.b2 = move(torch.zeros(1))
+        self.head = op.pack_head(self.b1, self.w2, self.b2)
 
     def next_w1(self) -> Tensor:
         """The copy of W1 whose turn it is."""
@@ -142,22 +141,17 @@ class Call:
         """The op."""
         op.step_score_(
             self.hidden,
-            self.rows,
+            None,
             self.slots,
             self.ids,
             self.positions,
             self.boundary,
             151_668,
-            self.score_from,
-            self.thinking,
-            self.score_sum,
-            self.num_steps,
+            self.table,
             self.out,
             self.workspace,
             self.next_w1(),
-            self.b1,
-            self.w2,
-            self.b2,
+            self.head,
         )
 
     def eager(self) -> None:

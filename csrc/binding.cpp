@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <optional>
 #include <string>
 
 #include "cpu.h"
@@ -121,60 +122,52 @@ void check_hidden(const Tensor& hidden) {
                     hidden.stride(1));
 }
 
-step::Params check_arguments(const Tensor& hidden, const Tensor& row_index, const Tensor& slot_ids,
-                             const Tensor& input_ids, const Tensor& positions,
-                             const Tensor& boundary, int64_t think_end_id, const Tensor& score_from,
-                             const Tensor& thinking, const Tensor& score_sum,
-                             const Tensor& num_steps, const Tensor& out, const Tensor& w1,
-                             const Tensor& b1, const Tensor& w2, const Tensor& b2) {
+step::Params check_arguments(const Tensor& hidden, const std::optional<Tensor>& row_index,
+                             const Tensor& slot_ids, const Tensor& input_ids,
+                             const Tensor& positions, const Tensor& boundary, int64_t think_end_id,
+                             const Tensor& slots, const Tensor& out, const Tensor& w1,
+                             const Tensor& head) {
     check_hidden(hidden);
     const int32_t device = cuda_index(hidden);
     const int64_t tokens = hidden.size(0);
     const int64_t dim = hidden.size(1);
     constexpr int64_t units = step::kHiddenUnits;
-    check("row_index", row_index, device, {ScalarType::Long}, {kAny});
-    const int64_t rows = row_index.size(0);
-    STD_TORCH_CHECK(rows <= step::kMaxRows, "step_score_: row_index must have at most ",
+    check("slot_ids", slot_ids, device, {ScalarType::Long}, {kAny});
+    const int64_t rows = slot_ids.size(0);
+    STD_TORCH_CHECK(rows <= step::kMaxRows, "step_score_: slot_ids must have at most ",
                     step::kMaxRows, " rows, found ", rows);
-    check("slot_ids", slot_ids, device, {ScalarType::Long}, {rows});
+    if (row_index) check("row_index", *row_index, device, {ScalarType::Long}, {rows});
     check("input_ids", input_ids, device, {ScalarType::Long}, {tokens});
     check("positions", positions, device, {ScalarType::Long}, {tokens});
     check("boundary", boundary, device, {ScalarType::Int}, {kAny});
-    check("score_from", score_from, device, {ScalarType::Int}, {kAny});
-    const int64_t slots = score_from.size(0);
-    check("thinking", thinking, device, {ScalarType::Byte}, {slots});
-    check("score_sum", score_sum, device, {ScalarType::Float}, {slots});
-    check("num_steps", num_steps, device, {ScalarType::Int}, {slots});
-    check("out", out, device, {ScalarType::Float}, {rows, 2});
+    check("slots", slots, device, {ScalarType::Int}, {4, kAny});
+    check("out", out, device, {ScalarType::Float}, {kAny, 2});
+    STD_TORCH_CHECK(out.size(0) >= rows, "step_score_: out must have a row for each of the ", rows,
+                    " slot_ids, found ", found(out));
     check("w1", w1, device, {ScalarType::Float, ScalarType::BFloat16}, {units, dim});
-    check("b1", b1, device, {ScalarType::Float}, {units});
-    if (w2.dim() == 1) {
-        check("w2", w2, device, {ScalarType::Float}, {units});
-    } else {
-        check("w2", w2, device, {ScalarType::Float}, {1, units});
-    }
-    check("b2", b2, device, {ScalarType::Float}, {1});
+    check("head", head, device, {ScalarType::Float}, {2 * units + 1});
 
     step::Params p{};
     p.hidden = hidden.const_data_ptr();
-    p.row_index = static_cast<const int64_t*>(row_index.const_data_ptr());
+    p.row_index = row_index ? static_cast<const int64_t*>(row_index->const_data_ptr()) : nullptr;
     p.slot_ids = static_cast<const int64_t*>(slot_ids.const_data_ptr());
     p.input_ids = static_cast<const int64_t*>(input_ids.const_data_ptr());
     p.positions = static_cast<const int64_t*>(positions.const_data_ptr());
     p.boundary = static_cast<const int32_t*>(boundary.const_data_ptr());
-    p.score_from = static_cast<const int32_t*>(score_from.const_data_ptr());
-    p.thinking = static_cast<uint8_t*>(thinking.mutable_data_ptr());
-    p.score_sum = static_cast<float*>(score_sum.mutable_data_ptr());
-    p.num_steps = static_cast<int32_t*>(num_steps.mutable_data_ptr());
+    p.num_slots = slots.size(1);
+    int32_t* const state = static_cast<int32_t*>(slots.mutable_data_ptr());
+    p.score_from = state;
+    p.thinking = state + p.num_slots;
+    p.score_sum = reinterpret_cast<float*>(state + 2 * p.num_slots);
+    p.num_steps = state + 3 * p.num_slots;
     p.out = static_cast<float*>(out.mutable_data_ptr());
     p.w1 = w1.const_data_ptr();
-    p.b1 = static_cast<const float*>(b1.const_data_ptr());
-    p.w2 = static_cast<const float*>(w2.const_data_ptr());
-    p.b2 = static_cast<const float*>(b2.const_data_ptr());
+    p.b1 = static_cast<const float*>(head.const_data_ptr());
+    p.w2 = p.b1 + units;
+    p.b2 = p.w2 + units;
     p.hidden_stride = hidden.stride(0);
     p.num_tokens = tokens;
     p.num_words = boundary.size(0);
-    p.num_slots = slots;
     p.think_end_id = think_end_id;
     p.num_rows = static_cast<int32_t>(rows);
     p.dim = static_cast<int32_t>(dim);
@@ -216,15 +209,13 @@ void run(step::Params& params, const Tensor&, const Tensor&) {
 
 #endif
 
-void step_score_(const Tensor& hidden, const Tensor& row_index, const Tensor& slot_ids,
-                 const Tensor& input_ids, const Tensor& positions, const Tensor& boundary,
-                 int64_t think_end_id, const Tensor& score_from, const Tensor& thinking,
-                 const Tensor& score_sum, const Tensor& num_steps, const Tensor& out,
-                 const Tensor& workspace, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                 const Tensor& b2) {
-    step::Params params =
-        check_arguments(hidden, row_index, slot_ids, input_ids, positions, boundary, think_end_id,
-                        score_from, thinking, score_sum, num_steps, out, w1, b1, w2, b2);
+// Few arguments on purpose: torch's way from Python to here costs more than a call without a step.
+void step_score_(const Tensor& hidden, const std::optional<Tensor>& row_index,
+                 const Tensor& slot_ids, const Tensor& input_ids, const Tensor& positions,
+                 const Tensor& boundary, int64_t think_end_id, const Tensor& slots,
+                 const Tensor& out, const Tensor& workspace, const Tensor& w1, const Tensor& head) {
+    step::Params params = check_arguments(hidden, row_index, slot_ids, input_ids, positions,
+                                          boundary, think_end_id, slots, out, w1, head);
     if (params.num_rows > 0) run(params, hidden, workspace);
 }
 
@@ -238,10 +229,9 @@ STABLE_TORCH_LIBRARY_IMPL(step_sglang, CUDA, m) { m.impl("step_score_", TORCH_BO
 
 STABLE_TORCH_LIBRARY(step_sglang, m) {
     m.def(
-        "step_score_(Tensor hidden, Tensor row_index, Tensor slot_ids, Tensor input_ids, "
-        "Tensor positions, Tensor boundary, int think_end_id, Tensor score_from, "
-        "Tensor(a!) thinking, Tensor(b!) score_sum, Tensor(c!) num_steps, Tensor(d!) out, "
-        "Tensor(e!) workspace, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> ()");
+        "step_score_(Tensor hidden, Tensor? row_index, Tensor slot_ids, Tensor input_ids, "
+        "Tensor positions, Tensor boundary, int think_end_id, Tensor(a!) slots, Tensor(b!) out, "
+        "Tensor(c!) workspace, Tensor w1, Tensor head) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(step_sglang, CPU, m) { m.impl("step_score_", TORCH_BOX(&step_score_)); }

@@ -14,13 +14,14 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 struct Params {
     const void* hidden;         // [num_tokens, dim] of hidden_dtype
-    const int64_t* row_index;   // [num_rows] row of hidden, input_ids and positions
+    const int64_t* row_index;   // [num_rows] row of hidden, input_ids and positions; null: row i
+                                // is token i
     const int64_t* slot_ids;    // [num_rows] outside 0..num_slots-1 = padding row
     const int64_t* input_ids;   // [num_tokens]
     const int64_t* positions;   // [num_tokens]
     const int32_t* boundary;    // [num_words] bit (id & 31) of word id >> 5
     const int32_t* score_from;  // [num_slots] first position that may be scored
-    uint8_t* thinking;          // [num_slots]
+    int32_t* thinking;          // [num_slots]
     float* score_sum;           // [num_slots]
     int32_t* num_steps;         // [num_slots]
     float* out;                 // [num_rows, 2] step score, NaN or infinity; score_sum

@@ -30,8 +30,12 @@ STEP_HOST_DEVICE bool is_boundary(const Params& p, int64_t id) {
     return (static_cast<uint32_t>(p.boundary[id >> 5]) >> (id & 31)) & 1u;
 }
 
+STEP_HOST_DEVICE int64_t token_of(const Params& p, int32_t i) {
+    return p.row_index == nullptr ? i : p.row_index[i];
+}
+
 STEP_HOST_DEVICE Row classify(const Params& p, int32_t i) {
-    Row row{RowKind::kPadding, p.slot_ids[i], p.row_index[i]};
+    Row row{RowKind::kPadding, p.slot_ids[i], token_of(p, i)};
     if (row.slot < 0 || row.slot >= p.num_slots) return row;
     if (row.token < 0 || row.token >= p.num_tokens) return row;
 

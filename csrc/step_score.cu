@@ -163,7 +163,7 @@ __device__ __forceinline__ void score_tile(const Params& p, Shared& shared, int 
     int64_t start[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-        start[r] = p.row_index[shared.active[first + r]] * p.hidden_stride;
+        start[r] = token_of(p, shared.active[first + r]) * p.hidden_stride;
     }
     float sum[kSums] = {};
     for (int k = thread * kVector; k < p.dim; k += kThreads * kVector) {

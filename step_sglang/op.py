@@ -11,6 +11,7 @@ from torch import Tensor
 
 HIDDEN_UNITS = 512  # width of the scorer's hidden layer
 MAX_ROWS = 4096  # requests in one call
+SCORE_FROM, THINKING, SCORE_SUM, NUM_STEPS = range(4)  # rows of `slots`
 
 _UNITS_PER_BLOCK = 4  # as in csrc/cuda.h
 _WORKSPACE_HEADER = 1
@@ -45,6 +46,11 @@ def workspace_size(max_batch: int) -> int:
     return _WORKSPACE_HEADER + max_batch * (HIDDEN_UNITS // _UNITS_PER_BLOCK)
 
 
+def pack_head(b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """[2 U + 1] float32: the scorer's b1 [U], w2 [1, U] and b2 [1], as the op takes them."""
+    return torch.cat([t.reshape(-1) for t in (b1, w2, b2)]).float()
+
+
 def has_cuda() -> bool:
     """Whether the CUDA implementation is registered (it may be even where there is no GPU)."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("step_sglang::step_score_", "CUDA")
@@ -63,22 +69,17 @@ def cpu_isa() -> str:
 
 def step_score_(
     hidden: Tensor,
-    row_index: Tensor,
+    row_index: Tensor | None,
     slot_ids: Tensor,
     input_ids: Tensor,
     positions: Tensor,
     boundary: Tensor,
     think_end_id: int,
-    score_from: Tensor,
-    thinking: Tensor,
-    score_sum: Tensor,
-    num_steps: Tensor,
+    slots: Tensor,
     out: Tensor,
     workspace: Tensor,
     w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
+    head: Tensor,
 ) -> None:
     """Score every step that ends in this forward pass (the step scorer of STEP, arXiv 2601.09093).
 
@@ -92,25 +93,25 @@ def step_score_(
         hidden: [T, D] float32, bfloat16 or float16; D a multiple of 8 from 8 to 16384; any row
             stride.
         row_index: [B] int64, row of hidden, input_ids and positions; outside 0..T-1 = padding.
+            None: row i is token i.
         slot_ids: [B] int64, distinct; outside 0..S-1 (-1) = padding row.
         input_ids: [T] int64.
         positions: [T] int64, position of each token in its sequence.
         boundary: [ceil(V / 32)] int32, bit (id & 31) of word id >> 5 = the token ends a step.
             Ids outside the bitmap are never boundaries.
-        think_end_id: token at which scoring of a slot ends; negative = none, and `thinking` is then
+        think_end_id: token at which scoring of a slot ends; negative = none, and `THINKING` is then
             neither read nor written.
-        score_from: [S] int32, first position that may be scored; 2**31 - 1 = never.
-        thinking: [S] uint8, written: 1 while steps are scored, set to 0 at the think-end token.
-        score_sum: [S] float32, written: sum of the slot's step scores.
-        num_steps: [S] int32, written: number of them.
-        out: [B, 2] float32, written: step score (NaN: no step, infinity: one without a score), then
-            score_sum of the row's slot after this call (0 for padding rows).
+        slots: [4, S] int32, written: of each slot
+            `SCORE_FROM`: first position that may be scored; 2**31 - 1 = never;
+            `THINKING`: not 0 while steps are scored, set to 0 at the think-end token;
+            `SCORE_SUM`: sum of its step scores, the bits of a float32;
+            `NUM_STEPS`: number of them.
+        out: [>= B, 2] float32, the first B rows written: step score (NaN: no step, infinity: one
+            without a score), then the score sum of the row's slot after this call (0 for padding).
         workspace: [>= workspace_size(B)] int32, zeroed once by its owner and left zeroed where it
             must be; one stream at a time. Ignored on the CPU.
         w1: [512, D] float32 or bfloat16.
-        b1: [512] float32.
-        w2: [1, 512] or [512] float32.
-        b2: [1] float32.
+        head: [1025] float32: b1 (512), w2 (512), b2, as `pack_head` makes it.
 
     A step whose logit is not finite (NaN or infinity in the hidden state, or an overflow) is not
     scored: its state stays as it was, and `out` says infinity.
@@ -127,14 +128,9 @@ def step_score_(
         positions,
         boundary,
         think_end_id,
-        score_from,
-        thinking,
-        score_sum,
-        num_steps,
+        slots,
         out,
         workspace,
         w1,
-        b1,
-        w2,
-        b2,
+        head,
     )

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from step_sglang.op import step_score_, workspace_size
+from step_sglang.op import SCORE_SUM, pack_head, step_score_, workspace_size
 from step_sglang.scorer import Scorer
 
 NEVER = torch.iinfo(torch.int32).max  # `score_from` of a slot whose request is not scored
@@ -50,16 +49,11 @@ class SlotState:
         device: torch.device,
         capture_dtype: torch.dtype | None = None,
     ) -> None:
-        def filled(value: float, dtype: torch.dtype) -> torch.Tensor:
-            return torch.full((num_slots,), value, dtype=dtype, device=device)
-
-        self.score_from = filled(NEVER, torch.int32)  # [S]
-        self.thinking = filled(1, torch.uint8)  # [S]
-        self.score_sum = filled(0, torch.float32)  # [S]
-        self.num_steps = filled(0, torch.int32)  # [S]
+        self.table = _packed([SlotReset(0)])[1:].repeat(1, num_slots).to(device)  # [4, S] int32
         self.boundary = boundary.to(device)
         self.think_end_id = -1 if think_end_id is None else think_end_id
-        self.weights = tuple(t.to(device) for t in (scorer.w1, scorer.b1, scorer.w2, scorer.b2))
+        self.w1 = scorer.w1.to(device)
+        self.head = pack_head(scorer.b1, scorer.w2, scorer.b2).to(device)
         # Fixed addresses, because a captured graph writes them at every replay.
         self._hidden = (
             torch.zeros((num_slots, scorer.hidden_size), dtype=capture_dtype, device=device)
@@ -68,7 +62,6 @@ class SlotState:
         )
         self._kept: torch.Tensor | None = None
         self.out = torch.full((num_slots, 2), torch.nan, dtype=torch.float32, device=device)
-        self.rows = torch.arange(num_slots, dtype=torch.int64, device=device)
         self.workspace = torch.zeros(workspace_size(num_slots), dtype=torch.int32, device=device)
 
     @property
@@ -84,17 +77,8 @@ class SlotState:
         """
         if not resets:
             return
-        columns = zip(
-            *((r.slot, r.score_from, r.thinking, r.score_sum, r.num_steps) for r in resets),
-            strict=True,
-        )
-        # One copy; float64 holds every int32 and float32 exactly.
-        packed = self._upload(list(columns), torch.float64)
-        slots = packed[0].long()
-        for row, state in enumerate(
-            (self.score_from, self.thinking, self.score_sum, self.num_steps), start=1
-        ):
-            state[slots] = packed[row].to(state.dtype)
+        packed = self._upload(_packed(resets))
+        self.table.index_copy_(1, packed[0].long(), packed[1:])
 
     def score(
         self,
@@ -114,24 +98,22 @@ class SlotState:
             positions: [T] int64, their positions in their sequences.
         """
         batch = slot_ids.shape[0]
-        rows = self.rows[:batch] if row_index is None else row_index
         if self._hidden is not None:
-            torch.index_select(hidden, 0, rows, out=self._hidden[:batch])
+            rows = hidden[:batch] if row_index is None else hidden.index_select(0, row_index)
+            self._hidden[:batch].copy_(rows)
         step_score_(
             hidden,
-            rows,
+            row_index,
             slot_ids,
             input_ids,
             positions,
             self.boundary,
             self.think_end_id,
-            self.score_from,
-            self.thinking,
-            self.score_sum,
-            self.num_steps,
-            self.out[:batch],
+            self.table,
+            self.out,
             self.workspace,
-            *self.weights,
+            self.w1,
+            self.head,
         )
 
     def results(self, batch: int) -> torch.Tensor:
@@ -144,14 +126,23 @@ class SlotState:
 
     def keep_rows(self, hidden: torch.Tensor, rows: Sequence[int]) -> None:
         """Keep rows of a prefill pass's [T, D] hidden states until :meth:`kept_rows`."""
-        self._kept = hidden.index_select(0, self._upload(rows, torch.int64))
+        self._kept = hidden.index_select(0, self._upload(torch.tensor(rows)))
 
     def kept_rows(self) -> torch.Tensor | None:
         """The [K, D] rows kept last, once."""
         kept, self._kept = self._kept, None
         return kept
 
-    def _upload(self, values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
+    def _upload(self, host: torch.Tensor) -> torch.Tensor:
         device = self.out.device
-        host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+        if device.type == "cuda":
+            host = host.pin_memory()
         return host.to(device, non_blocking=True)
+
+
+def _packed(resets: Sequence[SlotReset]) -> torch.Tensor:
+    """[5, N] int32: the numbers of these slots, then what the op keeps of each."""
+    whole = [(r.slot, r.score_from, r.thinking, 0, r.num_steps) for r in resets]
+    packed = torch.tensor(whole, dtype=torch.int32).T.contiguous()
+    packed[1 + SCORE_SUM] = torch.tensor([r.score_sum for r in resets]).view(torch.int32)
+    return packed

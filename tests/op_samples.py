@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from step_sglang import op, reference
+from step_sglang.op import NUM_STEPS, SCORE_FROM, SCORE_SUM, THINKING
 
 NEVER = 2**31 - 1
 
@@ -15,29 +16,45 @@ class Sample:
     """The arguments of one call, in the op's order."""
 
     hidden: Tensor
-    row_index: Tensor
+    row_index: Tensor | None
     slot_ids: Tensor
     input_ids: Tensor
     positions: Tensor
     boundary: Tensor
     think_end_id: int
-    score_from: Tensor
-    thinking: Tensor
-    score_sum: Tensor
-    num_steps: Tensor
+    slots: Tensor
     out: Tensor
     workspace: Tensor
     w1: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
+    head: Tensor
 
-    def args(self) -> tuple[Tensor | int, ...]:
+    @property
+    def units(self) -> int:
+        """Width of the scorer's hidden layer, which only the emulation may change."""
+        return self.w1.shape[0]
+
+    @property
+    def score_from(self) -> Tensor:
+        return self.slots[SCORE_FROM]
+
+    @property
+    def thinking(self) -> Tensor:
+        return self.slots[THINKING]
+
+    @property
+    def score_sum(self) -> Tensor:
+        return self.slots[SCORE_SUM].view(torch.float32)
+
+    @property
+    def num_steps(self) -> Tensor:
+        return self.slots[NUM_STEPS]
+
+    def args(self) -> tuple[Tensor | int | None, ...]:
         return tuple(getattr(self, f.name) for f in fields(self))
 
     def clone(self) -> "Sample":
         """Own copy of everything the op writes; inputs are shared."""
-        written = ("thinking", "score_sum", "num_steps", "out", "workspace")
+        written = ("slots", "out", "workspace")
         return replace(self, **{name: getattr(self, name).clone() for name in written})
 
     def to(self, device: str) -> "Sample":
@@ -55,6 +72,14 @@ class Sample:
             elif isinstance(value, Tensor):
                 moved[f.name] = value.to(device)
         return replace(self, **moved)
+
+
+def make_slots(
+    score_from: Tensor, thinking: Tensor, score_sum: Tensor, num_steps: Tensor
+) -> Tensor:
+    """[4, S] int32 as the op takes it."""
+    bits = score_sum.float().view(torch.int32)
+    return torch.stack([score_from.int(), thinking.int(), bits, num_steps.int()])
 
 
 def make_bitmap(ids: list[int], vocab: int) -> Tensor:
@@ -78,10 +103,12 @@ def make_sample(
     think_end: bool = True,
     units: int = op.HIDDEN_UNITS,
     not_finite: float = 0.0,
+    row_index: bool = True,
 ) -> Sample:
     """A call with every kind of row: padding, prompt, think-end, odd ids, steps.
 
     ``not_finite``: the share of tokens with one NaN or infinity in their hidden state.
+    ``row_index``: whether there is one; without, row i is token i.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -112,28 +139,32 @@ def make_sample(
         hidden[token, int(integers(0, dim, 1))] = (torch.nan, torch.inf, -torch.inf)[token % 3]
     return Sample(
         hidden=hidden,
-        row_index=torch.randperm(tokens, generator=g)[:rows],
+        row_index=torch.randperm(tokens, generator=g)[:rows] if row_index else None,
         slot_ids=slot_ids,
         input_ids=input_ids,
         positions=integers(2, 40, tokens),
         boundary=make_bitmap(boundary_ids, vocab),
         think_end_id=think_end_id,
-        score_from=score_from,
-        thinking=(torch.rand(slots, generator=g) < 0.85).to(torch.uint8),
-        score_sum=torch.rand(slots, generator=g) * 5,
-        num_steps=integers(0, 9, slots).to(torch.int32),
-        out=torch.full((rows, 2), -7.0),
+        slots=make_slots(
+            score_from,
+            thinking=torch.rand(slots, generator=g) < 0.85,
+            score_sum=torch.rand(slots, generator=g) * 5,
+            num_steps=integers(0, 9, slots),
+        ),
+        out=torch.full((rows + seed % 3, 2), -7.0),  # what is beyond the rows must stay
         workspace=torch.zeros(op.workspace_size(rows), dtype=torch.int32),
         w1=(torch.randn(units, dim, generator=g) / dim**0.5).to(w1_dtype),
-        b1=torch.randn(units, generator=g) * 0.1,
-        w2=torch.randn(1, units, generator=g) / units**0.5 * 3,
-        b2=torch.randn(1, generator=g) * 0.1,
+        head=op.pack_head(
+            torch.randn(units, generator=g) * 0.1,
+            torch.randn(1, units, generator=g) / units**0.5 * 3,
+            torch.randn(1, generator=g) * 0.1,
+        ),
     )
 
 
 def run_reference(sample: Sample) -> Sample:
     """The float64 oracle's state and out after the call."""
-    result = replace(sample.clone(), score_sum=sample.score_sum.double(), out=sample.out.double())
+    result = replace(sample.clone(), out=sample.out.double())
     reference.step_score_(*result.args(), dtype=torch.float64)
     return result
 
@@ -142,9 +173,7 @@ def assert_matches(got: Sample, want: Sample, tolerance: float = 2e-5) -> None:
     """State and out equal the oracle's: integers exactly, scores within `tolerance`."""
     assert torch.equal(got.thinking, want.thinking)
     assert torch.equal(got.num_steps, want.num_steps)
-    torch.testing.assert_close(
-        got.score_sum.double(), want.score_sum, rtol=tolerance, atol=tolerance
-    )
+    torch.testing.assert_close(got.score_sum, want.score_sum, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(
         got.out.double(), want.out, rtol=tolerance, atol=tolerance, equal_nan=True
     )

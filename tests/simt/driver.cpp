@@ -113,7 +113,8 @@ int main(int argc, char** argv) {
     const int64_t num_schedules = read_value<int64_t>(in);
 
     p.hidden = read_array(in, hidden_shift).data;
-    p.row_index = read_array(in).as<int64_t>();
+    const Array row_index = read_array(in);
+    if (row_index.bytes > 0) p.row_index = row_index.as<int64_t>();
     p.slot_ids = read_array(in).as<int64_t>();
     p.input_ids = read_array(in).as<int64_t>();
     p.positions = read_array(in).as<int64_t>();
@@ -136,7 +137,7 @@ int main(int argc, char** argv) {
 
         const Array state[] = {thinking.copy(), score_sum.copy(), num_steps.copy(), out.copy(),
                                workspace.copy()};
-        p.thinking = state[0].as<uint8_t>();
+        p.thinking = state[0].as<int32_t>();
         p.score_sum = state[1].as<float>();
         p.num_steps = state[2].as<int32_t>();
         p.out = state[3].as<float>();

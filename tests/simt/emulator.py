@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.op_samples import Sample
+from tests.op_samples import Sample, make_slots
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -113,7 +113,7 @@ def emulate(
     """State, out and workspace after `launches` calls in a row, for each schedule."""
     s = sample
     fields = [
-        *(s.row_index.numel(), s.hidden.shape[1], s.b1.numel(), s.hidden.stride(0)),
+        *(s.slot_ids.numel(), s.hidden.shape[1], s.units, s.hidden.stride(0)),
         *(s.hidden.shape[0], s.boundary.numel(), s.score_from.numel(), s.think_end_id),
         *(_DTYPES[s.hidden.dtype], _DTYPES[s.w1.dtype]),
         s.hidden.storage_offset() * s.hidden.itemsize % 16,
@@ -123,8 +123,9 @@ def emulate(
     with _files() as (case, result):
         with case.open("wb") as f:
             f.write(struct.pack(f"{len(fields)}q", *fields))
-            inputs = (s.row_index, s.slot_ids, s.input_ids, s.positions, s.boundary, s.score_from)
-            weights = (s.w1, s.b1, s.w2, s.b2)
+            rows = torch.empty(0) if s.row_index is None else s.row_index
+            inputs = (rows, s.slot_ids, s.input_ids, s.positions, s.boundary, s.score_from)
+            weights = (s.w1, *s.head.split((s.units, s.units, 1)))
             for data in (_hidden_bytes(s.hidden), *map(_bytes, (*inputs, *weights, *mutable))):
                 f.write(struct.pack("q", len(data)) + data)
             for schedule in schedules:
@@ -167,4 +168,5 @@ def _read_results(
             )
             values[name] = part.clone().reshape(tensor.shape)
             at += size
-        yield replace(sample, **values)
+        state = [values.pop(name) for name in names[:3]]
+        yield replace(sample, slots=make_slots(sample.score_from, *state), **values)

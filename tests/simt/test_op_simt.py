@@ -40,7 +40,7 @@ def asan() -> Path:
 
 
 def in_order(sample: Sample, thread_order: int = ASCENDING, seed: int = 0) -> Schedule:
-    return Schedule(range(sample.b1.numel() // UNITS_PER_BLOCK), thread_order, seed)
+    return Schedule(range(sample.units // UNITS_PER_BLOCK), thread_order, seed)
 
 
 def check(program: Path, sample: Sample, schedules: list[Schedule]) -> None:
@@ -56,29 +56,24 @@ def check(program: Path, sample: Sample, schedules: list[Schedule]) -> None:
 
 
 samples = st.builds(
-    lambda seed, rows, dim, dtypes, stride, offset, share, think_end, units, spoilt: make_sample(
-        seed,
-        rows=rows,
+    lambda *, dim, dtypes, units, **others: make_sample(
         dim=8 * dim,
         hidden_dtype=dtypes[0],
         w1_dtype=dtypes[1],
-        extra_stride=stride,
-        offset=offset,
-        boundary_share=share,
-        think_end=think_end,
         units=UNITS_PER_BLOCK * units,
-        not_finite=spoilt,
+        **others,
     ),
     seed=st.integers(0, 2**31),
     rows=st.one_of(st.integers(0, 40), st.sampled_from((255, 256, 257, 600))),
     dim=st.one_of(st.integers(1, 40), st.sampled_from((255, 256, 257, 320))),
     dtypes=st.sampled_from(DTYPES),
-    stride=st.sampled_from((0, 1, 3, 8, 16)),
+    extra_stride=st.sampled_from((0, 1, 3, 8, 16)),
     offset=st.sampled_from((0, 1, 4, 8)),
-    share=st.sampled_from((0.0, 0.1, 0.9)),
+    boundary_share=st.sampled_from((0.0, 0.1, 0.9)),
     think_end=st.booleans(),
     units=st.integers(1, 12),
-    spoilt=st.sampled_from((0.0, 0.0, 0.3)),
+    not_finite=st.sampled_from((0.0, 0.0, 0.3)),
+    row_index=st.booleans(),
 )
 quick = settings(
     max_examples=40,
@@ -91,7 +86,7 @@ quick = settings(
 @quick
 @given(sample=samples, seed=st.integers(0, 2**31), random=st.randoms(use_true_random=False))
 def test_random_shapes_and_schedules(plain: Path, sample: Sample, seed: int, random) -> None:  # type: ignore[no-untyped-def]
-    shuffled = list(range(sample.b1.numel() // UNITS_PER_BLOCK))
+    shuffled = list(range(sample.units // UNITS_PER_BLOCK))
     random.shuffle(shuffled)
     check(
         plain,
@@ -126,7 +121,7 @@ def test_races(tsan: Path, rows: int) -> None:
 
 @pytest.mark.slow
 @settings(quick, max_examples=30)
-@given(sample=samples.filter(lambda s: s.b1.numel() <= 16))
+@given(sample=samples.filter(lambda s: s.units <= 16))
 def test_races_at_random_shapes(tsan: Path, sample: Sample) -> None:
     check(tsan, sample, [Schedule(None), Schedule(None, DESCENDING), Schedule(None, RANDOM, 3)])
 
