@@ -262,33 +262,35 @@ class StepHostOutput:
             self._show_tokens(_active.groups, batch, commits)
 
     def _record(self, batch: Any, commits: Sequence[Any]) -> None:
-        from step_sglang.patches.scheduler import trace_of
-
         values = self.values.numpy()
         ended = (values[:, 0] == values[:, 0]).nonzero()[0]  # NaN is unequal to itself
         for i in ended.tolist():
-            req, commit = batch.reqs[i], commits[i]
-            trace = trace_of(req)
-            if trace is None or commit is None or getattr(req, _UNSURE, False):
-                continue
-            # The pass consumed the token before the one it made visible.
-            position = commit.output_index - 1
-            if _thought_before(req, position):
-                continue
-            score = float(values[i, 0])
-            if math.isinf(score):
-                _step_unscored()
-                continue
-            # Summed here: the device's sum would hold steps whose results were lost.
-            trace.record(score, trace.score_sum + score, position)
-            if _active is not None and _active.metrics is not None:
-                with guard(words.IN_METRICS):
-                    _active.metrics.step_scored(score)
-            if trace.capture is not None and self.hidden is not None:
-                trace.capture.rows.append(self.hidden[i].clone())
+            if commits[i] is not None:
+                with guard(words.IN_SCORING):  # one that fails costs the others nothing
+                    self._record_step(i, batch.reqs[i], commits[i])
         for row, (capture, position) in enumerate(self.owners):
             assert self.kept is not None
             capture.keep_prefilled(position, self.kept[row].clone())
+
+    def _record_step(self, row: int, req: Any, commit: Any) -> None:
+        from step_sglang.patches.scheduler import trace_of
+
+        trace = trace_of(req)
+        # The pass consumed the token before the one it made visible.
+        position = commit.output_index - 1
+        if trace is None or getattr(req, _UNSURE, False) or _thought_before(req, position):
+            return
+        score = float(self.values[row, 0])
+        if math.isinf(score):
+            _step_unscored()
+            return
+        # Summed here: the device's sum would hold steps whose results were lost.
+        trace.record(score, trace.score_sum + score, position)
+        if _active is not None and _active.metrics is not None:
+            with guard(words.IN_METRICS):
+                _active.metrics.step_scored(score)
+        if trace.capture is not None and self.hidden is not None:
+            trace.capture.rows.append(self.hidden[row].clone())
 
     def _show_tokens(self, groups: GroupRegistry, batch: Any, commits: Sequence[Any]) -> None:
         """Show the tokens to those who watch them, and end the traces that they name."""

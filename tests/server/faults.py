@@ -6,6 +6,7 @@ A ``sitecustomize`` module on PYTHONPATH wraps functions when their module is im
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,9 +25,11 @@ def plant(module, fault):
     calls = itertools.count(1)
 
     def planted(*args, **kwargs):
-        if here(fault["rank"]) and next(calls) %% fault["every"] == 0:
+        failing = here(fault["rank"]) and next(calls) %% fault["every"] == 0
+        result = original(*args, **kwargs) if fault["after"] or not failing else None
+        if failing:
             raise RuntimeError("planted in " + fault["function"])
-        return original(*args, **kwargs)
+        return result
 
     setattr(owner, name, planted)
 
@@ -62,16 +65,21 @@ sys.meta_path.insert(0, Planter())
 
 @dataclass(frozen=True)
 class Fault:
-    """``module.function`` raises at every ``every``-th call of a process, or of one rank's."""
+    """``module.function`` raises at every ``every``-th call of a process, or of one rank's.
+
+    ``after``: when it has done its work, and not before.
+    """
 
     module: str
     function: str
     every: int
     rank: int | None = None
+    after: bool = False
 
 
 def plant(folder: Path, *faults: Fault) -> dict[str, str]:
     """The environment of a server with these faults."""
     text = json.dumps([asdict(fault) for fault in faults])
     (folder / "sitecustomize.py").write_text(PROGRAM % text)
-    return {"PYTHONPATH": str(folder)}
+    paths = filter(None, (str(folder), os.environ.get("PYTHONPATH")))
+    return {"PYTHONPATH": os.pathsep.join(paths)}

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.server
 
 # In a process of its own, because the server's application is one per process.
 PROGRAM = """
+import sys
 from types import SimpleNamespace
 from fastapi.testclient import TestClient
 from sglang.srt.entrypoints import http_server
@@ -25,10 +26,12 @@ paths = [getattr(route, "path", "") for route in http_server.app.routes]
 assert paths.count("/step/abort_group") == 1
 manager = SimpleNamespace(rid_to_state={})
 http_server._global_state = SimpleNamespace(tokenizer_manager=manager)
-add_api_key_middleware(http_server.app, api_key="key", admin_api_key="admin")
+admin = sys.argv[1] or None
+add_api_key_middleware(http_server.app, api_key="key", admin_api_key=admin)
 client = TestClient(http_server.app)
 for path, body in (("/step/abort_group", {"group": "q"}), ("/abort_request", {"rid": ""})):
-    for key, allowed in ((None, False), ("wrong", False), ("key", False), ("admin", True)):
+    for key in (None, "wrong", "key", "admin"):
+        allowed = key == (admin or "key")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         status = client.post(path, json=body, headers=headers).status_code
         print(path, key, status)
@@ -36,9 +39,10 @@ for path, body in (("/step/abort_group", {"group": "q"}), ("/abort_request", {"r
 """
 
 
-def test_aborting_a_group_needs_the_key_that_aborting_a_request_needs() -> None:
+@pytest.mark.parametrize("admin", ["admin", ""], ids=["admin key", "API key alone"])
+def test_aborting_a_group_needs_the_key_that_aborting_a_request_needs(admin: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, admin],
         env=environment(),
         capture_output=True,
         text=True,

@@ -23,11 +23,15 @@ pytestmark = pytest.mark.server
 FAULTS = (
     Fault("step_sglang.slots", "step_score_", every=7),
     Fault("step_sglang.slots", "SlotState.reset", every=5),
+    Fault("step_sglang.slots", "SlotState.reset", every=7, after=True),
     Fault("step_sglang.slots", "SlotState.results", every=23),
+    Fault("step_sglang.policy", "_worst_last", every=13),
     Fault("step_sglang.policy", "Candidates.take", every=3),
+    Fault("step_sglang.policy", "Candidates.take", every=7, after=True),
     Fault("step_sglang.policy", "Candidates.take_for", every=2),
     Fault("step_sglang.policy", "Candidates.reclaimable", every=4),
     Fault("step_sglang.groups", "Trace.record", every=50),
+    Fault("step_sglang.groups", "Trace.meta", every=47, after=True),
     Fault("step_sglang.groups", "Trace.meta", every=40),
     Fault("step_sglang.groups", "GroupRegistry.join", every=45),
     Fault("step_sglang.metrics", "StepMetrics.step_scored", every=9),
@@ -104,25 +108,25 @@ def test_they_are_counted_in_the_metrics_and_logged_once(faulty: Server) -> None
     assert "RuntimeError: planted in step_score_" in faulty.log_text()
 
 
-def test_what_requests_say_does_not_break_the_log(faulty: Server) -> None:
+def test_what_requests_say_does_not_break_the_log(faulty: Server, tmp_path: Path) -> None:
     evil = "x\n[2030-01-01] STEP pruned everything \x1b[31m\u202e\u2028" + "long" * 5000
     before = faulty.log_text().count("STEP pruned")
+    names = [f"{tmp_path}/{i}{evil}" for i in range(TRACES)]
     answers = faulty.generate(
         input_ids=[PROMPT] * TRACES,
-        rid=[f"{i}{evil}" for i in range(TRACES)],
+        rid=names,
         sampling_params={
             "max_new_tokens": 200,
             "ignore_eos": True,
-            "custom_params": {"step": {"group": evil[:256]}},
+            "custom_params": {"step": {"group": f"{tmp_path}/{evil}"[:256]}},
         },
     )
-    assert [answer["meta_info"]["id"] for answer in answers] == [
-        f"{i}{evil}" for i in range(TRACES)
-    ]
+    assert [answer["meta_info"]["id"] for answer in answers] == names
+    assert not list(tmp_path.iterdir())  # no name became a file's
     text = faulty.log_text()
     lines = [line for line in text.split("\n") if "STEP pruned" in line]
     assert len(lines) >= before + 10
-    assert all(re.match(r"\[.*\] STEP pruned rid='\w+[' ]?", line) for line in lines)
+    assert all(re.match(r"\[.*\] STEP pruned rid='/\w+", line) for line in lines)
     assert max(map(len, lines)) < 700
     assert "\n[2030" not in text and "\x1b[31m" not in text
     assert "\u202e" not in text and "\u2028" not in text

@@ -6,7 +6,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from step_sglang.evaluation.simulator import Request, Simulator
 from step_sglang.groups import Group
 from tests.server.idle import free_tokens
 from tests.server.launch import Server, serve
+from tests.server.pruned import wait_until
 
 pytestmark = pytest.mark.server
 
@@ -71,13 +72,6 @@ def ordinary(server: Server, prompt: list[int], tokens: int) -> dict:
 
 def finished(answers: list[dict]) -> int:
     return sum(a["meta_info"]["finish_reason"]["type"] == "length" for a in answers)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
 
 
 def step_state(server: Server) -> dict[str, Any]:
