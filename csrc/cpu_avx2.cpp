@@ -53,7 +53,8 @@ struct Avx2 {
     }
 
     static Acc fma(Reg a, Reg b, Acc c) { return _mm256_fmadd_ps(a, b, c); }
-    static float sum(Acc r) {
+    static float sum(Acc a, Acc b) {
+        const __m256 r = _mm256_add_ps(a, b);
         __m128 v = _mm_add_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps(r, 1));
         v = _mm_add_ps(v, _mm_movehl_ps(v, v));
         return _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps(v, v, 1)));

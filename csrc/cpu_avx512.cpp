@@ -19,11 +19,14 @@ struct Avx512 : Avx512Sums {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     }
 
-    static void load_row(const float* from, Reg (&to)[2]) {
+    static void load_weights(const float* from, Reg (&to)[2]) {
         to[0] = _mm512_loadu_ps(from);
         to[1] = _mm512_loadu_ps(from + kLanes);
     }
-    static void load_weights(const float* from, Reg (&to)[2]) { load_row(from, to); }
+    static void load_row(const float* from, Reg (&to)[2]) {
+        load_weights(from, to);
+        hold(to);
+    }
     // The even elements, then the odd ones: one operation each, where memory order takes two.
     static void load_weights(const Bf16* from, Reg (&to)[2]) {
         const __m512i bits = _mm512_loadu_si512(from);

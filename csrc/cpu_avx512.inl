@@ -14,7 +14,14 @@ struct Avx512Sums {
     static Acc zero() { return _mm512_setzero_ps(); }
     static Acc load_sums(const float* from) { return _mm512_loadu_ps(from); }
     static void store_sums(float* to, Acc r) { _mm512_storeu_ps(to, r); }
-    static float sum(Acc r) { return _mm512_reduce_add_ps(r); }
+    static float sum(Acc a, Acc b) { return _mm512_reduce_add_ps(_mm512_add_ps(a, b)); }
+
+    // Keeps a row's values in registers: GCC would load them again for every unit they meet, and
+    // loads are what is scarce.
+    template <class Reg>
+    static void hold(Reg (&values)[2]) {
+        __asm__("" : "+v"(values[0]), "+v"(values[1]));
+    }
 };
 
 }  // namespace

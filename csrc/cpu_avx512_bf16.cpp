@@ -16,11 +16,14 @@ struct Avx512Bf16 : Avx512Sums {
     static constexpr int kWide = 64;
 
     static Reg load8(const Bf16* from) { return (Reg)_mm512_maskz_loadu_epi16(0xff, from); }
-    static void load_row(const Bf16* from, Reg (&to)[2]) {
+    static void load_weights(const Bf16* from, Reg (&to)[2]) {
         to[0] = (Reg)_mm512_loadu_si512(from);
         to[1] = (Reg)_mm512_loadu_si512(from + 32);
     }
-    static void load_weights(const Bf16* from, Reg (&to)[2]) { load_row(from, to); }
+    static void load_row(const Bf16* from, Reg (&to)[2]) {
+        load_weights(from, to);
+        hold(to);
+    }
 
     static Acc fma(Reg a, Reg b, Acc c) { return _mm512_dpbf16_ps(c, a, b); }
 };

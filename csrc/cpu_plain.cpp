@@ -61,7 +61,9 @@ struct Plain {
         return c;
     }
 
-    static float sum(const Acc& r) {
+    static float sum(const Acc& a, const Acc& b) {
+        Acc r;
+        for (int i = 0; i < kLanes; ++i) r.lane[i] = a.lane[i] + b.lane[i];
         return ((r.lane[0] + r.lane[4]) + (r.lane[2] + r.lane[6])) +
                ((r.lane[1] + r.lane[5]) + (r.lane[3] + r.lane[7]));
     }

@@ -47,7 +47,7 @@ def workspace_size(max_batch: int) -> int:
 
 
 def pack_head(b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """[2 U + 1] float32: the scorer's b1 [U], w2 [1, U] and b2 [1], as the op takes them."""
+    """[2 U + 1] float32: a scorer's b1 [U], w2 ([U] or [1, U]) and b2 [1], as the op takes them."""
     return torch.cat([t.reshape(-1) for t in (b1, w2, b2)]).float()
 
 
@@ -101,7 +101,7 @@ def step_score_(
             Ids outside the bitmap are never boundaries.
         think_end_id: token at which scoring of a slot ends; negative = none, and `THINKING` is then
             neither read nor written.
-        slots: [4, S] int32, written: of each slot
+        slots: [4, S] int32, all but the first row written: of each slot
             `SCORE_FROM`: first position that may be scored; 2**31 - 1 = never;
             `THINKING`: not 0 while steps are scored, set to 0 at the think-end token;
             `SCORE_SUM`: sum of its step scores, the bits of a float32;

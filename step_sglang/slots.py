@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from step_sglang.op import SCORE_SUM, pack_head, step_score_, workspace_size
+from step_sglang.op import pack_head, step_score_, workspace_size
 from step_sglang.scorer import Scorer
 
 NEVER = torch.iinfo(torch.int32).max  # `score_from` of a slot whose request is not scored
@@ -99,8 +99,10 @@ class SlotState:
         """
         batch = slot_ids.shape[0]
         if self._hidden is not None:
-            rows = hidden[:batch] if row_index is None else hidden.index_select(0, row_index)
-            self._hidden[:batch].copy_(rows)
+            if row_index is None:
+                self._hidden[:batch].copy_(hidden[:batch])
+            else:
+                torch.index_select(hidden, 0, row_index, out=self._hidden[:batch])
         step_score_(
             hidden,
             row_index,
@@ -126,7 +128,7 @@ class SlotState:
 
     def keep_rows(self, hidden: torch.Tensor, rows: Sequence[int]) -> None:
         """Keep rows of a prefill pass's [T, D] hidden states until :meth:`kept_rows`."""
-        self._kept = hidden.index_select(0, self._upload(torch.tensor(rows)))
+        self._kept = hidden.index_select(0, self._upload(torch.tensor(rows, dtype=torch.int64)))
 
     def kept_rows(self) -> torch.Tensor | None:
         """The [K, D] rows kept last, once."""
@@ -142,7 +144,9 @@ class SlotState:
 
 def _packed(resets: Sequence[SlotReset]) -> torch.Tensor:
     """[5, N] int32: the numbers of these slots, then what the op keeps of each."""
-    whole = [(r.slot, r.score_from, r.thinking, 0, r.num_steps) for r in resets]
-    packed = torch.tensor(whole, dtype=torch.int32).T.contiguous()
-    packed[1 + SCORE_SUM] = torch.tensor([r.score_sum for r in resets]).view(torch.int32)
-    return packed
+    sums = torch.tensor([r.score_sum for r in resets], dtype=torch.float32).view(torch.int32)
+    fields = [
+        (r.slot, r.score_from, r.thinking, bits, r.num_steps)
+        for r, bits in zip(resets, sums.tolist(), strict=True)
+    ]
+    return torch.tensor(fields, dtype=torch.int32).T.contiguous()

@@ -171,6 +171,7 @@ def run_reference(sample: Sample) -> Sample:
 
 def assert_matches(got: Sample, want: Sample, tolerance: float = 2e-5) -> None:
     """State and out equal the oracle's: integers exactly, scores within `tolerance`."""
+    assert torch.equal(got.score_from, want.score_from)
     assert torch.equal(got.thinking, want.thinking)
     assert torch.equal(got.num_steps, want.num_steps)
     torch.testing.assert_close(got.score_sum, want.score_sum, rtol=tolerance, atol=tolerance)

@@ -111,7 +111,7 @@ def test_they_are_counted_in_the_metrics_and_logged_once(faulty: Server) -> None
 def test_what_requests_say_does_not_break_the_log(faulty: Server, tmp_path: Path) -> None:
     evil = "x\n[2030-01-01] STEP pruned everything \x1b[31m\u202e\u2028" + "long" * 5000
     before = faulty.log_text().count("STEP pruned")
-    names = [f"{tmp_path}/{i}{evil}" for i in range(TRACES)]
+    names = [f"{tmp_path}/rid", *(f"{tmp_path}/{i}{evil}" for i in range(1, TRACES))]
     answers = faulty.generate(
         input_ids=[PROMPT] * TRACES,
         rid=names,
@@ -125,7 +125,8 @@ def test_what_requests_say_does_not_break_the_log(faulty: Server, tmp_path: Path
     assert not list(tmp_path.iterdir())  # no name became a file's
     text = faulty.log_text()
     lines = [line for line in text.split("\n") if "STEP pruned" in line]
-    assert len(lines) >= before + 10
+    lines = lines[before:]
+    assert len(lines) >= 10
     assert all(re.match(r"\[.*\] STEP pruned rid='/\w+", line) for line in lines)
     assert max(map(len, lines)) < 700
     assert "\n[2030" not in text and "\x1b[31m" not in text

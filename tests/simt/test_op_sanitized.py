@@ -39,6 +39,7 @@ def samples() -> list[Sample]:
             boundary_share=0.9,
             think_end=seed % 2 == 0,
             not_finite=0.1,
+            row_index=seed % 4 > 0,
         )
         for seed in range(12)
     ]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from step_sglang.groups import GroupRegistry
 from step_sglang.patches import guard as module
+from step_sglang.patches.forward import StepHostOutput
 from step_sglang.patches.guard import guard
 
 
@@ -76,3 +80,16 @@ def test_while_a_graph_is_captured_the_server_must_not_start(monkeypatch) -> Non
     monkeypatch.setattr(module.torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ValueError, match="op"), guard("scoring"):
         raise ValueError("op")
+
+
+def test_a_score_that_cannot_be_recorded_costs_the_others_nothing() -> None:
+    groups = GroupRegistry()
+    traces = [groups.join("g", step_scores=True) for _ in range(3)]
+    traces[1].step_scores = ()  # type: ignore[assignment]  # takes no score
+    values = torch.tensor([[0.25, 0.25], [0.5, 0.5], [0.75, 0.75]])
+    output = StepHostOutput(values, hidden=None, kept=None, owners=(), confidences=None)
+    reqs = [SimpleNamespace(step_trace=trace, output_ids=[7, 8]) for trace in traces]
+    output.consume(SimpleNamespace(reqs=reqs), [SimpleNamespace(output_index=2)] * 3)
+    assert [traces[i].step_scores for i in (0, 2)] == [[0.25], [0.75]]
+    assert [traces[i].positions for i in (0, 2)] == [[1], [1]]
+    assert module.counts() == {"scoring": 1}

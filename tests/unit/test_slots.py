@@ -1,0 +1,80 @@
+"""The op's per-slot state: what a reset leaves in a slot, and in the others."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from step_sglang.boundary import bitmap
+from step_sglang.op import HIDDEN_UNITS, NUM_STEPS, SCORE_FROM, SCORE_SUM, THINKING
+from step_sglang.scorer import Scorer
+from step_sglang.slots import NEVER, SlotReset, SlotState
+
+
+def make_state(num_slots: int, capture: torch.dtype | None = None) -> SlotState:
+    g = torch.Generator().manual_seed(0)
+    scorer = Scorer(
+        torch.randn(HIDDEN_UNITS, 16, generator=g),
+        torch.zeros(HIDDEN_UNITS),
+        torch.randn(HIDDEN_UNITS, generator=g) / HIDDEN_UNITS,
+        torch.zeros(1),
+    )
+    return SlotState(num_slots, scorer, bitmap([5]), 9, torch.device("cpu"), capture)
+
+
+def contents(state: SlotState, slot: int) -> tuple[int, int, float, int]:
+    sums = state.table[SCORE_SUM].view(torch.float32)
+    rows = (state.table[SCORE_FROM], state.table[THINKING], sums, state.table[NUM_STEPS])
+    first, thinking, score_sum, num_steps = (row[slot].item() for row in rows)
+    return int(first), int(thinking), float(score_sum), int(num_steps)
+
+
+FRESH = (NEVER, 1, 0.0, 0)
+
+
+def test_a_reset_sets_its_slots_and_no_other() -> None:
+    state = make_state(5)
+    state.reset([SlotReset(3, 7, 1.7, 3, thinking=False), SlotReset(1, score_from=2)])
+    assert contents(state, 3) == (7, 0, torch.tensor(1.7).item(), 3)
+    assert contents(state, 1) == (2, 1, 0.0, 0)
+    assert [contents(state, slot) for slot in (0, 2, 4)] == [FRESH] * 3
+    state.reset([SlotReset(3)])
+    assert contents(state, 3) == FRESH
+    state.reset([])
+
+
+def test_it_does_not_depend_on_the_default_dtype() -> None:
+    """SGLang changes it while it loads a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        state = make_state(2)
+        state.reset([SlotReset(1, 4, 1.7, 2)])
+    finally:
+        torch.set_default_dtype(before)
+    assert contents(state, 1) == (4, 1, torch.tensor(1.7).item(), 2)
+
+
+def test_scores_go_on_from_a_reset() -> None:
+    state = make_state(3)
+    state.reset([SlotReset(2, 4, 1.5, 3)])
+    hidden = torch.randn(2, 16)
+    args = (torch.tensor([0, 2]), torch.tensor([5, 5]), torch.tensor([6, 6]))
+    state.score(hidden, None, *args)
+    (unscored, nothing), (score, total) = state.results(2).tolist()
+    assert math.isnan(unscored) and nothing == 0.0  # slot 0 is nobody's
+    assert 0 < score < 1 and abs(total - 1.5 - score) < 1e-6
+    assert contents(state, 2)[3] == 4
+
+
+def test_hidden_states_are_kept_of_each_requests_last_token() -> None:
+    state = make_state(4, capture=torch.float32)
+    hidden = torch.randn(5, 16)
+    ids = torch.tensor([1] * 5)
+    state.score(hidden, torch.tensor([4, 1]), torch.tensor([1, 2]), ids, ids)
+    kept = state.last_hidden(2)
+    assert kept is not None and torch.equal(kept, hidden[[4, 1]])
+    state.score(hidden[:3], None, torch.tensor([1, 2, 3]), ids[:3], ids[:3])
+    kept = state.last_hidden(3)
+    assert kept is not None and torch.equal(kept, hidden[:3])
