@@ -16,7 +16,7 @@
 namespace {
 
 constexpr int32_t kUnitsPerPass = 16;  // units of W1 that meet a tile of rows before the next tile
-constexpr int32_t kBlockBytes = 4096;  // of each of 4 rows, so that they stay in the nearest cache
+constexpr int32_t kBlockBytes = 5120;  // of each of 4 rows: with the weights they fill 32 KiB
 constexpr int kParts = 2;              // sums per product: a chain of one would wait for itself
 
 // Adds elements begin..end-1 to the sums of U units and R rows. `part` keeps the sums between
