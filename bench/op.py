@@ -167,13 +167,25 @@ class Call:
         self.num_steps.index_add_(0, slots, torch.ones_like(slots, dtype=torch.int32))
 
 
+def torch_openmp() -> str:
+    """The OpenMP library that torch runs its threads with.
+
+    A reader with another one would have threads of its own, and those that wait for work spin: each
+    library's would take the cores from the other's.
+    """
+    maps = Path("/proc/self/maps").read_text().split()
+    return next(word for word in maps if Path(word).name.startswith(("libgomp", "libiomp")))
+
+
 def stream_reader() -> Callable[[Tensor], None]:
-    """A function that reads every byte of a CPU tensor with torch's number of threads."""
+    """A function that reads every byte of a CPU tensor with torch's threads."""
     folder = Path(tempfile.mkdtemp())
     (folder / "read.c").write_text(STREAM_READ)
-    command = [os.environ.get("CC", "gcc"), "-O3", "-mavx2", "-fopenmp", "-shared", "-fPIC"]
-    subprocess.run([*command, str(folder / "read.c"), "-o", str(folder / "read.so")], check=True)
-    function = ctypes.CDLL(str(folder / "read.so")).stream_read_threads
+    compiler = [os.environ.get("CC", "gcc"), "-O3", "-mavx2", "-fPIC"]
+    source, obj, library = (str(folder / f"read.{end}") for end in ("c", "o", "so"))
+    subprocess.run([*compiler, "-fopenmp", "-c", source, "-o", obj], check=True)
+    subprocess.run([*compiler, "-shared", obj, torch_openmp(), "-o", library], check=True)
+    function = ctypes.CDLL(library).stream_read_threads
     function.argtypes = [ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int]
     function.restype = ctypes.c_longlong
     return lambda t: function(t.data_ptr(), t.numel() * t.itemsize, torch.get_num_threads())
