@@ -1,7 +1,8 @@
 """Decode-step time of a real CPU server: STEP off, on but unused, and on with every trace scored.
 
-The three servers stand side by side and take turns within one run, so that whatever else the
-machine does hits them alike. Prints a table of medians and ratios, and JSON with --json.
+The servers stand side by side and take turns within one run, in both orders, so that whatever
+else the machine does hits them alike. Prints medians and ratios, of the time and of the processor
+time of all processes of the server, which other work disturbs less; and JSON with --json.
 
     python bench/step_overhead.py --hidden 1024 --layers 4 --batch 16
 """
@@ -19,6 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -52,18 +54,28 @@ def build_model(folder: Path, hidden: int, layers: int) -> Path:
     return folder
 
 
-def step_time(server: Server, batch: int, tokens: int, step: Any) -> float:
-    """Milliseconds per decode step of a batch that decodes together, its short prefill included."""
+def processor_time(server: Server) -> float:
+    """Seconds that all processes of a server have computed."""
+    root = psutil.Process(server.process.pid)
+    times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
+
+
+def step_time(server: Server, batch: int, tokens: int, step: Any) -> tuple[float, float]:
+    """Milliseconds per decode step, and of processor time, of a batch that decodes together.
+
+    Its short prefill is included.
+    """
     params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
     body = {
         "input_ids": [PROMPT] * batch,
         "sampling_params": {**params, "custom_params": {"step": step}},
     }
-    started = time.perf_counter()
+    computed, started = processor_time(server), time.perf_counter()
     answers = server.generate(**body)
     elapsed = time.perf_counter() - started
     assert all(a["meta_info"]["completion_tokens"] == tokens for a in answers)
-    return elapsed / tokens * 1e3
+    return elapsed / tokens * 1e3, (processor_time(server) - computed) / tokens * 1e3
 
 
 def main() -> None:
@@ -102,26 +114,35 @@ def main() -> None:
             "on, unused": (on, None),
             "on, all scored": (on, True),
         }
-        times: dict[str, list[float]] = {case: [] for case in cases}
+        times: dict[str, list[tuple[float, float]]] = {case: [] for case in cases}
         for round_number in range(options.rounds + 1):
-            for case, (server, step) in cases.items():
+            order = list(cases.items())
+            for case, (server, step) in order if round_number % 2 else reversed(order):
                 measured = step_time(server, options.batch, options.tokens, step)
                 if round_number:  # the first round warms up
                     times[case].append(measured)
     report(options, times)
 
 
-def report(options: argparse.Namespace, times: dict[str, list[float]]) -> None:
-    """Print medians, and the median of the per-round ratios to `off`."""
+def report(options: argparse.Namespace, times: dict[str, list[tuple[float, float]]]) -> None:
+    """Print medians, the median of the per-round ratios to `off`, and the ratio of the sums."""
     rows = {}
     print(f"\n$ python {' '.join(sys.argv)}")
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
-    print(f"{'':16}{'ms/step':>10}{'ratio':>9}{'quartiles of the ratio':>26}")
+    print(f"{'':16}{'ms/step':>10}{'ratio':>9}{'quartiles':>18}{'cpu ms/step':>13}{'ratio':>9}")
+    base = [wall for wall, _ in times["off"]]
+    base_cpu = statistics.mean(cpu for _, cpu in times["off"])
     for case, values in times.items():
-        ratios = [value / base for value, base in zip(values, times["off"], strict=True)]
+        ratios = [wall / other for (wall, _), other in zip(values, base, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if case != "off" else (1, 1, 1)
-        rows[case] = {"ms": statistics.median(values), "ratio": middle, "low": low, "high": high}
-        print(f"{case:16}{rows[case]['ms']:>10.3f}{middle:>9.3f}{f'{low:.3f} to {high:.3f}':>26}")
+        wall = statistics.median(wall for wall, _ in values)
+        # Ticks of 10 ms: only many measurements together say something.
+        cpu = statistics.mean(cpu for _, cpu in values)
+        rows[case] = {"ms": wall, "ratio": middle, "low": low, "high": high, "cpu_ms": cpu}
+        between = f"{low:.3f} to {high:.3f}"
+        print(
+            f"{case:16}{wall:>10.3f}{middle:>9.3f}{between:>18}{cpu:>13.3f}{cpu / base_cpu:>9.3f}"
+        )
     if options.json:
         shown = {key: str(value) for key, value in vars(options).items()}
         options.json.write_text(json.dumps({"options": shown, "rows": rows, "raw": times}))
