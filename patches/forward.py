@@ -142,8 +142,10 @@ def logits_forward(
 
 
 def _score(active: _Active, hidden_states: torch.Tensor, forward: Any) -> None:
-    if hidden_states.device.type == "cpu" and not active.groups.num_live:
-        return  # on a GPU this pass may be captured, and replayed with traces in it
+    # A pass that is captured or compiled may be replayed with traces in it.
+    replayable = hidden_states.device.type != "cpu" or torch.compiler.is_compiling()
+    if not replayable and not active.groups.num_live:
+        return
     if forward.forward_mode.is_decode():
         rows = None
     elif forward.forward_mode.is_extend():
