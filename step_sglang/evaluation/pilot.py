@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from step_sglang import files
 from step_sglang.answers import extract_boxed
 from step_sglang.client.sources import UrlSource
 from step_sglang.evaluation.asking import Session
@@ -64,10 +65,8 @@ def measured_lengths(
             raise BenchError(f"{file} is unusable ({error}): remove it") from error
     with served(Serving(None, Memory()), model, 256, folder / "server.log") as live:
         found = asyncio.run(_sample(live.url, jobs[:_QUESTIONS], sampling, suffix))
-    partial = file.with_name(file.name + ".partial")
     try:
-        partial.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
-        partial.replace(file)
+        files.write(file, (json.dumps(asdict(found)) + "\n").encode())
     except OSError as error:
         raise BenchError(f"writing to {folder} failed: {error.strerror}") from error
     return found

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from step_sglang import words
+from step_sglang import files, words
 from step_sglang.evaluation.asking import Graded
 from step_sglang.evaluation.errors import BenchError, ReplayError
 from step_sglang.evaluation.methods import Asked
@@ -113,16 +112,10 @@ def write_group(folder: Path, group: RecordedGroup) -> None:
     lines = [head, *(asdict(trace) for trace in group.traces)]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     file = folder / TRACES / f"{group.question}-{len(group.traces)}-{group.repeat}.jsonl.gz"
-    partial = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(exist_ok=True)
-        with partial.open("wb") as sink:
-            sink.write(gzip.compress(text.encode(), 6))
-            sink.flush()
-            os.fsync(sink.fileno())
-        partial.replace(file)
+        files.write(file, gzip.compress(text.encode(), 6))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise BenchError(f"writing to {folder} failed: {error.strerror}") from error
 
 
