@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer
 from step_sglang.reasoner import model_path
 from step_sglang.toolchain.records import QuestionResult, Steps, StoreMeta, TraceRecord
 from step_sglang.toolchain.store import Writer
+from tests import stand_in
 
 D = 16
 
@@ -147,9 +147,9 @@ def fake_server(model: str, d: int = 128) -> Iterator[FakeServer]:
     """Serve /model_info and /generate on a free port."""
     state, generator, lock = FakeServer(), Generator(d), threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(stand_in.Handler):
         def do_GET(self) -> None:
-            self._answer(200, {"model_path": model})
+            self.answer({"model_path": model})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -160,30 +160,9 @@ def fake_server(model: str, d: int = 128) -> Iterator[FakeServer]:
                 state.bodies.append(body)
                 prompt = generator.tokenizer.decode(body["input_ids"])
                 if state.refuse is not None and state.refuse in prompt:
-                    self._answer(400, {"message": "the prompt is too long"})
+                    self.answer({"message": "the prompt is too long"}, 400)
                     return
-                self._answer(200, [state.tamper(part) for part in generator.generate(body)])
+                self.answer([state.tamper(part) for part in generator.generate(body)])
 
-        def _answer(self, status: int, value: Any) -> None:
-            data = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            pass  # a client that gives up is part of the tests
-
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with stand_in.serving(Handler) as state.url:
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -16,6 +13,7 @@ from typer.testing import CliRunner
 from step_sglang.cli import app
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.results import load_results
+from tests.stand_in import Handler, serving
 
 LONG = "too long for the model"
 
@@ -34,9 +32,9 @@ class StandIn:
 def server() -> Iterator[StandIn]:
     state = StandIn()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answers(Handler):
         def do_GET(self) -> None:
-            self._json(
+            self.answer(
                 {
                     "model_path": "m",
                     "max_total_num_tokens": state.pool,
@@ -49,15 +47,15 @@ def server() -> Iterator[StandIn]:
             data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             body = json.loads(data) if data else {}
             if self.path == "/v1/tokenize":
-                self._json({"tokens": list(map(ord, body["messages"][0]["content"]))})
+                self.answer({"tokens": list(map(ord, body["messages"][0]["content"]))})
                 return
             if self.path != "/generate":
-                self._json({})
+                self.answer({})
                 return
             prompt = "".join(map(chr, body["input_ids"]))
             state.asked.append(prompt)
             if state.refuse and LONG in prompt:
-                self._json({"error": {"message": LONG}}, 400)
+                self.answer({"error": {"message": LONG}}, 400)
                 return
             self.send_response(200)
             self.end_headers()
@@ -67,24 +65,8 @@ def server() -> Iterator[StandIn]:
                 self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
             self.wfile.write(b"data: [DONE]\n\n")
 
-        def _json(self, value: Any, status: int = 200) -> None:
-            data = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    stand_in = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=stand_in.serve_forever, daemon=True).start()
-    state.url = f"http://127.0.0.1:{stand_in.server_port}"
-    try:
+    with serving(Answers) as state.url:
         yield state
-    finally:
-        stand_in.shutdown()
-        stand_in.server_close()
 
 
 def bench(server: StandIn, folder: Path, *more: str) -> tuple[BaseException | None, str]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from step_sglang.client.errors import ServerError
 from step_sglang.client.sources import UrlSource
+from tests.stand_in import Handler, serving
 
 # JSON may hold the first three as they are; a program that reads lines may end one at each.
 TEXTS = ["one\u2028two", "three\u2029four", "five\u0085six", "seven\x1c\x0beight", "nine\r\nten"]
@@ -23,7 +22,7 @@ TEXTS = ["one\u2028two", "three\u2029four", "five\u0085six", "seven\x1c\x0beight
 def streaming(data: bytes, size: int) -> Iterator[str]:
     """A server that answers everything with ``data``, in pieces of ``size`` bytes."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Pieces(Handler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(200)
@@ -32,16 +31,8 @@ def streaming(data: bytes, size: int) -> Iterator[str]:
                 self.wfile.write(data[start : start + size])
                 self.wfile.flush()
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(Pieces) as url:
+        yield url
 
 
 def chunks(data: bytes, size: int) -> list[dict[str, Any]]:
