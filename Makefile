@@ -51,4 +51,4 @@ format: env
 	$(BIN)/clang-format -i $(NATIVE)
 
 clean:
-	rm -rf build dist *.egg-info step_sglang/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info step_sglang/scoring/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -112,7 +112,7 @@ class BuildLibraries(build_ext):
     """Compiles plain shared libraries: they register themselves with torch when loaded."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """step_sglang.step_cpu becomes step_sglang/libstep_cpu.so."""
+        """step_sglang.scoring.step_cpu becomes step_sglang/scoring/libstep_cpu.so."""
         package, _, name = fullname.rpartition(".")
         return str(Path(*package.split("."), f"lib{name}.so"))
 
@@ -185,7 +185,7 @@ def extensions() -> list[Extension]:
     if want_cuda():
         names["_cuda"] = CUDA_SOURCES
     return [
-        Extension(f"step_sglang.step{name}", [f"csrc/{source}" for source in sources])
+        Extension(f"step_sglang.scoring.step{name}", [f"csrc/{source}" for source in sources])
         for name, sources in names.items()
     ]
 

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from step_sglang.answers import equivalent, extract_boxed
 from step_sglang.reasoner import Question, model_path, questions, scorer_path
-from step_sglang.vote import Ballot, Tally, tally, weight_of
+from step_sglang.voting.answers import equivalent, extract_boxed
+from step_sglang.voting.tally import Ballot, Tally, tally, weight_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.server.launch import serve

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from step_sglang.early import cannot_change, change_probability, highest_weight
 from step_sglang.reasoner import scorer_path
-from step_sglang.scorer import load_scorer
-from step_sglang.toolchain.data import build_labels, score_steps
-from step_sglang.toolchain.fit import ScorerNetwork
-from step_sglang.toolchain.reader import Reader
-from step_sglang.toolchain.table import TraceTable
-from step_sglang.vote import Ballot, Poll, weight_of
+from step_sglang.scoring.scorer import load_scorer
+from step_sglang.training.data import build_labels, score_steps
+from step_sglang.training.fit import ScorerNetwork
+from step_sglang.training.reader import Reader
+from step_sglang.training.table import TraceTable
+from step_sglang.voting.early_stopping import cannot_change, change_probability, highest_weight
+from step_sglang.voting.tally import Ballot, Poll, weight_of
 
 VOTES = ("weighted", "majority", "best")
 
@@ -37,7 +37,7 @@ class Replayed:
     positions: np.ndarray  # [S] of its boundary tokens
     sums: np.ndarray  # [S] running sums of its step scores
 
-    def standing(self, time: int) -> tuple[float, int]:
+    def rank_key(self, time: int) -> tuple[float, int]:
         """Sum and number of the steps scored after ``time`` tokens."""
         steps = int(np.searchsorted(self.positions, time - 1))
         return (float(self.sums[steps - 1]) if steps else 0.0), steps
@@ -73,7 +73,7 @@ def replay(
         if not tallies and still:
             continue
         left = max_new_tokens - now
-        weights = [highest_weight(*t.standing(now), left, vote) for t in still]
+        weights = [highest_weight(*t.rank_key(now), left, vote) for t in still]
         exact = cannot_change(tallies, weights, vote)
         chance = 0.0 if exact else change_probability(tallies, len(still), vote)
         here = Stop(

@@ -3,8 +3,8 @@
     python bench/objectives.py STORE [--seeds 8]
 
 Each seed holds out its own questions. Figures are the AUC of the running mean within the question
-on the held-out ones; the logistic regression is the floor. STORE must not hold questions that a
-published figure is measured on.
+on the held-out ones; the logistic regression is the linear probe to beat. STORE must not
+hold questions that a published figure is measured on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from step_sglang.toolchain.evaluate import Evaluation
-from step_sglang.toolchain.fit import Recipe
-from step_sglang.toolchain.metrics import RUNNING_MEAN
-from step_sglang.toolchain.train import Shares, train_scorer
+from step_sglang.training.evaluate import Evaluation
+from step_sglang.training.fit import Recipe
+from step_sglang.training.metrics import RUNNING_MEAN
+from step_sglang.training.train import Shares, train_scorer
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
-FLOOR = "logistic regression"
+LINEAR_PROBE = "logistic regression"
 
 
 def within(found: Evaluation) -> list[float]:
@@ -38,14 +38,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    figures: dict[str, list[list[float]]] = {name: [] for name in (*options.objective, FLOOR)}
+    figures: dict[str, list[list[float]]] = {
+        name: [] for name in (*options.objective, LINEAR_PROBE)
+    }
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.seeds):
             for objective in options.objective:
                 recipe = Recipe(objective, seed=seed)
                 trained = train_scorer(options.store, Path(folder), recipe, Shares(0.2, 0.2))
                 figures[objective].append(within(trained.test))
-            figures[FLOOR].append(within(trained.floor))
+            figures[LINEAR_PROBE].append(within(trained.linear_probe))
             shown = {name: [round(v, 3) for v in rows[-1]] for name, rows in figures.items()}
             print(f"seed {seed}: {shown}", flush=True)
     print(f"{'mean over seeds at':20}", *(f"{f:>7.0%}" for f in FRACTIONS))

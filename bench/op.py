@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from step_sglang import op
+from step_sglang.scoring import op
 
 ROWS = 64
 VOCAB = 151_936

@@ -62,7 +62,7 @@ def processor_time(server: Server) -> float:
 
 
 def step_time(server: Server, batch: int, tokens: int, step: Any) -> tuple[float, float]:
-    """Milliseconds per decode step, and of processor time, of a batch that decodes together.
+    """Milliseconds per decode step, and of CPU time, of a batch that decodes together.
 
     Its short prefill is included.
     """

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from step_sglang.toolchain.fit import Recipe
-from step_sglang.toolchain.metrics import RUNNING_MEAN
-from step_sglang.toolchain.records import QuestionResult, Steps, StoreMeta, TraceRecord
-from step_sglang.toolchain.store import Writer
-from step_sglang.toolchain.train import train_scorer
+from step_sglang.training.fit import Recipe
+from step_sglang.training.metrics import RUNNING_MEAN
+from step_sglang.training.records import QuestionResult, Steps, StoreMeta, TraceRecord
+from step_sglang.training.store import Writer
+from step_sglang.training.train import train_scorer
 
 
 def make_store(folder: Path, steps: int, width: int, n: int, per_trace: int) -> None:
@@ -71,7 +71,7 @@ def main() -> None:
             print(
                 f"{objective}: fit {trained.fitted.seconds:.0f} s for "
                 f"{len(trained.fitted.history)} epochs, all {time.monotonic() - started:.0f} s "
-                f"({time.process_time() - cpu:.0f} s of processor time), "
+                f"({time.process_time() - cpu:.0f} s of CPU time), "
                 f"peak memory {peak_mb()} MB ({before} before), within-question AUC {within:.3f}",
                 flush=True,
             )

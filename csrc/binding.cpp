@@ -185,7 +185,7 @@ void run(step::Params& params, const Tensor& hidden, const Tensor& workspace) {
     STD_TORCH_CHECK(workspace.size(0) >= step::workspace_size(params.num_rows),
                     "step_score_: workspace must have at least ",
                     step::workspace_size(params.num_rows), " elements for ", params.num_rows,
-                    " rows (step_sglang.op.workspace_size), found ", workspace.size(0));
+                    " rows (step_sglang.scoring.op.workspace_size), found ", workspace.size(0));
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(params.w1) % 16 == 0,
                     "step_score_: w1 must start at a multiple of 16 bytes, found address ",
                     reinterpret_cast<uintptr_t>(params.w1));

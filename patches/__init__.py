@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 
-from step_sglang import words
+from step_sglang import protocol
 
 
 def register() -> None:
@@ -22,7 +22,7 @@ def register() -> None:
     """
     from step_sglang.patches import flags, hooks, preflight
 
-    child = words.HOOKS_ENV in os.environ and multiprocessing.parent_process() is not None
+    child = protocol.HOOKS_ENV in os.environ and multiprocessing.parent_process() is not None
     if child and "sglang.srt.managers.scheduler" in sys.modules:
         try:
             hooks.register(hooks.SCHEDULER)

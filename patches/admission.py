@@ -9,13 +9,13 @@ from functools import cached_property, lru_cache, partial
 from math import inf
 from typing import Any
 
-from step_sglang import words
+from step_sglang import protocol
 from step_sglang.patches.guard import guard
-from step_sglang.patches.pruning import Round, own_tokens
-from step_sglang.patches.scheduler import SchedulerStep, state_of, trace_of
+from step_sglang.patches.pruning import PruningRound, own_tokens
+from step_sglang.patches.state import SchedulerStep, state_of, trace_of
 
 
-@guard(words.IN_ADMISSION)
+@guard(protocol.IN_ADMISSION)
 def add_request_to_queue(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``Scheduler._add_request_to_queue``: try it, though others did not fit before."""
     state = state_of(scheduler)
@@ -23,7 +23,7 @@ def add_request_to_queue(result: None, scheduler: Any, req: Any, *args: Any, **k
         scheduler.running_batch.batch_is_full = False
 
 
-@guard(words.IN_ADMISSION)
+@guard(protocol.IN_ADMISSION)
 def get_new_batch_prefill(scheduler: Any, running_batch: Any) -> None:
     """BEFORE ``Scheduler.get_new_batch_prefill``: nobody waits behind a group that has to.
 
@@ -71,7 +71,7 @@ def _step_adder(base: Any, scheduler: Any) -> type:
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     state = _enabled(scheduler)
-    makes_room, begin_room = state.config.makes_room, partial(_Room, scheduler, state)
+    makes_room, begin_room = state.config.makes_room, partial(PrefillReclaimer, scheduler, state)
 
     class StepPrefillAdder(base):  # type: ignore[misc]
         def _get_running_request_total_token_offset(self, req: Any) -> Any:
@@ -146,7 +146,7 @@ def _enabled(scheduler: Any) -> SchedulerStep:
     return state
 
 
-class _Room:
+class PrefillReclaimer:
     """Makes room for waiting requests in one pass of an adder.
 
     What prunable traces hold counts as free for the reservations of others: it can be had when it
@@ -157,17 +157,19 @@ class _Room:
         self._adder = adder
         # These end by themselves in this step; a waiting request may as well wait for their memory.
         self._finishing = scheduler._reqs_finishing_inflight(adder.running_batch)
-        self._begin_round = partial(Round, scheduler, state, adder.running_batch, self._finishing)
+        self._begin_round = partial(
+            PruningRound, scheduler, state, adder.running_batch, self._finishing
+        )
 
     @cached_property
-    def _round(self) -> Round:
+    def _round(self) -> PruningRound:
         return self._begin_round()
 
     @contextmanager
     def credit(self) -> Iterator[None]:
         """Let the adder see what pruning can free as free."""
         budget, credit = self._adder.memory_budget, 0
-        with guard(words.IN_ADMISSION):
+        with guard(protocol.IN_ADMISSION):
             credit = self._round.candidates.reclaimable()
         budget.total_offset -= credit
         try:
@@ -204,10 +206,10 @@ class _Room:
                 return False
             short = need - adder.cur_rem_tokens + 1
             if short > self._coming_free():
-                claim = inf  # nobody gives for it
-                with guard(words.IN_ADMISSION):
-                    claim = self._claim(req, need)
-                self._round.prune_for(claim, short)
+                kv_share = inf  # nobody gives for it
+                with guard(protocol.IN_ADMISSION):
+                    kv_share = self._kv_share(req, need)
+                self._round.prune_for(kv_share, short)
             return bool(adder.cur_rem_tokens > need)
 
     def _coming_free(self) -> int:
@@ -226,7 +228,7 @@ class _Room:
         with self.credit():
             return bool(need + future < self._adder.rem_total_tokens)
 
-    def _claim(self, req: Any, need: int) -> float:
+    def _kv_share(self, req: Any, need: int) -> float:
         """KV tokens per weight that the request's group would hold with it."""
         trace = trace_of(req)
         if trace is None or not trace.group.for_memory:

@@ -11,9 +11,9 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
-from step_sglang import words
+from step_sglang import protocol
 from step_sglang.errors import RequestError
-from step_sglang.request import check_group_id
+from step_sglang.pruning.request import check_group_id
 
 _SERVER = "sglang.srt.entrypoints.http_server"
 _LOOK_AGAIN = 0.05  # seconds
@@ -23,23 +23,23 @@ def add_endpoint() -> None:
     """Add the endpoint to SGLang's HTTP server, if this process runs one."""
     server = sys.modules.get(_SERVER)
     if server is None or any(
-        getattr(route, "path", "") == words.ABORT_GROUP_PATH for route in server.app.routes
+        getattr(route, "path", "") == protocol.ABORT_GROUP_PATH for route in server.app.routes
     ):
         return
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
     # Who may abort requests may abort groups.
     endpoint = auth_level(AuthLevel.ADMIN_OPTIONAL)(abort_group)
-    server.app.add_api_route(words.ABORT_GROUP_PATH, endpoint, methods=["POST"])
+    server.app.add_api_route(protocol.ABORT_GROUP_PATH, endpoint, methods=["POST"])
 
 
 async def abort_group(request: Request) -> JSONResponse:
     """Abort a group; answers when none of its requests is left."""
     try:
         body = json.loads(await request.body())
-        if not isinstance(body, dict) or set(body) != {words.GROUP}:
+        if not isinstance(body, dict) or set(body) != {protocol.GROUP}:
             raise RequestError('the body must be an object such as {"group": "q1"}')
-        group = check_group_id(body[words.GROUP], words.GROUP)
+        group = check_group_id(body[protocol.GROUP], protocol.GROUP)
     except (RequestError, ValueError, RecursionError) as error:
         message = str(error) if isinstance(error, RequestError) else "the body is not JSON"
         return JSONResponse({"error": {"message": message}}, status_code=400)
@@ -53,7 +53,7 @@ async def abort_group(request: Request) -> JSONResponse:
         if await request.is_disconnected():
             break
         await asyncio.sleep(_LOOK_AGAIN)
-    return JSONResponse({words.GROUP: group, words.ABORTED: len(aborted)})
+    return JSONResponse({protocol.GROUP: group, protocol.ABORTED: len(aborted)})
 
 
 def _members(manager: Any, group: str) -> set[str]:
@@ -64,8 +64,8 @@ def _group(obj: Any, rid: str) -> str | None:
     """The group of a request that the tokenizer manager holds; its own id if it named none."""
     params = getattr(obj, "sampling_params", None)
     custom = params.get("custom_params") if isinstance(params, Mapping) else None
-    value = custom.get(words.REQUEST_KEY) if isinstance(custom, Mapping) else None
+    value = custom.get(protocol.REQUEST_KEY) if isinstance(custom, Mapping) else None
     if value is None or value is False:
         return None
-    named = value.get(words.GROUP) if isinstance(value, Mapping) else None
+    named = value.get(protocol.GROUP) if isinstance(value, Mapping) else None
     return rid if named is None else named

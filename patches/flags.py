@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from step_sglang import words
+from step_sglang import protocol
 from step_sglang.config import StepConfig, add_cli_arguments, take_options
 from step_sglang.errors import ConfigError, StepError
 from step_sglang.patches import contract, hooks, preflight
@@ -79,5 +79,5 @@ def _enable(server_args: Any, config: StepConfig, *, from_cli: bool) -> None:
     hooks.install(hooks.TOKENIZER)
     if from_cli:
         hooks.install(hooks.HTTP)
-    os.environ[words.HOOKS_ENV] = "1"
+    os.environ[protocol.HOOKS_ENV] = "1"
     attach(server_args, config, from_cli=from_cli)

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from step_sglang import words
-from step_sglang.capture import Capture
-from step_sglang.confidence import token_confidences
-from step_sglang.groups import GroupRegistry
-from step_sglang.metrics import StepMetrics
+from step_sglang import protocol
 from step_sglang.patches.guard import guard
-from step_sglang.slots import SlotReset, SlotState
+from step_sglang.patches.state import trace_of
+from step_sglang.pruning.groups import GroupRegistry
+from step_sglang.pruning.metrics import StepMetrics
+from step_sglang.scoring.capture import Capture
+from step_sglang.scoring.confidence import token_confidences
+from step_sglang.scoring.slots import SlotReset, SlotState
 
 
 @dataclass
@@ -63,7 +64,7 @@ def forward_batch_generation(worker: Any, batch: Any, *args: Any, **kwargs: Any)
     _active.lost = False
     if batch is None or not batch.forward_mode.is_extend():
         return
-    with guard(words.IN_SCORING) as beginning:
+    with guard(protocol.IN_SCORING) as beginning:
         _begin(_active, batch)
     if beginning.failed:
         for req in _starting(batch):
@@ -86,7 +87,6 @@ def _begin(active: _Active, batch: Any) -> None:
 
 
 def _slot_reset(req: Any, slots: SlotState) -> SlotReset:
-    from step_sglang.patches.scheduler import trace_of
 
     trace = trace_of(req)
     if trace is None or (trace.capture is not None and trace.capture.prompt_tokens is not None):
@@ -105,7 +105,6 @@ def _slot_reset(req: Any, slots: SlotState) -> SlotReset:
 
 
 def _prefilled_rows(batch: Any, slots: SlotState) -> _PrefilledRows | None:
-    from step_sglang.patches.scheduler import trace_of
 
     rows: list[int] = []
     owners: list[tuple[Capture, int]] = []
@@ -135,7 +134,7 @@ def logits_forward(
 
     if _active is None or not isinstance(logits_metadata, ForwardBatch):
         return
-    with guard(words.IN_SCORING) as scoring:
+    with guard(protocol.IN_SCORING) as scoring:
         _score(_active, hidden_states, logits_metadata)
     if scoring.failed:
         _active.lost = _active.missed_any = True
@@ -168,7 +167,7 @@ def sample(
     if _active is None or not _active.groups.num_live or not (mode.is_decode() or mode.is_extend()):
         return original(runner, logits_output, forward_batch)
     confidences = None
-    with guard(words.IN_SCORING):
+    with guard(protocol.IN_SCORING):
         confidences = _confidences(_active.groups, logits_output.next_token_logits)
     tokens = original(runner, logits_output, forward_batch)
     _append_output(logits_output, forward_batch.batch_size, confidences)
@@ -185,7 +184,7 @@ def _append_output(logits_output: Any, batch: int, confidences: Confidences | No
 
     assert _active is not None
     output = None
-    with guard(words.IN_SCORING):
+    with guard(protocol.IN_SCORING):
         output = _results(_active, batch, confidences)
     if output is None:
         return
@@ -260,7 +259,7 @@ class StepHostOutput:
         A request without a commit was retracted, pruned or finished meanwhile, or is in the
         middle of its prompt: then the device's value is not the trace's.
         """
-        with guard(words.IN_SCORING):
+        with guard(protocol.IN_SCORING):
             self._record(batch, commits)
         if _active is not None and _active.groups.watched:
             self._show_tokens(_active.groups, batch, commits)
@@ -270,14 +269,13 @@ class StepHostOutput:
         ended = (values[:, 0] == values[:, 0]).nonzero()[0]  # NaN is unequal to itself
         for i in ended.tolist():
             if commits[i] is not None:
-                with guard(words.IN_SCORING):  # one that fails costs the others nothing
+                with guard(protocol.IN_SCORING):  # one that fails costs the others nothing
                     self._record_step(i, batch.reqs[i], commits[i])
         for row, (capture, position) in enumerate(self.owners):
             assert self.kept is not None
             capture.keep_prefilled(position, self.kept[row].clone())
 
     def _record_step(self, row: int, req: Any, commit: Any) -> None:
-        from step_sglang.patches.scheduler import trace_of
 
         trace = trace_of(req)
         # The pass consumed the token before the one it made visible.
@@ -291,21 +289,20 @@ class StepHostOutput:
         # Summed here: the device's sum would hold steps whose results were lost.
         trace.record(score, trace.score_sum + score, position)
         if _active is not None and _active.metrics is not None:
-            with guard(words.IN_METRICS):
+            with guard(protocol.IN_METRICS):
                 _active.metrics.step_scored(score)
         if trace.capture is not None and self.hidden is not None:
             trace.capture.rows.append(self.hidden[row].clone())
 
     def _show_tokens(self, groups: GroupRegistry, batch: Any, commits: Sequence[Any]) -> None:
         """Show the tokens to those who watch them, and end the traces that they name."""
-        from step_sglang.patches.scheduler import trace_of
 
         now = time.time()
         for row, (req, commit) in enumerate(zip(batch.reqs, commits, strict=True)):
             trace = trace_of(req)
             if trace is None or commit is None or not trace.watches_tokens:
                 continue
-            with guard(words.IN_SCORING):
+            with guard(protocol.IN_SCORING):
                 known = self.confidences
                 confidence = math.nan if known is None else known.of(row, trace.top_k)
                 for token in commit.token_ids:
@@ -325,7 +322,7 @@ def _step_unscored() -> None:
     assert _active is not None
     _active.steps_unscored += 1
     if _active.metrics is not None:
-        with guard(words.IN_METRICS):
+        with guard(protocol.IN_METRICS):
             _active.metrics.step_unscored()
 
 

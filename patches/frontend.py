@@ -17,7 +17,7 @@ from typing import Any
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 
-from step_sglang import words
+from step_sglang import protocol
 
 _MAX_PROGRAMS = 4096  # that are told apart at a time
 _ENDED = "step_ended"  # on a fork's executor: the information of its last gen
@@ -69,11 +69,11 @@ class StepEndpoint(RuntimeEndpoint):
     def _as_trace(self, s: Any, params: Any) -> Any:
         """The parameters, naming group and trace; the endpoint asks them what to send."""
         named = copy.copy(params)
-        step = {words.GROUP: self._group(s), words.TRACE: s.sid}
+        step = {protocol.GROUP: self._group(s), protocol.TRACE: s.sid}
 
         def to_srt_kwargs() -> dict[str, Any]:
             kwargs = type(named).to_srt_kwargs(named)
-            return {**kwargs, "custom_params": {words.REQUEST_KEY: step}}
+            return {**kwargs, "custom_params": {protocol.REQUEST_KEY: step}}
 
         named.to_srt_kwargs = to_srt_kwargs
         return named

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from step_sglang.boundary import THINK_END, boundary_ids, think_end_id
 from step_sglang.config import DEFAULT_DELIMITERS, StepConfig
 from step_sglang.errors import ConfigError, ScorerError, StepError
 from step_sglang.patches.endpoint import add_endpoint
 from step_sglang.patches.record import config_of, refuse
-from step_sglang.scorer import Scorer, blank_scorer, load_scorer
+from step_sglang.scoring.boundary import THINK_END, boundary_ids, think_end_id
+from step_sglang.scoring.scorer import Scorer, blank_scorer, load_scorer
 
 
 def refuse_diffusion_pipelines(argv: Sequence[str]) -> None:
@@ -141,7 +141,7 @@ def _check(server_args: Any, config: StepConfig) -> None:
 def _check_op(device: str) -> None:
     """Refuse to start without the op, before a scheduler is launched that would need it."""
     try:
-        from step_sglang.op import has_cuda
+        from step_sglang.scoring.op import has_cuda
     except (ImportError, OSError) as error:
         raise ConfigError(str(error)) from error
     kind = device.split(":", maxsplit=1)[0]

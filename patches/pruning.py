@@ -6,12 +6,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from step_sglang import words
-from step_sglang.errors import shown
-from step_sglang.groups import Fate, Group
+from step_sglang import protocol
+from step_sglang.errors import safe_repr
 from step_sglang.patches.guard import guard
-from step_sglang.patches.scheduler import SchedulerStep, state_of, trace_of
-from step_sglang.policy import Candidates, GroupView, TraceView
+from step_sglang.patches.state import SchedulerStep, state_of, trace_of
+from step_sglang.pruning.groups import Group, TraceStatus
+from step_sglang.pruning.policy import Candidates, GroupView, TraceView
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +24,11 @@ def update_running_batch(scheduler: Any, batch: Any) -> None:
     finishing = scheduler._reqs_finishing_inflight(batch)
     if state.groups.num_ending:
         _prune_ending(scheduler, state, batch, finishing)
-    chosen: Round | None = None
+    chosen: PruningRound | None = None
     while not batch.is_empty() and not _fits(batch, finishing):
         if finishing:
             return  # SGLang skips one decode step then: their memory comes free by itself
-        chosen = chosen or Round(scheduler, state, batch)
+        chosen = chosen or PruningRound(scheduler, state, batch)
         # One at a time: what a victim frees beyond its own pages, the next check tells exactly.
         if not chosen.prune_worst():
             return
@@ -56,7 +56,7 @@ def _prune_ending(
             _prune(scheduler, state, batch, req, method.REASON)
 
 
-class Round:
+class PruningRound:
     """The decisions of one scheduling step about one running batch.
 
     Args:
@@ -74,13 +74,13 @@ class Round:
         self._spared = set(spared)
         # Kept while requests leave: ranks exchange places in it, also after one chose otherwise.
         self._reqs = list(batch.reqs)
-        with guard(words.IN_PRUNING):
+        with guard(protocol.IN_PRUNING):
             _end_aborted(state, (*batch.reqs, *scheduler.waiting_queue))
         self._look()
 
     def _look(self) -> None:
         self.candidates = Candidates((), self._state.config)
-        with guard(words.IN_PRUNING):
+        with guard(protocol.IN_PRUNING):
             self.candidates = Candidates(
                 _views(self._reqs, self._page, self._spared), self._state.config
             )
@@ -88,17 +88,17 @@ class Round:
     def prune_worst(self) -> bool:
         """Prune one trace because the next decode step does not fit; False when none may be."""
         victim = None
-        with guard(words.IN_PRUNING) as choosing:
+        with guard(protocol.IN_PRUNING) as choosing:
             victim = self.candidates.take()
         victims = [] if victim is None else [victim]
-        return self._prune(victims, words.PRUNED_FOR_DECODE, choosing.failed)
+        return self._prune(victims, protocol.PRUNED_FOR_DECODE, choosing.failed)
 
-    def prune_for(self, claim: float, tokens: int) -> bool:
-        """Prune traces for a waiting request; see ``Candidates.take_for``."""
+    def prune_for(self, kv_share: float, tokens: int) -> bool:
+        """Prune traces for a waiting request; see ``Candidates.reclaim``."""
         victims: list[TraceView] = []
-        with guard(words.IN_PRUNING) as choosing:
-            victims = self.candidates.take_for(claim, tokens)
-        return self._prune(victims, words.PRUNED_FOR_ADMISSION, choosing.failed)
+        with guard(protocol.IN_PRUNING) as choosing:
+            victims = self.candidates.reclaim(kv_share, tokens)
+        return self._prune(victims, protocol.PRUNED_FOR_ADMISSION, choosing.failed)
 
     def _prune(self, victims: Sequence[TraceView], reason: str, failed: bool) -> bool:
         chosen = [victim.handle for victim in victims]
@@ -121,7 +121,7 @@ def _views(reqs: Sequence[Any], page: int, spared: set[Any]) -> list[GroupView]:
         if group.group_id not in members:
             members[group.group_id] = (group, [])
         length = len(req.output_ids)
-        view = TraceView(index, own_tokens(req, page), length, *trace.standing(length))
+        view = TraceView(index, own_tokens(req, page), length, *trace.rank_key(length))
         members[group.group_id][1].append(view)
     return [
         GroupView(
@@ -151,7 +151,7 @@ def _end_aborted(state: SchedulerStep, reqs: Sequence[Any]) -> None:
     for req in reqs:
         trace = trace_of(req)
         if trace is not None and req.to_finish is not None:
-            state.groups.end(trace, Fate.ABORTED)
+            state.groups.end(trace, TraceStatus.ABORTED)
 
 
 def _agree(scheduler: Any, victims: list[int]) -> list[int]:
@@ -182,9 +182,9 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
     trace = trace_of(req)
     assert trace is not None
     trace.reason = reason
-    state.groups.end(trace, Fate.PRUNED)
+    state.groups.end(trace, TraceStatus.PRUNED)
     score = "none" if trace.score is None else f"{trace.score:.4f}"
-    message = f"{words.PRUNED_MESSAGE}: trace score {score} after {trace.num_steps} steps"
+    message = f"{protocol.PRUNED_MESSAGE}: trace score {score} after {trace.num_steps} steps"
     # Before the release: a session keeps the row of a request that did not abort.
     req.finished_reason = FINISH_ABORT(message)
     allocator = batch.token_to_kv_pool_allocator
@@ -195,12 +195,12 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
     req.time_stats.set_completion_time()
     available = allocator.available_size()
     if state.metrics is not None:
-        with guard(words.IN_METRICS):
+        with guard(protocol.IN_METRICS):
             state.metrics.trace_pruned(reason, available - before)
     logger.info(
         "STEP pruned rid=%s group=%s score=%s steps=%d reason=%s tokens_freed=%d pool_used=%d/%d",
-        shown(req.rid, 80),
-        shown(trace.group.group_id, 300),
+        safe_repr(req.rid, 80),
+        safe_repr(trace.group.group_id, 300),
         score,
         trace.num_steps,
         reason,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from step_sglang import words
-from step_sglang.groups import Fate, GroupRegistry, Trace
-from step_sglang.metrics import StepMetrics
+from step_sglang import protocol
 from step_sglang.patches.guard import guard
-from step_sglang.patches.scheduler import state_of, trace_of
+from step_sglang.patches.state import state_of, trace_of
+from step_sglang.pruning.groups import GroupRegistry, Trace, TraceStatus
+from step_sglang.pruning.metrics import StepMetrics
 
 
 def get_output_streamer_class(base: type, scheduler: Any) -> type:
@@ -18,11 +18,15 @@ def get_output_streamer_class(base: type, scheduler: Any) -> type:
     return base if state is None else _step_streamer(base, state.groups, state.metrics)
 
 
-def _fate(req: Any) -> Fate:
-    return Fate.ABORTED if req.finished_reason.to_json()["type"] == "abort" else Fate.FINISHED
+def _status(req: Any) -> TraceStatus:
+    return (
+        TraceStatus.ABORTED
+        if req.finished_reason.to_json()["type"] == "abort"
+        else TraceStatus.FINISHED
+    )
 
 
-@guard(words.IN_RESPONSES)
+@guard(protocol.IN_RESPONSES)
 def _meta(trace: Trace) -> dict[str, Any]:
     return trace.meta()
 
@@ -39,17 +43,17 @@ def _step_streamer(base: Any, groups: GroupRegistry, metrics: StepMetrics | None
                 if not req.finished():
                     continue
                 if trace is not None:
-                    with guard(words.IN_RESPONSES):
-                        groups.end(trace, _fate(req))
+                    with guard(protocol.IN_RESPONSES):
+                        groups.end(trace, _status(req))
                 if metrics is not None and (trace or req.sampling_params.max_new_tokens):
-                    with guard(words.IN_METRICS):
+                    with guard(protocol.IN_METRICS):
                         waited = req.time_stats.queue_duration_s
                         metrics.request_waited(waited, is_trace=trace is not None)
             if any(traces):
-                fields[words.META_KEY] = [None if t is None else _meta(t) for t in traces]
+                fields[protocol.META_KEY] = [None if t is None else _meta(t) for t in traces]
             return fields
 
         def is_request_level_customized_info_key(self, key: str) -> bool:
-            return key == words.META_KEY or super().is_request_level_customized_info_key(key)
+            return key == protocol.META_KEY or super().is_request_level_customized_info_key(key)
 
     return StepOutputStreamer

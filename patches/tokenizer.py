@@ -6,13 +6,13 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from step_sglang import words
-from step_sglang.affinity import GroupIds, replica_of
+from step_sglang import protocol
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
 from step_sglang.patches.guard import guard
 from step_sglang.patches.record import config_of
-from step_sglang.request import (
+from step_sglang.pruning.affinity import GroupIds, replica_of
+from step_sglang.pruning.request import (
     StepRequest,
     check_group_size,
     declined,
@@ -49,39 +49,41 @@ def create_tokenized_object(result: Any, manager: Any, *args: Any, **kwargs: Any
     if config is None:
         return
     params = result.sampling_params
-    wishes = parse_request(getattr(params, "custom_params", None))
-    if wishes is None:
+    step_request = parse_request(getattr(params, "custom_params", None))
+    if step_request is None:
         return
-    check_group_size(wishes, params.n)
+    check_group_size(step_request, params.n)
     if (params.beam_width or 1) > 1:
         raise RequestError("custom_params.step does not work with beam search: drop one of them")
-    if wishes.hidden_states and not config.capture:
+    if step_request.hidden_states and not config.capture:
         raise RequestError(
             "custom_params.step.hidden_states needs a server started with --step-capture"
         )
-    _check_baseline(wishes, config, manager.server_args)
+    _check_baseline(step_request, config, manager.server_args)
     tokens = len(result.input_ids or ())
-    if wishes.prompt_tokens is not None and wishes.prompt_tokens > tokens:
+    if step_request.prompt_tokens is not None and step_request.prompt_tokens > tokens:
         raise RequestError(
-            f"custom_params.step.prompt_tokens is {wishes.prompt_tokens}, but the input has only "
-            f"{tokens} tokens"
+            f"custom_params.step.prompt_tokens is {step_request.prompt_tokens}, but the input has "
+            f"only {tokens} tokens"
         )
     replicas = manager.server_args.dp_size
-    if replicas > 1 and wishes.group is not None and result.routed_dp_rank is None:
-        result.routed_dp_rank = replica_of(wishes.group, replicas)
+    if replicas > 1 and step_request.group is not None and result.routed_dp_rank is None:
+        result.routed_dp_rank = replica_of(step_request.group, replicas)
 
 
-def _check_baseline(wishes: StepRequest, config: StepConfig, server_args: Any) -> None:
-    if wishes.baseline is None:
+def _check_baseline(step_request: StepRequest, config: StepConfig, server_args: Any) -> None:
+    if step_request.baseline is None:
         return
     where = "custom_params.step.baseline"
     if config.capture or config.policy == "paper":
         raise RequestError(
             f"{where} needs a server with --step-policy fair and without --step-capture"
         )
-    if not wishes.baseline.FOR_MEMORY and server_args.tp_size > 1:
+    if not step_request.baseline.FOR_MEMORY and server_args.tp_size > 1:
         # Ranks would have to agree after every step, on confidences that differ in the last bit.
-        raise RequestError(f"{where} {wishes.baseline.NAME!r} needs a server with --tp-size 1")
+        raise RequestError(
+            f"{where} {step_request.baseline.NAME!r} needs a server with --tp-size 1"
+        )
 
 
 def update_request_meta_info(
@@ -94,9 +96,9 @@ def update_request_meta_info(
     finish_reason: Any,
 ) -> None:
     """AROUND ``update_request_meta_info``: ours is one value per request, not one per token."""
-    others = {key: values for key, values in customized_info.items() if key != words.META_KEY}
+    others = {key: values for key, values in customized_info.items() if key != protocol.META_KEY}
     original(manager, meta_info, state, others, index, finish_reason)
-    with guard(words.IN_RESPONSES):
-        step = customized_info.get(words.META_KEY)
+    with guard(protocol.IN_RESPONSES):
+        step = customized_info.get(protocol.META_KEY)
         if step is not None and step[index] is not None:
-            meta_info[words.META_KEY] = step[index]
+            meta_info[protocol.META_KEY] = step[index]

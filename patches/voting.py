@@ -10,21 +10,21 @@ from typing import Any
 
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
-from step_sglang.judge import Judge
 from step_sglang.patches.record import config_of
-from step_sglang.voting import (
-    Progress,
+from step_sglang.voting.one_choice import (
+    VoteProgress,
     VoteRequest,
-    gathering_of,
     kept_alive,
     one_choice,
     parse_vote,
     run,
+    session_of,
     trace_params,
 )
+from step_sglang.voting.verifier import AnswerVerifier
 
 _PROGRESS = "step_progress"  # on the request object, which its HTTP handler holds too
-_judge = Judge()  # starts nothing until an answer needs it
+_verifier = AnswerVerifier()  # starts nothing until an answer needs it
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
 
@@ -34,7 +34,7 @@ def generate_request(original: Generate, manager: Any, obj: Any, request: Any = 
     config = config_of(manager.server_args)
     if config is None or not _wishes(obj, config):
         return original(manager, obj, request)
-    setattr(obj, _PROGRESS, Progress())
+    setattr(obj, _PROGRESS, VoteProgress())
     return _answers(original, manager, obj, request, config)
 
 
@@ -98,13 +98,13 @@ async def _answer(
         )
     inner.stream = True
     inner.sampling_params = trace_params(item.sampling_params, wish, config)
-    gathering = gathering_of(wish, _judge.same, _length_limit(wish, inner))
-    getattr(whole, _PROGRESS).gatherings.append(gathering)
+    session = session_of(wish, _verifier.same, _length_limit(wish, inner))
+    getattr(whole, _PROGRESS).sessions.append(session)
     chunks = original(manager, inner, request)
     connected = None if request is None else _connection(request, item.rid)
     check = partial(_raise_errors, whole.stream)
-    last = await run(chunks, gathering, check, connected)
-    return one_choice(gathering, last, item.rid)
+    last = await run(chunks, session, check, connected)
+    return one_choice(session, last, item.rid)
 
 
 def _length_limit(wish: VoteRequest, inner: Any) -> int | None:

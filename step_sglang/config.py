@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from step_sglang.answers import EXTRACTORS
-from step_sglang.embedding import NGRAMS
+from step_sglang.baselines.embedding import NGRAMS
 from step_sglang.errors import ConfigError
-from step_sglang.vote import VOTES
+from step_sglang.voting.answers import EXTRACTORS
+from step_sglang.voting.tally import VOTES
 
 POLICIES = ("fair", "paper")
 SCOPES = ("thinking", "all")
@@ -148,7 +148,7 @@ class StepConfig:
             ("--step-min-steps", self.min_steps),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{flag} must be a whole number of at least 1, not {value!r}")
+                raise ConfigError(f"{flag} must be an integer of at least 1, not {value!r}")
         if not isinstance(self.delimiters, tuple) or not all(
             isinstance(text, str) and text for text in self.delimiters
         ):
@@ -158,7 +158,7 @@ class StepConfig:
 
         if not isinstance(self.traces, int) or isinstance(self.traces, bool) or self.traces < 1:
             raise ConfigError(
-                f"--step-traces must be a whole number of at least 1, not {self.traces!r}"
+                f"--step-traces must be an integer of at least 1, not {self.traces!r}"
             )
         _check_choice("--step-vote", self.vote, VOTES)
         _check_choice("--step-extract", self.extract, tuple(EXTRACTORS))

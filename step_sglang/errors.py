@@ -1,13 +1,13 @@
 """The errors a user can meet, each with one message that says what to do."""
 
 
-def shown(value: object, length: int = 40) -> str:
+def safe_repr(value: object, length: int = 40) -> str:
     """A value as a message or a log may show it: one short line, whatever a request holds."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**15:
-        return "a whole number of more than 15 digits"
+        return "an integer of more than 15 digits"
     try:
         return ascii(value)[:length]
-    except ValueError:  # Python does not print whole numbers of thousands of digits
+    except ValueError:  # Python does not print integers of thousands of digits
         return f"a {type(value).__name__}"
 
 
@@ -39,3 +39,15 @@ class RequestError(StepError):
 
 class VoteError(StepError):
     """There is no such vote, early-finish rule or answer extractor."""
+
+
+class SourceError(StepError):
+    """Questions or traces to read are missing, empty or malformed."""
+
+
+class ServerError(StepError):
+    """A server does not start, does not answer, or answers something unusable."""
+
+
+class RequestRefused(ServerError):
+    """A server refused one request; others may be fine."""

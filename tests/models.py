@@ -16,7 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from step_sglang.scorer import Scorer, ScorerInfo, save_scorer
+from step_sglang.scoring.scorer import Scorer, ScorerInfo, save_scorer
 
 HIDDEN = 64
 TEXT = [

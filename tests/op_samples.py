@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from step_sglang import op, reference
-from step_sglang.op import NUM_STEPS, SCORE_FROM, SCORE_SUM, THINKING
+from step_sglang.scoring import op, reference
+from step_sglang.scoring.op import NUM_STEPS, SCORE_FROM, SCORE_SUM, THINKING
 
 NEVER = 2**31 - 1
 

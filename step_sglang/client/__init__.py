@@ -9,7 +9,7 @@ from step_sglang.client.errors import (
 )
 from step_sglang.client.result import Answer, Progress, Result, Timing, Trace
 from step_sglang.client.solve import asolve, solve
-from step_sglang.gather import Status, TraceFate
+from step_sglang.voting.session import TraceFate, VoteStatus
 
 __all__ = [
     "Answer",
@@ -20,10 +20,10 @@ __all__ = [
     "Result",
     "ServerError",
     "ServerGoneError",
-    "Status",
     "Timing",
     "Trace",
     "TraceFate",
+    "VoteStatus",
     "asolve",
     "solve",
 ]

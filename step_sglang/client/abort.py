@@ -6,9 +6,9 @@ import json
 import urllib.error
 import urllib.request
 
-from step_sglang import words
+from step_sglang import protocol
 from step_sglang.errors import RequestError
-from step_sglang.request import check_group_id
+from step_sglang.pruning.request import check_group_id
 
 
 def abort_group(url: str, group: str, *, api_key: str | None = None, timeout: float = 60.0) -> int:
@@ -32,14 +32,14 @@ def abort_group(url: str, group: str, *, api_key: str | None = None, timeout: fl
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"
     call = urllib.request.Request(
-        url.rstrip("/") + words.ABORT_GROUP_PATH,
-        data=json.dumps({words.GROUP: group}).encode(),
+        url.rstrip("/") + protocol.ABORT_GROUP_PATH,
+        data=json.dumps({protocol.GROUP: group}).encode(),
         headers=headers,
         method="POST",
     )
     try:
         with urllib.request.urlopen(call, timeout=timeout) as answer:
-            return int(json.load(answer)[words.ABORTED])
+            return int(json.load(answer)[protocol.ABORTED])
     except urllib.error.HTTPError as error:
         detail = error.read().decode(errors="replace")[:500]
         raise RequestError(f"the server answered {error.code}: {detail}") from error

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from step_sglang.errors import StepError
-from step_sglang.toolchain.errors import RequestRefused, ServerError
+from step_sglang.errors import RequestRefused, ServerError, StepError
 
 if TYPE_CHECKING:
     from step_sglang.client.result import Result

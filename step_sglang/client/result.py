@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from step_sglang import words
-from step_sglang.gather import Gathered, Gathering, Status, TraceFate
+from step_sglang import protocol
+from step_sglang.voting.session import SampledTrace, TraceFate, VoteSession, VoteStatus
 
 _FINISHED = "request_finished_ts"
 
@@ -75,7 +75,7 @@ class Result:
     the best-scoring finished trace or, when none finished, the best partial one.
     """
 
-    status: Status
+    status: VoteStatus
     answer: str | None
     share: float  # the answer's share of the weight
     message: str
@@ -92,58 +92,58 @@ class Result:
         return found
 
 
-def progress_of(gathering: Gathering) -> Progress:
+def progress_of(session: VoteSession) -> Progress:
     """How a group stands."""
     running, finished, pruned = (
-        gathering.num(fate) for fate in (TraceFate.RUNNING, TraceFate.FINISHED, TraceFate.PRUNED)
+        session.num(fate) for fate in (TraceFate.RUNNING, TraceFate.FINISHED, TraceFate.PRUNED)
     )
     return Progress(
         running=running,
         finished=finished,
         pruned=pruned,
-        ended_otherwise=len(gathering.traces) - running - finished - pruned,
-        tokens=sum(trace.tokens for trace in gathering.traces),
-        leaders=_answers(gathering),
+        ended_otherwise=len(session.traces) - running - finished - pruned,
+        tokens=sum(trace.tokens for trace in session.traces),
+        leaders=_answers(session),
     )
 
 
-def result_of(gathering: Gathering, total: float) -> Result:
+def result_of(session: VoteSession, total: float) -> Result:
     """The result of a group that ended; ``total`` seconds after it was asked."""
-    outcome = gathering.outcome()
-    traces = tuple(_trace(trace) for trace in gathering.traces)
+    outcome = session.outcome()
+    traces = tuple(_trace(trace) for trace in session.traces)
     return Result(
         status=outcome.status,
         answer=outcome.answer,
         share=outcome.share,
-        message=_message(gathering, outcome.status),
-        answers=_answers(gathering),
+        message=_message(session, outcome.status),
+        answers=_answers(session),
         traces=traces,
         best=None if outcome.best is None else traces[outcome.best],
         timing=_mean([trace.times for trace in traces], total),
-        early=gathering.num(TraceFate.CANCELLED) > 0,
+        early=session.num(TraceFate.CANCELLED) > 0,
     )
 
 
-def _answers(gathering: Gathering) -> tuple[Answer, ...]:
-    return tuple(Answer(t.answer, t.weight, t.members) for t in gathering.tallies())
+def _answers(session: VoteSession) -> tuple[Answer, ...]:
+    return tuple(Answer(t.answer, t.weight, t.members) for t in session.tallies())
 
 
-def _message(gathering: Gathering, status: Status) -> str:
-    if status is Status.NO_ANSWER:
-        finished = gathering.num(TraceFate.FINISHED)
+def _message(session: VoteSession, status: VoteStatus) -> str:
+    if status is VoteStatus.NO_ANSWER:
+        finished = session.num(TraceFate.FINISHED)
         return f"none of the {finished} finished traces has an extractable answer"
-    if status is Status.NO_FINISHED_TRACE:
+    if status is VoteStatus.NO_FINISHED_TRACE:
         return (
-            f"no trace finished: {gathering.num(TraceFate.PRUNED)} were pruned, "
-            f"{gathering.num(TraceFate.ABORTED, TraceFate.CANCELLED)} aborted, "
-            f"{gathering.num(TraceFate.RUNNING)} did not end"
+            f"no trace finished: {session.num(TraceFate.PRUNED)} were pruned, "
+            f"{session.num(TraceFate.ABORTED, TraceFate.CANCELLED)} aborted, "
+            f"{session.num(TraceFate.RUNNING)} did not end"
         )
     return ""
 
 
-def _trace(trace: Gathered) -> Trace:
-    step = trace.meta_info.get(words.META_KEY) or {}
-    scores = step.get(words.META_STEP_SCORES)
+def _trace(trace: SampledTrace) -> Trace:
+    step = trace.meta_info.get(protocol.META_KEY) or {}
+    scores = step.get(protocol.META_STEP_SCORES)
     reason = trace.meta_info.get("finish_reason")
     return Trace(
         index=trace.index,
@@ -159,7 +159,7 @@ def _trace(trace: Gathered) -> Trace:
     )
 
 
-def _times(trace: Gathered) -> Timing:
+def _times(trace: SampledTrace) -> Timing:
     info = trace.meta_info
     total = trace.ended or 0.0
     wait, entry, prefilled, finished = (

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from step_sglang import words
-from step_sglang.answers import Extractor, extractor_named
+from step_sglang import protocol
 from step_sglang.client.errors import ClientError, NoStepError, ServerError, ServerGoneError
 from step_sglang.client.result import Progress, Result, progress_of, result_of
 from step_sglang.client.sources import (
@@ -19,10 +18,11 @@ from step_sglang.client.sources import (
     UrlSource,
     reading_chunks,
 )
-from step_sglang.early import DEFAULT_THRESHOLD
-from step_sglang.gather import STREAM_INTERVAL, Gathering, VoteRules
-from step_sglang.judge import Judge
-from step_sglang.vote import Same
+from step_sglang.voting.answers import Extractor, extractor_named
+from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
+from step_sglang.voting.session import STREAM_INTERVAL, VoteRules, VoteSession
+from step_sglang.voting.tally import Same
+from step_sglang.voting.verifier import AnswerVerifier
 
 DEFAULT_N = 64
 DEFAULT_TIMEOUT = 600.0
@@ -82,18 +82,18 @@ async def asolve(
     rules = VoteRules(vote, early, threshold)
     extractor = extract if callable(extract) else extractor_named(extract)
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ClientError(f"n must be a whole number of at least 1, not {n!r}")
+        raise ClientError(f"n must be an integer of at least 1, not {n!r}")
     started = time.perf_counter()
     source = _source(url, engine, timeout, api_key)
-    judge = Judge()  # starts nothing unless it is asked
+    verifier = AnswerVerifier()  # starts nothing unless it is asked
     try:
         params = {**DEFAULT_SAMPLING, "max_new_tokens": None, **(sampling or {})}
         body = await _body(source, question, chat, n, params, group)
-        gathering = Gathering(n, rules, same or judge.same, extractor, params["max_new_tokens"])
-        await _gather(source, body, gathering, started, on_progress)
-        return result_of(gathering, time.perf_counter() - started)
+        session = VoteSession(n, rules, same or verifier.same, extractor, params["max_new_tokens"])
+        await _gather(source, body, session, started, on_progress)
+        return result_of(session, time.perf_counter() - started)
     finally:
-        judge.close()
+        verifier.close()
         await source.close()
 
 
@@ -142,9 +142,9 @@ async def _body(
         )
         prompt = {"input_ids": await source.render(messages)}  # type: ignore[arg-type]
     custom = params.get("custom_params") or {}
-    if words.REQUEST_KEY in custom or "n" in params:
+    if protocol.REQUEST_KEY in custom or "n" in params:
         raise ClientError("sampling must not hold n or custom_params.step: solve() sets both")
-    step = {words.STEP_SCORES: True, **({} if group is None else {words.GROUP: group})}
+    step = {protocol.STEP_SCORES: True, **({} if group is None else {protocol.GROUP: group})}
     return {
         **prompt,
         "sampling_params": {
@@ -152,7 +152,7 @@ async def _body(
             "stream_interval": STREAM_INTERVAL,
             **params,
             "n": n,
-            "custom_params": {**custom, words.REQUEST_KEY: step},
+            "custom_params": {**custom, protocol.REQUEST_KEY: step},
         },
     }
 
@@ -160,37 +160,37 @@ async def _body(
 async def _gather(
     source: Source,
     body: dict[str, Any],
-    gathering: Gathering,
+    session: VoteSession,
     started: float,
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
-    gathering.started = time.perf_counter()
+    session.started = time.perf_counter()
     reported = 0.0
     chunks = source.stream(body)
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                if _feed(gathering, chunk):
-                    await asyncio.to_thread(gathering.count)
-                    if gathering.decided():
+                if _feed(session, chunk):
+                    await asyncio.to_thread(session.count)
+                    if session.decided():
                         break
                 if on_progress is not None and time.perf_counter() - reported > _REPORT_INTERVAL:
                     reported = time.perf_counter()
-                    on_progress(progress_of(gathering))
+                    on_progress(progress_of(session))
     except ServerError as error:
-        if type(error) is not ServerError or not any(t.meta_info for t in gathering.traces):
+        if type(error) is not ServerError or not any(t.meta_info for t in session.traces):
             raise
-        await asyncio.to_thread(gathering.count)
-        result = result_of(gathering, time.perf_counter() - started)
+        await asyncio.to_thread(session.count)
+        result = result_of(session, time.perf_counter() - started)
         raise ServerGoneError(f"{error}; {_arrived(result)}", result) from error
-    gathering.cancel()
+    session.cancel()
     if on_progress is not None:
-        on_progress(progress_of(gathering))
+        on_progress(progress_of(session))
 
 
-def _feed(gathering: Gathering, chunk: Mapping[str, Any]) -> bool:
+def _feed(session: VoteSession, chunk: Mapping[str, Any]) -> bool:
     with reading_chunks():
-        if words.META_KEY not in chunk["meta_info"]:
+        if protocol.META_KEY not in chunk["meta_info"]:
             # An abort of a request that never ran carries no step data.
             reason = chunk["meta_info"].get("finish_reason") or {}
             if reason.get("type") != "abort":
@@ -198,7 +198,7 @@ def _feed(gathering: Gathering, chunk: Mapping[str, Any]) -> bool:
                     "the server runs without STEP, so its traces have no score: start it with "
                     "--enable-step --step-scorer S (an engine with enable_step=True)"
                 )
-        return gathering.feed(chunk)
+        return session.feed(chunk)
 
 
 def _arrived(result: Result) -> str:

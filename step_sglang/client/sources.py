@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import httpx
 
 from step_sglang.client.errors import ClientError, RequestRefused, ServerError
-from step_sglang.toolchain.client import CONNECT_TIMEOUT, silence
+from step_sglang.client.http import CONNECT_TIMEOUT, no_response_error
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -52,7 +52,7 @@ class UrlSource:
         try:
             answer = await self._http.post(f"{self.url}/v1/tokenize", json=body)
         except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise silence(self.url, error) from error
+            raise no_response_error(self.url, error) from error
         if answer.status_code != 200:
             raise self._refused(answer, answer.text)
         try:
@@ -82,7 +82,7 @@ class UrlSource:
                         if line.startswith(b"data: "):
                             yield _chunk(line[6:])
         except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise silence(self.url, error) from error
+            raise no_response_error(self.url, error) from error
         raise ServerError(f"the server at {self.url} ended the answer in the middle")
 
     def _refused(self, answer: httpx.Response, text: str) -> ServerError:

@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from step_sglang.evaluation.errors import BenchError
-from step_sglang.gather import Gathered
-from step_sglang.vote import weight_of
+from step_sglang.voting.session import SampledTrace
+from step_sglang.voting.tally import weight_of
 
 Step = bool | Mapping[str, Any]  # custom_params.step
 
 
 @dataclass(frozen=True)
-class Settings:
+class MethodSettings:
     """What the methods may be told; the defaults are their papers'.
 
     DeepConf (arXiv 2508.15260): groups of 2,048 tokens and the 20 most likely candidates
@@ -40,15 +40,15 @@ class Settings:
 class Part:
     """What one request brought."""
 
-    traces: tuple[Gathered, ...]
+    traces: tuple[SampledTrace, ...]
     seconds: float
 
 
-class Asker(Protocol):
+class Sampler(Protocol):
     """Samples traces of the question at hand."""
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> MethodSettings:
         """What the method may be told."""
         ...
 
@@ -58,21 +58,21 @@ class Asker(Protocol):
 
 
 @dataclass(frozen=True)
-class Asked:
+class SampleResult:
     """All traces of a question, in the order in which they were asked for."""
 
     parts: tuple[Part, ...]
     threshold: float | None = None
 
     @property
-    def traces(self) -> tuple[Gathered, ...]:
+    def traces(self) -> tuple[SampledTrace, ...]:
         """Of all parts."""
         return tuple(trace for part in self.parts for trace in part.traces)
 
 
-Ask = Callable[[Asker, int], Awaitable[Asked]]
+Ask = Callable[[Sampler, int], Awaitable[SampleResult]]
 # The weight of each finished trace that has an answer; None keeps it out of the vote.
-Weigh = Callable[[Gathered, float | None], float | None]
+Weigh = Callable[[SampledTrace, float | None], float | None]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Method:
     ample: bool = False  # wants a server whose memory was not made small
 
 
-def confidence_of(trace: Gathered) -> float | None:
+def confidence_of(trace: SampledTrace) -> float | None:
     """A trace's lowest group confidence, as the server reports it."""
     value = (trace.meta_info.get("step") or {}).get("confidence")
     return None if value is None else float(value)
@@ -103,10 +103,10 @@ def stop_threshold(confidences: Sequence[float], keep: float) -> float:
     return float(np.percentile(np.asarray(confidences, np.float64), 100.0 - keep))
 
 
-def _one_request(step: Step | Callable[[Settings], Step], early: str = "off") -> Ask:
-    async def ask(asker: Asker, n: int) -> Asked:
-        value = step(asker.settings) if callable(step) else step
-        return Asked((await asker.ask(n, value, early),))
+def _one_request(step: Step | Callable[[MethodSettings], Step], early: str = "off") -> Ask:
+    async def ask(sampler: Sampler, n: int) -> SampleResult:
+        value = step(sampler.settings) if callable(step) else step
+        return SampleResult((await sampler.ask(n, value, early),))
 
     return ask
 
@@ -114,10 +114,10 @@ def _one_request(step: Step | Callable[[Settings], Step], early: str = "off") ->
 def _deepconf(keep: float) -> Ask:
     """Warm-up traces run to their end and set the threshold; the others are stopped below it."""
 
-    async def ask(asker: Asker, n: int) -> Asked:
-        settings = asker.settings
+    async def ask(sampler: Sampler, n: int) -> SampleResult:
+        settings = sampler.settings
         baseline = {"name": "deepconf", "window": settings.window, "top_k": settings.top_k}
-        warmup = await asker.ask(min(n, settings.warmup), {"baseline": baseline})
+        warmup = await sampler.ask(min(n, settings.warmup), {"baseline": baseline})
         known = [c for trace in warmup.traces if (c := confidence_of(trace)) is not None]
         if not known:
             raise BenchError(
@@ -126,10 +126,10 @@ def _deepconf(keep: float) -> Ask:
             )
         threshold = stop_threshold(known, keep)
         if n <= settings.warmup:
-            return Asked((warmup,), threshold)
+            return SampleResult((warmup,), threshold)
         stopping = {**baseline, "stop_below": threshold}
-        rest = await asker.ask(n - settings.warmup, {"baseline": stopping})
-        return Asked((warmup, rest), threshold)
+        rest = await sampler.ask(n - settings.warmup, {"baseline": stopping})
+        return SampleResult((warmup, rest), threshold)
 
     return ask
 
@@ -151,15 +151,15 @@ def _control(name: str) -> Ask:
     return _one_request({"baseline": {"name": name}})
 
 
-def _majority(trace: Gathered, threshold: float | None) -> float:
+def _majority(trace: SampledTrace, threshold: float | None) -> float:
     return 1.0
 
 
-def _by_score(trace: Gathered, threshold: float | None) -> float:
+def _by_score(trace: SampledTrace, threshold: float | None) -> float:
     return weight_of(trace.score, "weighted")
 
 
-def _by_confidence(trace: Gathered, threshold: float | None) -> float | None:
+def _by_confidence(trace: SampledTrace, threshold: float | None) -> float | None:
     """Only traces that reach the threshold vote, those of the warm-up too; weight: confidence."""
     confidence = confidence_of(trace)
     if confidence is None or (threshold is not None and confidence < threshold):
@@ -189,9 +189,9 @@ METHODS = {
 }
 
 
-async def _record(asker: Asker, n: int) -> Asked:
+async def _record(sampler: Sampler, n: int) -> SampleResult:
     step = {"record": True, "step_scores": True, "min_survivors": n}
-    return Asked((await asker.ask(n, step),))
+    return SampleResult((await sampler.ask(n, step),))
 
 
 # Not a method to compare: every trace runs to its end, and is kept with what the policies that

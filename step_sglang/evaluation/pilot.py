@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from step_sglang import files
-from step_sglang.answers import extract_boxed
 from step_sglang.client.sources import UrlSource
-from step_sglang.evaluation.asking import Session
+from step_sglang.data.questions import Job
+from step_sglang.errors import RequestRefused
 from step_sglang.evaluation.errors import BenchError
-from step_sglang.evaluation.methods import Settings
+from step_sglang.evaluation.methods import MethodSettings
 from step_sglang.evaluation.profiles import Profile
-from step_sglang.evaluation.serving import Memory, Model, Serving, served
-from step_sglang.judge import Judge
-from step_sglang.toolchain.errors import RequestRefused
-from step_sglang.toolchain.sources import Job
-from step_sglang.toolchain.wire import Sampling
+from step_sglang.evaluation.sampler import ServerSampler
+from step_sglang.evaluation.serving import Model, PoolSize, Serving, served
+from step_sglang.training.wire import Sampling
+from step_sglang.voting.answers import extract_boxed
+from step_sglang.voting.verifier import AnswerVerifier
 
 _QUESTIONS, _TRACES = 4, 8
 PILOT = "pilot.json"
@@ -63,7 +63,7 @@ def measured_lengths(
             return Lengths(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise BenchError(f"{file} is unusable ({error}): remove it") from error
-    with served(Serving(None, Memory()), model, 256, folder / "server.log") as live:
+    with served(Serving(None, PoolSize()), model, 256, folder / "server.log") as live:
         found = asyncio.run(_sample(live.url, jobs[:_QUESTIONS], sampling, suffix))
     try:
         files.write(file, (json.dumps(asdict(found)) + "\n").encode())
@@ -73,7 +73,7 @@ def measured_lengths(
 
 
 async def _sample(url: str, jobs: Sequence[Job], sampling: Sampling, suffix: str) -> Lengths:
-    source, judge = UrlSource(url, 3600.0, None), Judge()
+    source, verifier = UrlSource(url, 3600.0, None), AnswerVerifier()
     lengths: list[int] = []
     prompts: list[int] = []
     refused: RequestRefused | None = None
@@ -81,15 +81,17 @@ async def _sample(url: str, jobs: Sequence[Job], sampling: Sampling, suffix: str
         for job in jobs:
             try:
                 prompt = await source.render([{"role": "user", "content": job.question + suffix}])
-                session = Session(source, prompt, sampling, Settings(), extract_boxed, judge)
-                part = await session.ask(_TRACES, False)
+                sampler = ServerSampler(
+                    source, prompt, sampling, MethodSettings(), extract_boxed, verifier
+                )
+                part = await sampler.ask(_TRACES, False)
             except RequestRefused as error:  # too long for the model, for one
                 refused = error
                 continue
             lengths += [trace.tokens for trace in part.traces]
             prompts.append(len(prompt))
     finally:
-        judge.close()
+        verifier.close()
         await source.close()
     if refused is not None and not lengths:
         raise refused

@@ -14,7 +14,7 @@ from matplotlib import pyplot
 
 from step_sglang.evaluation.ranking import Rankings
 from step_sglang.evaluation.summary import Summary
-from step_sglang.toolchain.plots import draw_ranking
+from step_sglang.training.plots import draw_ranking
 
 LATENCY, BREAKDOWN, MEMORY = "latency.png", "breakdown.png", "memory.png"
 RANKING = "ranking.png"  # Fig. 5

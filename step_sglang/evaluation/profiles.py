@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from step_sglang.reasoner import scorer_path
-from step_sglang.toolchain.wire import Sampling
+from step_sglang.training.wire import Sampling
 
 
 @dataclass(frozen=True)

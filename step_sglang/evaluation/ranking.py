@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from step_sglang.evaluation.traces import TRACES, RecordedTrace, load_groups
-from step_sglang.toolchain.confidence import token_signals
-from step_sglang.toolchain.metrics import Ranking, rankings
-from step_sglang.toolchain.table import Floats, TraceTable
+from step_sglang.training.confidence import token_signals
+from step_sglang.training.metrics import Ranking, rankings
+from step_sglang.training.table import Floats, TraceTable
 
 Rankings = Mapping[str, Mapping[float, Ranking]]
 

@@ -14,7 +14,7 @@ class Key(NamedTuple):
     method: str
     n: int
     repeat: int
-    memory: str  # of the server, see `serving.Memory`
+    memory: str  # of the server, see `serving.PoolSize`
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from step_sglang.answers import equivalent
 from step_sglang.config import StepConfig
-from step_sglang.evaluation.clock import Clock
+from step_sglang.evaluation.cost_model import CostModel
 from step_sglang.evaluation.errors import ReplayError
-from step_sglang.evaluation.simulator import Known, Request, Reserve, Simulator
+from step_sglang.evaluation.simulator import Request, Reserve, ScoreEvent, Simulator
 from step_sglang.evaluation.stats import Mean, mean_of
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
-from step_sglang.groups import Group
-from step_sglang.vote import Ballot, Same, tally, weight_of
+from step_sglang.pruning.groups import Group
+from step_sglang.voting.answers import equivalent
+from step_sglang.voting.tally import Ballot, Same, tally, weight_of
 
 Rank = Callable[[Request], tuple[float, int]]
 POLICIES = ("none", "fair", "paper", "random", "longest")
@@ -29,7 +29,7 @@ _LAG = 2  # a boundary token is scored when it is consumed: one token later, kno
 
 
 @dataclass(frozen=True)
-class Fate:
+class ReplayOutcome:
     """What became of one group."""
 
     question: str
@@ -88,17 +88,17 @@ def simulate(
     group: RecordedGroup,
     policy: str,
     pool: int,
-    clock: Clock,
+    cost_model: CostModel,
     page: int = 1,
     seed: int = 0,
-) -> Fate:
+) -> ReplayOutcome:
     """What would have become of a group in a pool of that size.
 
     Args:
         group: complete traces.
         policy: one of :data:`POLICIES`.
         pool: KV tokens.
-        clock: of the machine.
+        cost_model: of the machine.
         page: KV tokens of a page.
         seed: of the random policy.
 
@@ -123,7 +123,7 @@ def simulate(
     ]
     simulator.run(list(requests), max_steps=20 * sum(trace.tokens for trace in group.traces))
     steps = len(simulator.history)
-    return Fate(
+    return ReplayOutcome(
         question=group.question,
         finished=tuple(
             trace
@@ -134,7 +134,7 @@ def simulate(
         retracted=sum(request.retractions for request in requests),
         tokens=sum(request.generated for request in requests),
         steps=steps,
-        seconds=clock.seconds(simulator.history, group.prompt_tokens),
+        seconds=cost_model.seconds(simulator.history, group.prompt_tokens),
         wait_share=sum(request.waited for request in requests) / len(requests) / max(1, steps),
     )
 
@@ -144,7 +144,7 @@ def predict(
     policies: Sequence[str],
     votes: Sequence[str],
     pools: Sequence[int],
-    clock: Clock,
+    cost_model: CostModel,
     page: int = 1,
     same: Same = equivalent,
 ) -> Iterator[Prediction]:
@@ -157,7 +157,7 @@ def predict(
     for pool in pools:
         for policy in policies:
             fates = [
-                simulate(group, policy, pool, clock, page, seed=number)
+                simulate(group, policy, pool, cost_model, page, seed=number)
                 for number, group in enumerate(groups)
             ]
             for vote in votes:
@@ -180,7 +180,7 @@ def predict(
                 )
 
 
-def is_right(fate: Fate, vote: str, same: Same = equivalent) -> bool:
+def is_right(fate: ReplayOutcome, vote: str, same: Same = equivalent) -> bool:
     """Whether the traces that finished vote for a right answer."""
     voters = [trace for trace in fate.finished if trace.answer is not None]
     ballots = [Ballot(str(trace.answer), weight_of(trace.score, vote)) for trace in voters]
@@ -189,9 +189,9 @@ def is_right(fate: Fate, vote: str, same: Same = equivalent) -> bool:
     return bool(tallies) and voters[tallies[0].members[0]].correct
 
 
-def _known(trace: RecordedTrace) -> list[Known]:
+def _known(trace: RecordedTrace) -> list[ScoreEvent]:
     pairs = zip(trace.positions, trace.step_scores, strict=True)
-    return [Known(position + _LAG, score) for position, score in pairs]
+    return [ScoreEvent(position + _LAG, score) for position, score in pairs]
 
 
 def _ranks(policy: str, group: RecordedGroup, seed: int) -> list[Rank | None]:

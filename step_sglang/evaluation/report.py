@@ -12,7 +12,7 @@ from step_sglang.evaluation.ranking import Rankings, recorded_rankings
 from step_sglang.evaluation.results import Loaded, load_results
 from step_sglang.evaluation.stats import Mean, Paired
 from step_sglang.evaluation.summary import Summary, summarize
-from step_sglang.gather import STREAM_INTERVAL
+from step_sglang.voting.session import STREAM_INTERVAL
 
 MARKDOWN, LATEX = "report.md", "report.tex"
 _NOTE = (

@@ -1,6 +1,6 @@
-"""Lets the methods take turns on the questions, each on the kind of server that it needs.
+"""Lets the methods take trials on the questions, each on the kind of server that it needs.
 
-Within a repeat, all methods of one server answer a question in turn, in an order that rotates from
+Within a repeat, all methods of one server answer a question in trial, in an order that rotates from
 question to question, each with an empty radix cache: a slow moment of the machine, or a warm cache,
 favours nobody. Methods that need another server have a block of their own in every repeat.
 """
@@ -15,20 +15,20 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from step_sglang.answers import extractor_named
+from step_sglang.client.http import no_response_error
 from step_sglang.client.sources import UrlSource
-from step_sglang.evaluation.asking import Session, grade
-from step_sglang.evaluation.methods import RECORD, Method, Settings
+from step_sglang.data.questions import Job
+from step_sglang.errors import RequestRefused, ServerError
+from step_sglang.evaluation.methods import RECORD, Method, MethodSettings
 from step_sglang.evaluation.records import Key, RunResult
 from step_sglang.evaluation.results import ResultWriter
-from step_sglang.evaluation.serving import Live, Memory, Serving
+from step_sglang.evaluation.sampler import ServerSampler, grade
+from step_sglang.evaluation.serving import PoolSize, ServerHandle, Serving
 from step_sglang.evaluation.traces import recorded_group, write_group
 from step_sglang.evaluation.watch import PoolWatch
-from step_sglang.judge import Judge
-from step_sglang.toolchain.client import silence
-from step_sglang.toolchain.errors import RequestRefused, ServerError
-from step_sglang.toolchain.sources import Job
-from step_sglang.toolchain.wire import Sampling
+from step_sglang.training.wire import Sampling
+from step_sglang.voting.answers import extractor_named
+from step_sglang.voting.verifier import AnswerVerifier
 
 _FLUSH_TIMEOUT = 60.0  # seconds that a server may need to become idle
 
@@ -41,23 +41,23 @@ class Plan:
     methods: tuple[Method, ...]
     ns: tuple[int, ...]
     repeats: int
-    memories: tuple[Memory, ...]
+    memories: tuple[PoolSize, ...]
     sampling: Sampling
-    settings: Settings = field(default_factory=Settings)
+    settings: MethodSettings = field(default_factory=MethodSettings)
     suffix: str = ""  # of every question
     watch_interval: float = 0.5  # seconds; 0 = do not watch the pool
     timeout: float = 3600.0  # seconds without anything from the server
 
 
 @dataclass(frozen=True)
-class Turn:
+class Trial:
     """One method on one question."""
 
     job: Job
     method: Method
     n: int
     repeat: int
-    memory: Memory
+    memory: PoolSize
 
     @property
     def key(self) -> Key:
@@ -70,7 +70,7 @@ class Block:
     """Turns that follow each other on one server."""
 
     serving: Serving
-    turns: tuple[Turn, ...]
+    trials: tuple[Trial, ...]
 
 
 def blocks(plan: Plan, done: frozenset[Key]) -> list[Block]:
@@ -87,22 +87,24 @@ def blocks(plan: Plan, done: frozenset[Key]) -> list[Block]:
                     for m in plan.methods
                     if (m.policy or home) == policy and m.ample == (memory is None)
                 ]
-                turns = tuple(
-                    turn
-                    for turn in _turns(plan, methods, repeat, memory or Memory())
-                    if turn.key not in done
+                trials = tuple(
+                    trial
+                    for trial in _trials(plan, methods, repeat, memory or PoolSize())
+                    if trial.key not in done
                 )
-                if turns:
-                    found.append(Block(Serving(policy, memory or Memory()), turns))
+                if trials:
+                    found.append(Block(Serving(policy, memory or PoolSize()), trials))
     return found
 
 
-def _turns(plan: Plan, methods: Sequence[Method], repeat: int, memory: Memory) -> Iterator[Turn]:
+def _trials(
+    plan: Plan, methods: Sequence[Method], repeat: int, memory: PoolSize
+) -> Iterator[Trial]:
     for place, job in plan.jobs:
         kinds = [(m, n) for m in methods for n in _sizes(m, plan.ns)]
         first = (place + repeat) % max(1, len(kinds))
         for method, n in [*kinds[first:], *kinds[:first]]:
-            yield Turn(job, method, n, repeat, memory)
+            yield Trial(job, method, n, repeat, memory)
 
 
 def _sizes(method: Method, ns: Sequence[int]) -> Sequence[int]:
@@ -117,9 +119,9 @@ class Bench:
 
     plan: Plan
     writer: ResultWriter
-    serve: Callable[[Serving], AbstractContextManager[Live]]
+    serve: Callable[[Serving], AbstractContextManager[ServerHandle]]
     report: Callable[[RunResult], None] = lambda result: None
-    judge: Judge = field(default_factory=Judge)
+    verifier: AnswerVerifier = field(default_factory=AnswerVerifier)
 
     def run(self) -> tuple[str, ...]:
         """Do everything that is left; returns what the server refused, in words.
@@ -143,19 +145,19 @@ class Bench:
                 "run the same command again to go on"
             ) from error
         finally:
-            self.judge.close()
+            self.verifier.close()
         return tuple(refused)
 
-    async def _block(self, live: Live, block: Block) -> list[str]:
+    async def _block(self, live: ServerHandle, block: Block) -> list[str]:
         refused = []
         source = UrlSource(live.url, self.plan.timeout, None)
         try:
-            for turn in block.turns:
+            for trial in block.trials:
                 try:
-                    result = await self._turn(source, live, turn)
+                    result = await self._turn(source, live, trial)
                 except RequestRefused as error:
                     refused.append(
-                        f"{turn.method.name} n={turn.n}, {turn.job.question[:60]!r}: {error}"
+                        f"{trial.method.name} n={trial.n}, {trial.job.question[:60]!r}: {error}"
                     )
                     continue
                 self.writer.add(result)
@@ -164,28 +166,30 @@ class Bench:
             await source.close()
         return refused
 
-    async def _turn(self, source: UrlSource, live: Live, turn: Turn) -> RunResult:
-        plan, job = self.plan, turn.job
+    async def _turn(self, source: UrlSource, live: ServerHandle, trial: Trial) -> RunResult:
+        plan, job = self.plan, trial.job
         extract = extractor_named(job.extract)
         prompt = await source.render([{"role": "user", "content": job.question + plan.suffix}])
-        session = Session(source, prompt, plan.sampling, plan.settings, extract, self.judge)
+        sampler = ServerSampler(
+            source, prompt, plan.sampling, plan.settings, extract, self.verifier
+        )
         await asyncio.to_thread(flush, live.url)
         started = time.time()
         with PoolWatch(live.url, plan.watch_interval) as watch:
-            asked = await turn.method.ask(session, turn.n)
+            asked = await trial.method.ask(sampler, trial.n)
         latency = sum(part.seconds for part in asked.parts)  # not what grading takes
-        graded = grade(turn.method, asked, job.answer, self.judge)
-        if turn.method is RECORD:
+        graded = grade(trial.method, asked, job.answer, self.verifier)
+        if trial.method is RECORD:
             # As SGLang cuts it to what a request may have.
             limit = min(plan.sampling.max_new_tokens, live.longest - len(prompt) - 1)
-            kept = recorded_group(job, turn.repeat, len(prompt), limit, latency, asked, graded)
+            kept = recorded_group(job, trial.repeat, len(prompt), limit, latency, asked, graded)
             write_group(self.writer.folder, kept)
         return RunResult(
             question=job.id,
-            method=turn.method.name,
-            n=turn.n,
-            repeat=turn.repeat,
-            memory=turn.memory.name,
+            method=trial.method.name,
+            n=trial.n,
+            repeat=trial.repeat,
+            memory=trial.memory.name,
             pool=live.pool,
             gold=job.answer,
             answer=graded.answer,
@@ -206,7 +210,7 @@ def flush(url: str) -> None:
         try:
             answer = httpx.post(f"{url}/flush_cache", timeout=_FLUSH_TIMEOUT)
         except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise silence(url, error) from error
+            raise no_response_error(url, error) from error
         if answer.status_code == 200:
             return
         if time.monotonic() > deadline:

@@ -11,17 +11,17 @@ from typing import Any
 
 import httpx
 
+from step_sglang.client.http import no_response_error
+from step_sglang.client.launch import running_server
+from step_sglang.errors import ServerError
 from step_sglang.evaluation.errors import BenchError
-from step_sglang.toolchain.client import silence
-from step_sglang.toolchain.errors import ServerError
-from step_sglang.toolchain.launch import running_server
 
 _TIMEOUT = 60.0  # seconds
 _KEPT_BACK = 5  # tokens by which a prompt must be shorter than SGLang's longest request
 
 
 @dataclass(frozen=True)
-class Memory:
+class PoolSize:
     """How large a server's KV pool is: in tokens, as a share of the device, or as it comes."""
 
     tokens: int | None = None
@@ -53,7 +53,7 @@ class Serving:
     """One kind of server. ``policy`` None: without STEP."""
 
     policy: str | None
-    memory: Memory
+    memory: PoolSize
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Live:
+class ServerHandle:
     """A server that answers."""
 
     url: str
@@ -76,7 +76,7 @@ class Live:
 
 
 @contextmanager
-def served(serving: Serving, model: Model, running: int, log: Path) -> Iterator[Live]:
+def served(serving: Serving, model: Model, running: int, log: Path) -> Iterator[ServerHandle]:
     """Start such a server, and stop it at the end.
 
     Args:
@@ -100,10 +100,10 @@ def served(serving: Serving, model: Model, running: int, log: Path) -> Iterator[
         flags += ["--enable-step", "--step-scorer", model.scorer]
         flags += ["--step-policy", serving.policy]
     with running_server(model.path, [*flags, *serving.memory.flags, *model.flags], log) as url:
-        yield look_at(url, serving.policy)
+        yield probe_server(url, serving.policy)
 
 
-def look_at(url: str, policy: str | None) -> Live:
+def probe_server(url: str, policy: str | None) -> ServerHandle:
     """Check that a running server is what is needed.
 
     Raises:
@@ -131,7 +131,7 @@ def look_at(url: str, policy: str | None) -> Live:
     if step is not None and step["capture"]:
         raise BenchError(f"the server at {url} collects training data (--step-capture)")
     name = None if step is None else step["policy"]
-    return Live(url.rstrip("/").removesuffix("/v1"), pool, name, longest)
+    return ServerHandle(url.rstrip("/").removesuffix("/v1"), pool, name, longest)
 
 
 def server_info(url: str) -> dict[str, Any]:
@@ -141,12 +141,12 @@ def server_info(url: str) -> dict[str, Any]:
         answer = httpx.get(f"{url}/server_info", timeout=_TIMEOUT)
         return dict(answer.raise_for_status().json())
     except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise silence(url, error) from error
+        raise no_response_error(url, error) from error
     except (httpx.HTTPStatusError, ValueError, TypeError) as error:
         raise ServerError(f"{url} is no SGLang server of this version") from error
 
 
-def parse_memory(pool: str | None, share: str | None) -> tuple[Memory, ...]:
+def parse_pool_sizes(pool: str | None, share: str | None) -> tuple[PoolSize, ...]:
     """Comma-separated pool sizes, or shares of memory; neither: the server's own choice.
 
     Raises:
@@ -159,14 +159,14 @@ def parse_memory(pool: str | None, share: str | None) -> tuple[Memory, ...]:
             raise BenchError(
                 f"--pool takes auto or tokens, such as 4096 or 2048,4096, not {pool!r}"
             )
-        return _different([Memory(tokens=int(part)) for part in pool.split(",")])
+        return _different([PoolSize(tokens=int(part)) for part in pool.split(",")])
     if share:
         try:
-            return _different([Memory(share=float(part)) for part in share.split(",")])
+            return _different([PoolSize(share=float(part)) for part in share.split(",")])
         except ValueError as error:
             raise BenchError(f"--mem-fraction takes numbers, not {share!r}") from error
-    return (Memory(),)
+    return (PoolSize(),)
 
 
-def _different(memories: Sequence[Memory]) -> tuple[Memory, ...]:
+def _different(memories: Sequence[PoolSize]) -> tuple[PoolSize, ...]:
     return tuple(dict.fromkeys(memories))

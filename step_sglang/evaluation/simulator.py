@@ -14,21 +14,21 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from step_sglang.config import StepConfig
-from step_sglang.groups import Group
-from step_sglang.policy import Candidates, GroupView, TraceView
+from step_sglang.pruning.groups import Group
+from step_sglang.pruning.policy import Candidates, GroupView, TraceView
 
 # SGLang 0.5.23: how much of a request's possible output admission reserves, see `Reserve`.
 _INIT_RATIO, _MIN_RATIO, _DECAY_STEPS, _CLIP, _RETRACT_STEPS = 0.7, 0.7 * 0.14, 600, 4096, 20
 
 
-class Known(NamedTuple):
+class ScoreEvent(NamedTuple):
     """A recorded step score."""
 
     generated: int  # tokens that the trace must have before the score is known
     score: float
 
 
-class Moment(NamedTuple):
+class DecodeStep(NamedTuple):
     """One decode step."""
 
     running: int  # requests that decode
@@ -54,7 +54,7 @@ class Request:
     started: int | None = None
     retractions: int = 0
     fate: str = "waiting"
-    steps: Sequence[Known] | None = None
+    steps: Sequence[ScoreEvent] | None = None
     rank: Callable[[Request], tuple[float, int]] | None = None
     queued: int = 0  # step at which it began to wait
     waited: int = 0  # steps
@@ -110,7 +110,7 @@ class Simulator:
     ended: list[Request] = field(default_factory=list)
     pruned: Counter[str] = field(default_factory=Counter)  # by reason
     now: int = 0
-    history: list[Moment] = field(default_factory=list)
+    history: list[DecodeStep] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -213,8 +213,8 @@ class Simulator:
         if not self.config.makes_room:
             return False
         mine = request.group
-        claim = need + (candidates.held(mine.group_id) if mine else 0)
-        victims = candidates.take_for(claim / (mine.weight if mine else 1.0), need - self.free)
+        kv_share = need + (candidates.held(mine.group_id) if mine else 0)
+        victims = candidates.reclaim(kv_share / (mine.weight if mine else 1.0), need - self.free)
         self._prune(victims, "admission")
         return self.free >= need
 
@@ -239,7 +239,7 @@ class Simulator:
                 continue
             self._prune([victim], "decode")
         held = sum(r.tokens for r in self.running)
-        self.history.append(Moment(len(self.running), held, prefilled))
+        self.history.append(DecodeStep(len(self.running), held, prefilled))
         if self.reserve is not None:
             self.reserve.decay()
         for request in list(self.running):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from step_sglang.toolchain.metrics import Estimate, interval
-from step_sglang.toolchain.table import Floats
+from step_sglang.training.metrics import Estimate, interval
+from step_sglang.training.table import Floats
 
 RESAMPLES = 10_000
 _EXACT = 12  # so many different questions and fewer: all flips are tried

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from step_sglang import files, words
-from step_sglang.evaluation.asking import Graded
+from step_sglang import files, protocol
+from step_sglang.data.questions import Job
+from step_sglang.errors import ServerError
 from step_sglang.evaluation.errors import BenchError, ReplayError
-from step_sglang.evaluation.methods import Asked
-from step_sglang.gather import Gathered
-from step_sglang.toolchain.errors import ServerError
-from step_sglang.toolchain.sources import Job
+from step_sglang.evaluation.methods import SampleResult
+from step_sglang.evaluation.sampler import Graded
+from step_sglang.voting.session import SampledTrace
 
 TRACES = "traces"
 
@@ -68,7 +68,7 @@ def recorded_group(
     prompt_tokens: int,
     max_new_tokens: int,
     latency: float,
-    asked: Asked,
+    asked: SampleResult,
     graded: Graded,
 ) -> RecordedGroup:
     """What is kept of a group that was asked with ``record``.
@@ -81,19 +81,19 @@ def recorded_group(
     return RecordedGroup(job.id, repeat, job.answer, prompt_tokens, max_new_tokens, latency, traces)
 
 
-def _recorded(trace: Gathered, correct: bool) -> RecordedTrace:
-    step = trace.meta_info.get(words.META_KEY) or {}
+def _recorded(trace: SampledTrace, correct: bool) -> RecordedTrace:
+    step = trace.meta_info.get(protocol.META_KEY) or {}
     try:
-        record = step[words.META_RECORD]
+        record = step[protocol.META_RECORD]
         return RecordedTrace(
             fate=trace.fate.value,
             answer=trace.answer,
             correct=correct,
             score=trace.score,
-            times=tuple(record[words.RECORD_TIMES]),
-            confidences=tuple(record[words.RECORD_CONFIDENCES]),
-            positions=tuple(step[words.META_POSITIONS]),
-            step_scores=tuple(step[words.META_STEP_SCORES]),
+            times=tuple(record[protocol.RECORD_TIMES]),
+            confidences=tuple(record[protocol.RECORD_CONFIDENCES]),
+            positions=tuple(step[protocol.META_POSITIONS]),
+            step_scores=tuple(step[protocol.META_STEP_SCORES]),
             text=trace.text,
         )
     except (KeyError, TypeError) as error:

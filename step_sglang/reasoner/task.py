@@ -197,7 +197,7 @@ class Line:
 
 
 @dataclass
-class Trace:
+class WrittenTrace:
     """A finished trace of the writer. `steps` are texts without their boundary."""
 
     steps: list[str] = field(default_factory=list)
@@ -212,9 +212,9 @@ class Trace:
         return f"{body}{THINK_END}{BOXED}{self.answer}}}"
 
 
-def write_trace(question: Question, rng: random.Random, habits: Habits) -> Trace:
+def write_trace(question: Question, rng: random.Random, habits: Habits) -> WrittenTrace:
     """Work a question carelessly, line by line, with re-checks and redone lines."""
-    trace = Trace()
+    trace = WrittenTrace()
     lines: list[Line] = []  # the chain as it stands; a redo cuts it
     checks = 0
     heed_from = rng.randrange(1 - habits.heed_span // 2, 2 * len(question.operations))

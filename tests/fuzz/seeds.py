@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from step_sglang import words
+from step_sglang import protocol
 from tests.fuzz.targets import TARGETS, keep
 
 EACH = 4
@@ -56,13 +56,13 @@ def scorer_seeds() -> dict[str, bytes]:
 def request_seeds() -> dict[str, bytes]:
     """One request for every member, as JSON."""
     members = {
-        words.GROUP: "q1", words.TRACE: "t1", words.WEIGHT: 2, words.MIN_SURVIVORS: 3,
-        words.STEP_SCORES: True, words.HIDDEN_STATES: True, words.PROMPT_TOKENS: 4,
-        words.TRACES: 8, words.VOTE: "best", words.EARLY: "posterior", words.THRESHOLD: 0.1,
-        words.EXTRACT: "number",
+        protocol.GROUP: "q1", protocol.TRACE: "t1", protocol.WEIGHT: 2, protocol.MIN_SURVIVORS: 3,
+        protocol.STEP_SCORES: True, protocol.HIDDEN_STATES: True, protocol.PROMPT_TOKENS: 4,
+        protocol.TRACES: 8, protocol.VOTE: "best", protocol.EARLY: "posterior",
+        protocol.THRESHOLD: 0.1, protocol.EXTRACT: "number",
     }  # fmt: skip
     steps = [{name: member} for name, member in members.items()] + [dict(members), True, False]
-    bodies = [{"custom_params": {words.REQUEST_KEY: step}, "n": 1} for step in steps]
+    bodies = [{"custom_params": {protocol.REQUEST_KEY: step}, "n": 1} for step in steps]
     return {f"json-{i}": b"\1" + json.dumps(body).encode() for i, body in enumerate(bodies)}
 
 

@@ -18,10 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from step_sglang import words
+from step_sglang import protocol
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError, ScorerError
-from step_sglang.request import (
+from step_sglang.pruning.request import (
     StepRequest,
     check_group_id,
     check_group_size,
@@ -29,8 +29,8 @@ from step_sglang.request import (
     parse_request,
     with_group,
 )
-from step_sglang.scorer import load_scorer
-from step_sglang.voting import parse_vote, trace_params
+from step_sglang.scoring.scorer import load_scorer
+from step_sglang.voting.one_choice import parse_vote, trace_params
 
 HERE = Path(__file__).parent
 MAX_BYTES = 4096  # of one input; what is larger in a scorer is only more numbers
@@ -68,7 +68,7 @@ class Bytes:
 # --- custom_params -------------------------------------------------------------------------------
 
 NAMES = [
-    *words.REQUEST_MEMBERS, *words.VOTE_MEMBERS, words.REQUEST_KEY, "n", "temperature",
+    *protocol.REQUEST_MEMBERS, *protocol.VOTE_MEMBERS, protocol.REQUEST_KEY, "n", "temperature",
     "max_new_tokens", "beam_width", "custom_params", "",
 ]  # fmt: skip
 SPECIAL = [
@@ -112,7 +112,7 @@ def request(data: bytes) -> str:
         if not isinstance(params, dict):
             params = {"custom_params": params}
     else:
-        params = {"custom_params": {words.REQUEST_KEY: value(source)}, "n": value(source)}
+        params = {"custom_params": {protocol.REQUEST_KEY: value(source)}, "n": value(source)}
         for _ in range(source.byte() % 3):
             params[source.pick(NAMES)] = value(source)
     custom = params.get("custom_params")
@@ -128,15 +128,15 @@ def request(data: bytes) -> str:
             assert isinstance(trace_params(params, wish, config)["custom_params"], dict)
             outcome.append("voted")
     try:
-        wishes = parse_request(custom)
-        assert wishes is None or isinstance(wishes, StepRequest)
-        if wishes is not None:
-            check_group_size(wishes, 4)
-        named = with_group(custom, "g")[words.REQUEST_KEY]
-        again = parse_request({words.REQUEST_KEY: named})
+        step_request = parse_request(custom)
+        assert step_request is None or isinstance(step_request, StepRequest)
+        if step_request is not None:
+            check_group_size(step_request, 4)
+        named = with_group(custom, "g")[protocol.REQUEST_KEY]
+        again = parse_request({protocol.REQUEST_KEY: named})
         assert again is not None and again.group
         json.dumps(check_group_id(again.group, "group")).encode()
-        outcome.append("not STEP's" if wishes is None else "a trace")
+        outcome.append("not STEP's" if step_request is None else "a trace")
     except RequestError as error:
         outcome.append(_printable(error))
     return "; ".join(outcome)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from step_sglang import op
+from step_sglang.scoring import op
 from tests.op_samples import Sample, assert_matches, make_sample, run_reference
 from tests.simt.test_op_simt import DTYPES, active_rows
 

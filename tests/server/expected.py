@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from step_sglang.scorer import load_scorer
+from step_sglang.scoring.scorer import load_scorer
 
 
 @lru_cache(maxsize=4)

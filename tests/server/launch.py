@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import requests
 
-from step_sglang.toolchain.launch import free_port
+from step_sglang.client.launch import free_port
 
 START_TIMEOUT = 240  # seconds; a loaded two-core machine needs a minute
 

@@ -17,10 +17,10 @@ from step_sglang.baselines import DeepConf, Random
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
 from step_sglang.patches.tokenizer import _check_baseline
+from step_sglang.pruning.request import StepRequest
 from step_sglang.reasoner import model_path, questions, scorer_path
 from step_sglang.reasoner.tokenizer import prompt_text
-from step_sglang.request import StepRequest
-from step_sglang.toolchain.confidence import token_signals
+from step_sglang.training.confidence import token_signals
 from tests.server.launch import Server, serve
 from tests.server.test_groups import idle_free_tokens
 
@@ -152,9 +152,9 @@ def test_bad_input_is_a_400(server: Server) -> None:
 def test_servers_that_cannot(
     config: StepConfig, tp_size: int, baseline: Any, message: str | None
 ) -> None:
-    wishes = StepRequest(baseline=baseline)
+    step_request = StepRequest(baseline=baseline)
     if message is None:
-        _check_baseline(wishes, config, SimpleNamespace(tp_size=tp_size))
+        _check_baseline(step_request, config, SimpleNamespace(tp_size=tp_size))
         return
     with pytest.raises(RequestError, match=message):
-        _check_baseline(wishes, config, SimpleNamespace(tp_size=tp_size))
+        _check_baseline(step_request, config, SimpleNamespace(tp_size=tp_size))

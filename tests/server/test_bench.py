@@ -20,7 +20,7 @@ import pytest
 import typer
 from typer.core import TyperGroup
 
-from step_sglang.cli import app
+from step_sglang.cli.main import app
 from step_sglang.evaluation.records import RunResult
 from step_sglang.evaluation.results import RESULTS, load_results
 from step_sglang.evaluation.traces import load_groups

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from step_sglang.capture import decode
+from step_sglang.scoring.capture import decode
 from tests.server.expected import hidden_states, step_positions
 from tests.server.launch import Server, serve
 
@@ -70,7 +70,7 @@ def test_captured_while_generating_and_again_from_the_finished_trace(
 def test_bad_input(server: Server) -> None:
     for step, words in (
         ({"hidden_states": True, "prompt_tokens": 99}, "the input has only 40 tokens"),
-        ({"hidden_states": True, "prompt_tokens": -1}, "a whole number of tokens"),
+        ({"hidden_states": True, "prompt_tokens": -1}, "an integer of tokens"),
         ({"prompt_tokens": 3}, "needs hidden_states"),
     ):
         body = {"input_ids": PROMPT, "sampling_params": {"custom_params": {"step": step}}}

@@ -1,4 +1,4 @@
-"""The toolchain against the real server: kills in the middle, stored states, a trained scorer."""
+"""Collecting and training against the real server: kills, stored states, a trained scorer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 from step_sglang.reasoner import model_path, questions
 from step_sglang.reasoner.tokenizer import prompt_text
-from step_sglang.scorer import load_scorer
-from step_sglang.toolchain.reader import Reader
+from step_sglang.scoring.scorer import load_scorer
+from step_sglang.training.reader import Reader
 from tests.server.expected import hidden_states, step_positions
 from tests.server.launch import Server, serve
 from tests.server.launch import start_command as start

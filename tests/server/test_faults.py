@@ -21,21 +21,21 @@ from tests.server.test_ranks import assert_same_victims
 pytestmark = pytest.mark.server
 
 FAULTS = (
-    Fault("step_sglang.slots", "step_score_", every=7),
-    Fault("step_sglang.slots", "SlotState.reset", every=5),
-    Fault("step_sglang.slots", "SlotState.reset", every=7, after=True),
-    Fault("step_sglang.slots", "SlotState.results", every=23),
-    Fault("step_sglang.policy", "_worst_last", every=13),
-    Fault("step_sglang.policy", "Candidates.take", every=3),
-    Fault("step_sglang.policy", "Candidates.take", every=7, after=True),
-    Fault("step_sglang.policy", "Candidates.take_for", every=2),
-    Fault("step_sglang.policy", "Candidates.reclaimable", every=4),
-    Fault("step_sglang.groups", "Trace.record", every=50),
-    Fault("step_sglang.groups", "Trace.meta", every=47, after=True),
-    Fault("step_sglang.groups", "Trace.meta", every=40),
-    Fault("step_sglang.groups", "GroupRegistry.join", every=45),
-    Fault("step_sglang.metrics", "StepMetrics.step_scored", every=9),
-    Fault("step_sglang.metrics", "StepMetrics.trace_pruned", every=9),
+    Fault("step_sglang.scoring.slots", "step_score_", every=7),
+    Fault("step_sglang.scoring.slots", "SlotState.reset", every=5),
+    Fault("step_sglang.scoring.slots", "SlotState.reset", every=7, after=True),
+    Fault("step_sglang.scoring.slots", "SlotState.results", every=23),
+    Fault("step_sglang.pruning.policy", "_worst_last", every=13),
+    Fault("step_sglang.pruning.policy", "Candidates.take", every=3),
+    Fault("step_sglang.pruning.policy", "Candidates.take", every=7, after=True),
+    Fault("step_sglang.pruning.policy", "Candidates.reclaim", every=2),
+    Fault("step_sglang.pruning.policy", "Candidates.reclaimable", every=4),
+    Fault("step_sglang.pruning.groups", "Trace.record", every=50),
+    Fault("step_sglang.pruning.groups", "Trace.meta", every=47, after=True),
+    Fault("step_sglang.pruning.groups", "Trace.meta", every=40),
+    Fault("step_sglang.pruning.groups", "GroupRegistry.join", every=45),
+    Fault("step_sglang.pruning.metrics", "StepMetrics.step_scored", every=9),
+    Fault("step_sglang.pruning.metrics", "StepMetrics.trace_pruned", every=9),
 )
 PLACES = {"scoring", "pruning", "admission", "requests", "responses", "metrics"}
 
@@ -142,9 +142,9 @@ def test_ranks_stay_together_when_one_of_them_fails(
     models: dict[str, Path], scorer: Path, tmp_path: Path
 ) -> None:
     faults = (
-        Fault("step_sglang.policy", "Candidates.take", every=2, rank=1),
-        Fault("step_sglang.policy", "Candidates.take", every=5, rank=0),
-        Fault("step_sglang.slots", "step_score_", every=3, rank=1),
+        Fault("step_sglang.pruning.policy", "Candidates.take", every=2, rank=1),
+        Fault("step_sglang.pruning.policy", "Candidates.take", every=5, rank=0),
+        Fault("step_sglang.scoring.slots", "step_score_", every=3, rank=1),
     )
     with serve(
         models["qwen3"],

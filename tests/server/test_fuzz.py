@@ -12,7 +12,7 @@ import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from step_sglang import words
+from step_sglang import protocol
 from tests.server.launch import Server, serve
 
 pytestmark = pytest.mark.server
@@ -33,22 +33,26 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=8,
 )
-names = st.sampled_from([*words.REQUEST_MEMBERS, "Group", "", "pruned"]) | st.text(max_size=8)
+names = st.sampled_from([*protocol.REQUEST_MEMBERS, "Group", "", "pruned"]) | st.text(max_size=8)
 steps = values | st.dictionaries(names, values, max_size=4)
-custom_params = st.builds(lambda step: {words.REQUEST_KEY: step}, steps) | values
+custom_params = st.builds(lambda step: {protocol.REQUEST_KEY: step}, steps) | values
 votes = st.fixed_dictionaries(
     # Few: every one of them is really sampled.
-    {words.TRACES: st.sampled_from([1, 2, 3, 0, -1, 5000, 2**70, 2.0, "2", None, True, [2], {}])},
+    {
+        protocol.TRACES: st.sampled_from(
+            [1, 2, 3, 0, -1, 5000, 2**70, 2.0, "2", None, True, [2], {}]
+        )
+    },
     optional={
-        words.VOTE: st.sampled_from(["weighted", "majority", "best", "", 1, None, ["best"], {}]),
-        words.EARLY: st.sampled_from(["exact", "posterior", "off", "never", 0, None, {}]),
-        words.THRESHOLD: st.sampled_from([0.01, 0.6, -1, 1e308, "0.1", None, [], True]),
-        words.EXTRACT: st.sampled_from(["boxed", "choice", "number", "code", 2**70, None, {}]),
-        words.STEP_SCORES: st.booleans(),
-        words.GROUP: scalars,
+        protocol.VOTE: st.sampled_from(["weighted", "majority", "best", "", 1, None, ["best"], {}]),
+        protocol.EARLY: st.sampled_from(["exact", "posterior", "off", "never", 0, None, {}]),
+        protocol.THRESHOLD: st.sampled_from([0.01, 0.6, -1, 1e308, "0.1", None, [], True]),
+        protocol.EXTRACT: st.sampled_from(["boxed", "choice", "number", "code", 2**70, None, {}]),
+        protocol.STEP_SCORES: st.booleans(),
+        protocol.GROUP: scalars,
     },
 )
-voted = st.builds(lambda step: {words.REQUEST_KEY: step}, votes)
+voted = st.builds(lambda step: {protocol.REQUEST_KEY: step}, votes)
 counts = st.sampled_from([1, 1, 2, 3])  # stock SGLang itself answers a malformed n with a 500
 
 
@@ -120,7 +124,7 @@ def test_votes(server: Server, statuses: Counter[int], params: Any, stream: bool
 @relaxed
 @given(body=values | st.dictionaries(st.sampled_from(["group", "rid"]), values))
 def test_abort_group(server: Server, statuses: Counter[int], body: Any) -> None:
-    check(server, statuses, words.ABORT_GROUP_PATH, body)
+    check(server, statuses, protocol.ABORT_GROUP_PATH, body)
 
 
 @pytest.mark.slow

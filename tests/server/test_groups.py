@@ -18,7 +18,7 @@ from step_sglang.client.abort import abort_group
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
 from step_sglang.evaluation.simulator import Request, Simulator
-from step_sglang.groups import Group
+from step_sglang.pruning.groups import Group
 from tests.server.idle import free_tokens
 from tests.server.launch import Server, serve
 from tests.server.pruned import wait_until
@@ -176,7 +176,7 @@ def test_a_minimum_per_group(server) -> None:
         ({"weight": True}, "weight must be a number between"),
         ({"weight": "3"}, "weight must be a number between"),
         ({"weight": 1e300}, "weight must be a number between"),
-        ({"min_survivors": 0}, "min_survivors must be a whole number"),
+        ({"min_survivors": 0}, "min_survivors must be an integer"),
         ({"min_survivors": 5}, "min_survivors is 5, but the request asks for only 4"),
         ({"group": 7}, "group must be a string of 1 to 256 characters, not a int"),
         ({"group": "x" * 2**20}, "not 1048576 characters"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from step_sglang.toolchain.launch import free_port
+from step_sglang.client.launch import free_port
 from tests.models import build_scorer
 from tests.server.launch import LAUNCH_SERVER, SGLANG_SERVE, command, environment
 
@@ -117,7 +117,7 @@ def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None
         "nan": "b1 holds NaN or infinity",
         "hidden size": "size 128, but the model's are 64 wide",
         "delimiter": "no token of this tokenizer contains the step delimiter '§§§§'",
-        "survivors": "--step-min-survivors must be a whole number of at least 1, not 0",
+        "survivors": "--step-min-survivors must be an integer of at least 1, not 0",
         "contradiction": "--step-scope thinking contradicts it",
         "not enabled": "without --enable-step",
     }

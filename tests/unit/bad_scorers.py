@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save
 
 from step_sglang.errors import ScorerError
-from step_sglang.scorer import load_scorer
+from step_sglang.scoring.scorer import load_scorer
 
 SECONDS = 60  # for one file, on a loaded machine
 MEMORY = 1 << 30  # bytes of address space beside what is mapped when the first file is read

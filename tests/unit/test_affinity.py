@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_sglang.affinity import GroupIds, replica_of
+from step_sglang.pruning.affinity import GroupIds, replica_of
 
 
 @given(st.text(min_size=1), st.integers(1, 64))

@@ -12,22 +12,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_sglang.baselines import Baseline, DeepConf, SlimSC, Surroundings, parse_baseline
-from step_sglang.confidence import token_confidences
+from step_sglang.baselines import Baseline, DeepConf, EngineContext, SlimSC, parse_baseline
+from step_sglang.baselines.embedding import load_embedding, ngrams
 from step_sglang.config import StepConfig
-from step_sglang.embedding import load_embedding, ngrams
 from step_sglang.errors import ConfigError, RequestError
-from step_sglang.groups import Fate, GroupRegistry, Trace
-from step_sglang.policy import Candidates, GroupView, TraceView
-from step_sglang.recording import Recording
-from step_sglang.toolchain.confidence import token_signals
+from step_sglang.pruning.groups import GroupRegistry, Trace, TraceStatus
+from step_sglang.pruning.policy import Candidates, GroupView, TraceView
+from step_sglang.pruning.timeline import Recording
+from step_sglang.scoring.confidence import token_confidences
+from step_sglang.training.confidence import token_signals
 
 BOUNDARY, THINK_END = 1, 2
-AROUND = Surroundings(frozenset({BOUNDARY}), THINK_END, ngrams)
+CONTEXT = EngineContext(frozenset({BOUNDARY}), THINK_END, ngrams)
 
 
 def join(groups: GroupRegistry, baseline: Baseline | None, **more: Any) -> Trace:
-    return groups.join("g", baseline=baseline, around=AROUND, **more)
+    return groups.join("g", baseline=baseline, context=CONTEXT, **more)
 
 
 def say(trace: Trace, *tokens: int) -> Trace | None:
@@ -42,7 +42,7 @@ def say(trace: Trace, *tokens: int) -> Trace | None:
     st.lists(st.floats(0, 20), min_size=1, max_size=60),
     st.integers(1, 12),
 )
-def test_the_lowest_confidence_is_the_toolchains(values: list[float], window: int) -> None:
+def test_the_lowest_confidence_is_that_of_training(values: list[float], window: int) -> None:
     trace = join(GroupRegistry(), DeepConf(window=window))
     expected = token_signals([0.0] * len(values), values, window).lowest_confidence
     for value, lowest in zip(values, expected, strict=True):
@@ -75,7 +75,7 @@ def test_slim_sc_ends_one_of_two_traces_with_the_same_thought() -> None:
     assert say(three, 5, 6, 7) is None  # not finished yet
     assert say(three, BOUNDARY) in (one, three)
     assert say(one, 8, 8, 8, 8, BOUNDARY) is None
-    groups.end(one, Fate.FINISHED)
+    groups.end(one, TraceStatus.FINISHED)
     assert say(three, 8, 8, 8, 8, BOUNDARY) is None  # its twin has ended
 
 
@@ -108,7 +108,7 @@ def test_of_three_twins_one_survives() -> None:
         ended = say(trace, 5, 6, BOUNDARY)
         if ended is not None:
             groups.end_soon(ended)
-    assert sum(trace.goes_on for trace in traces) == 1
+    assert sum(trace.is_active for trace in traces) == 1
 
 
 def test_thoughts_of_traces_that_ended_are_dropped() -> None:
@@ -119,8 +119,8 @@ def test_thoughts_of_traces_that_ended_are_dropped() -> None:
         for word in range(10):
             say(trace, 1000 * number + word, BOUNDARY)
             say(stays, 1000 * number + 500 + word, BOUNDARY)
-        groups.end(trace, Fate.FINISHED)
-    thoughts = stays.group.thoughts
+        groups.end(trace, TraceStatus.FINISHED)
+    thoughts = stays.group.method_state
     assert thoughts is not None and 400 <= len(thoughts) < 600
     last = join(groups, SlimSC(delay=0))
     assert say(last, 20_505, BOUNDARY) in (last, stays)  # what stays said is still known
@@ -133,7 +133,7 @@ def test_ending_spares_the_minimum() -> None:
         groups.end_soon(trace)
     assert [trace.ending for trace in traces] == [True, True, False] and groups.num_ending == 2
     for trace in traces:
-        groups.end(trace, Fate.PRUNED)
+        groups.end(trace, TraceStatus.PRUNED)
     assert groups.num_ending == 0 and len(groups) == 0
     last = join(groups, DeepConf())
     groups.end_soon(last)  # its warm-up traces survive, in another request
@@ -144,14 +144,14 @@ def test_who_watches_tokens() -> None:
     groups = GroupRegistry()
     plain, recorded = join(groups, None), join(groups, None, recording=Recording())
     assert not plain.watches_tokens and groups.watched == {20: 1}
-    groups.end(recorded, Fate.FINISHED)
+    groups.end(recorded, TraceStatus.FINISHED)
     assert not groups.watched
-    confident = groups.join("h", baseline=DeepConf(top_k=7), around=AROUND, recording=Recording())
-    thinking = groups.join("i", baseline=SlimSC(), around=AROUND)
+    confident = groups.join("h", baseline=DeepConf(top_k=7), context=CONTEXT, recording=Recording())
+    thinking = groups.join("i", baseline=SlimSC(), context=CONTEXT)
     assert groups.watched == {7: 1, 0: 1}
     confident.token(3, 12.34567, 1.5)
-    groups.end(confident, Fate.FINISHED)
-    groups.end(thinking, Fate.ABORTED)
+    groups.end(confident, TraceStatus.FINISHED)
+    groups.end(thinking, TraceStatus.ABORTED)
     assert confident.meta()["record"] == {"token_times": [12.3457], "confidences": [1.5]}
     assert confident.meta()["confidence"] == 1.5
     assert groups.watched.total() == 0
@@ -162,7 +162,7 @@ def test_controls_rank_when_memory_is_short(name: str) -> None:
     groups = GroupRegistry()
     method = parse_baseline({"name": name})
     traces = [join(groups, method) for _ in range(20)]
-    views = [TraceView(i, 10, 100 - i, *trace.standing(100 - i)) for i, trace in enumerate(traces)]
+    views = [TraceView(i, 10, 100 - i, *trace.rank_key(100 - i)) for i, trace in enumerate(traces)]
     view = GroupView("g", 20, 1, 1.0, views, 1)
     candidates = Candidates([view], StepConfig("s", min_steps=5))
     victims = []
@@ -182,15 +182,15 @@ def test_controls_rank_when_memory_is_short(name: str) -> None:
         ({"name": ["x"]}, "name must be one of"),
         ({"name": "deepconf", "widow": 3}, r"has no \['widow'\]"),
         ({"name": "random", "window": 3}, r"has no \['window'\]"),
-        ({"name": "deepconf", "window": 0}, "window must be a whole number from 1"),
-        ({"name": "deepconf", "window": True}, "window must be a whole number"),
+        ({"name": "deepconf", "window": 0}, "window must be an integer from 1"),
+        ({"name": "deepconf", "window": True}, "window must be an integer"),
         ({"name": "deepconf", "window": 10**5000}, "more than 15 digits"),
-        ({"name": "deepconf", "top_k": 1.5}, "top_k must be a whole number"),
+        ({"name": "deepconf", "top_k": 1.5}, "top_k must be an integer"),
         ({"name": "deepconf", "stop_below": "x"}, "stop_below must be a number"),
         ({"name": "deepconf", "stop_below": float("nan")}, "stop_below must be a number"),
         ({"name": "slim-sc", "variant": "worst"}, "variant must be one of random, diversity"),
         ({"name": "slim-sc", "threshold": 1.5}, "threshold must be a number from -1 to 1"),
-        ({"name": "slim-sc", "delay": -1}, "delay must be a whole number from 0"),
+        ({"name": "slim-sc", "delay": -1}, "delay must be an integer from 0"),
     ],
 )
 def test_bad_input(value: Any, message: str) -> None:

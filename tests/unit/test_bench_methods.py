@@ -9,26 +9,26 @@ from typing import Any
 
 import pytest
 
-from step_sglang.answers import extract_boxed
-from step_sglang.evaluation.asking import Session, grade, server_times
+from step_sglang.data.questions import Job
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.methods import (
     METHODS,
     RECORD,
+    MethodSettings,
     Part,
-    Settings,
     methods_named,
     stop_threshold,
 )
 from step_sglang.evaluation.run import Plan, blocks
-from step_sglang.evaluation.serving import Memory, Serving, parse_memory
+from step_sglang.evaluation.sampler import ServerSampler, grade, server_times
+from step_sglang.evaluation.serving import PoolSize, Serving, parse_pool_sizes
 from step_sglang.evaluation.watch import read_gauges
-from step_sglang.gather import Gathered, TraceFate
-from step_sglang.judge import Judge
-from step_sglang.toolchain.sources import Job
-from step_sglang.toolchain.wire import Sampling
+from step_sglang.training.wire import Sampling
+from step_sglang.voting.answers import extract_boxed
+from step_sglang.voting.session import SampledTrace, TraceFate
+from step_sglang.voting.verifier import AnswerVerifier
 
-SETTINGS = Settings(window=10, warmup=4, delay=3)
+SETTINGS = MethodSettings(window=10, warmup=4, delay=3)
 
 
 def trace(
@@ -37,9 +37,9 @@ def trace(
     score: float | None = None,
     confidence: float | None = None,
     fate: TraceFate = TraceFate.FINISHED,
-) -> Gathered:
+) -> SampledTrace:
     info: dict[str, Any] = {"step": {"confidence": confidence}}
-    return Gathered(index, score=score, tokens=9, fate=fate, answer=answer, meta_info=info)
+    return SampledTrace(index, score=score, tokens=9, fate=fate, answer=answer, meta_info=info)
 
 
 class Script:
@@ -47,7 +47,7 @@ class Script:
 
     settings = SETTINGS
 
-    def __init__(self, *parts: list[Gathered]) -> None:
+    def __init__(self, *parts: list[SampledTrace]) -> None:
         self.parts = list(parts)
         self.asked: list[tuple[int, Any, str]] = []
 
@@ -59,11 +59,11 @@ class Script:
 def vote(name: str, script: Script, n: int) -> tuple[str | None, bool]:
     method = METHODS[name]
     asked = asyncio.run(method.ask(script, n))
-    judge = Judge()
+    verifier = AnswerVerifier()
     try:
-        graded = grade(method, asked, "7", judge)
+        graded = grade(method, asked, "7", verifier)
     finally:
-        judge.close()
+        verifier.close()
     assert len(graded.traces) == n
     return graded.answer, graded.correct
 
@@ -96,9 +96,9 @@ def test_recorded_traces_are_never_pruned() -> None:
     assert script.asked == [(2, {"record": True, "step_scores": True, "min_survivors": 2}, "off")]
     whole = replace(plan("sc,step", questions=1, ns=(8, 16)), methods=(METHODS["step"], RECORD))
     small, large = blocks(whole, frozenset())
-    assert small.serving == Serving("fair", Memory(512))
-    assert large.serving == Serving("fair", Memory())
-    assert [(t.method.name, t.n) for t in large.turns] == [("record", 16)]
+    assert small.serving == Serving("fair", PoolSize(512))
+    assert large.serving == Serving("fair", PoolSize())
+    assert [(t.method.name, t.n) for t in large.trials] == [("record", 16)]
 
 
 def test_sc_counts_and_step_weighs_the_traces_that_finished() -> None:
@@ -170,15 +170,15 @@ class Streamed:
             yield {"index": index, "text": text, "output_ids": [5], "meta_info": info}
 
 
-class NoJudge(Judge):
+class NoJudge(AnswerVerifier):
     def same(self, one: str, other: str) -> bool:
         raise AssertionError("a vote, while the clock may run")
 
 
 def test_answers_are_read_and_not_compared_while_a_question_is_asked() -> None:
     source = Streamed("\\boxed{x+1}", "no answer", "\\boxed{1+x}")
-    judge = NoJudge()
-    session = Session(source, [1], Sampling(), SETTINGS, extract_boxed, judge)
+    verifier = NoJudge()
+    session = ServerSampler(source, [1], Sampling(), SETTINGS, extract_boxed, verifier)
     part = asyncio.run(session.ask(3, False))
     assert [trace.answer for trace in part.traces] == ["x+1", None, "1+x"]
     assert {trace.fate for trace in part.traces} == {TraceFate.FINISHED}
@@ -188,53 +188,53 @@ def test_answers_are_read_and_not_compared_while_a_question_is_asked() -> None:
 
 def plan(methods: str, questions: int = 3, **changes: Any) -> Plan:
     jobs = tuple((i, Job(f"q{i}", f"q{i}", "1")) for i in range(questions))
-    options = {"ns": (8,), "repeats": 1, "memories": (Memory(512),), **changes}
+    options = {"ns": (8,), "repeats": 1, "memories": (PoolSize(512),), **changes}
     return Plan(jobs=jobs, methods=methods_named(methods), sampling=Sampling(), **options)
 
 
 def test_methods_of_one_server_take_turns_in_rotating_order() -> None:
     found = blocks(plan("cot,sc,step,step-paper", repeats=2), frozenset())
     assert [b.serving for b in found] == [
-        Serving("fair", Memory(512)), Serving("paper", Memory(512)),
+        Serving("fair", PoolSize(512)), Serving("paper", PoolSize(512)),
     ] * 2  # fmt: skip
-    orders = [t.method.name for t in found[0].turns]
+    orders = [t.method.name for t in found[0].trials]
     assert orders == ["cot", "sc", "step", "sc", "step", "cot", "step", "cot", "sc"]
-    assert [t.job.id for t in found[0].turns[:4]] == ["q0", "q0", "q0", "q1"]
-    assert [t.method.name for t in found[2].turns[:3]] == ["sc", "step", "cot"]
-    assert {t.method.name for t in found[1].turns} == {"step-paper"}
+    assert [t.job.id for t in found[0].trials[:4]] == ["q0", "q0", "q0", "q1"]
+    assert [t.method.name for t in found[2].trials[:3]] == ["sc", "step", "cot"]
+    assert {t.method.name for t in found[1].trials} == {"step-paper"}
 
 
 def test_a_chain_of_thought_is_one_trace_whatever_n_is() -> None:
     (block,) = blocks(plan("cot,sc", questions=1, ns=(8, 16)), frozenset())
-    assert sorted((t.method.name, t.n) for t in block.turns) == [("cot", 1), ("sc", 8), ("sc", 16)]
+    assert sorted((t.method.name, t.n) for t in block.trials) == [("cot", 1), ("sc", 8), ("sc", 16)]
     assert block.serving.policy is None  # stock will do
 
 
 def test_methods_without_step_share_the_only_server_there_is() -> None:
     found = blocks(plan("sc,step-paper", questions=1), frozenset())
-    assert [(b.serving.policy, len(b.turns)) for b in found] == [("paper", 2)]
+    assert [(b.serving.policy, len(b.trials)) for b in found] == [("paper", 2)]
 
 
 def test_what_is_done_is_not_done_again() -> None:
     whole = plan("cot,sc,step", questions=2)
     (block,) = blocks(whole, frozenset())
-    done = {turn.key for turn in block.turns[:4]}
+    done = {turn.key for turn in block.trials[:4]}
     (left,) = blocks(whole, frozenset(done))
-    assert left.turns == block.turns[4:]
-    assert blocks(whole, frozenset(turn.key for turn in block.turns)) == []
+    assert left.trials == block.trials[4:]
+    assert blocks(whole, frozenset(turn.key for turn in block.trials)) == []
 
 
 def test_every_memory_has_its_own_servers() -> None:
-    memories = parse_memory(None, "0.5,0.9")
+    memories = parse_pool_sizes(None, "0.5,0.9")
     found = blocks(plan("sc", questions=1, memories=memories), frozenset())
     assert [b.serving.memory.flags for b in found] == [
         ("--mem-fraction-static", "0.5"), ("--mem-fraction-static", "0.9"),
     ]  # fmt: skip
-    assert [m.tokens for m in parse_memory("64,128", None)] == [64, 128]
-    assert parse_memory(None, None) == (Memory(),)
+    assert [m.tokens for m in parse_pool_sizes("64,128", None)] == [64, 128]
+    assert parse_pool_sizes(None, None) == (PoolSize(),)
     for pool, share in (("64", "0.5"), ("small", None), (None, "most"), (None, "1.5")):
         with pytest.raises(BenchError):
-            parse_memory(pool, share)
+            parse_pool_sizes(pool, share)
 
 
 def test_times_by_the_servers_stamps() -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from step_sglang.cli import app
-from step_sglang.evaluation.clock import Clock, fit_clock
+from step_sglang.cli.main import app
+from step_sglang.evaluation.cost_model import CostModel, fit_cost_model
 from step_sglang.evaluation.errors import ReplayError
 from step_sglang.evaluation.ranking import build, recorded_rankings
 from step_sglang.evaluation.replay import POLICIES, is_right, predict, simulate, split_groups
-from step_sglang.evaluation.simulator import Moment, Request, Reserve
+from step_sglang.evaluation.simulator import DecodeStep, Request, Reserve
 from step_sglang.evaluation.traces import (
     TRACES,
     RecordedGroup,
@@ -24,11 +24,11 @@ from step_sglang.evaluation.traces import (
     load_groups,
     write_group,
 )
-from step_sglang.toolchain.metrics import RUNNING_MEAN
+from step_sglang.training.metrics import RUNNING_MEAN
 
 STEP = 10  # tokens
 PROMPT = 20
-CLOCK = Clock(base=0.01, per_trace=0.001, per_token=1e-6, overhead=0.1)
+CLOCK = CostModel(base=0.01, per_trace=0.001, per_token=1e-6, overhead=0.1)
 
 
 def trace(length: int, good: bool, draw: random.Random, times: list[float]) -> RecordedTrace:
@@ -55,7 +55,7 @@ def group(number: int, n: int = 16, good: int = 6) -> RecordedGroup:
     times = [1e9]
     for step in range(1, max(lengths)):
         running = sum(length > step for length in lengths)
-        moment = Moment(running, running * step, 0)
+        moment = DecodeStep(running, running * step, 0)
         times.append(times[-1] + CLOCK.seconds([moment], PROMPT) - CLOCK.overhead)
     traces = tuple(trace(x, i < good, draw, times) for i, x in enumerate(lengths))
     return RecordedGroup(
@@ -92,13 +92,13 @@ def test_recorded_traces_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_the_clock_finds_the_prices_of_the_machine() -> None:
-    clock = fit_clock(GROUPS)
-    assert clock.base == pytest.approx(CLOCK.base, rel=0.05)
-    assert clock.per_trace == pytest.approx(CLOCK.per_trace, rel=0.05)
-    assert clock.per_token == pytest.approx(CLOCK.per_token, rel=0.2)
-    assert clock.overhead == pytest.approx(CLOCK.overhead, rel=0.05)
+    cost_model = fit_cost_model(GROUPS)
+    assert cost_model.base == pytest.approx(CLOCK.base, rel=0.05)
+    assert cost_model.per_trace == pytest.approx(CLOCK.per_trace, rel=0.05)
+    assert cost_model.per_token == pytest.approx(CLOCK.per_token, rel=0.2)
+    assert cost_model.overhead == pytest.approx(CLOCK.overhead, rel=0.05)
     with pytest.raises(ReplayError, match="too short"):
-        fit_clock([replace(GROUPS[0], traces=(trace(1, True, random.Random(0), [1.0]),))])
+        fit_cost_model([replace(GROUPS[0], traces=(trace(1, True, random.Random(0), [1.0]),))])
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -109,7 +109,7 @@ def test_a_large_pool_changes_nothing(policy: str) -> None:
         assert (fate.pruned, fate.retracted, fate.wait_share) == (0, 0, 0.0)
         assert fate.tokens == sum(t.tokens for t in one.traces)
         assert fate.steps == max(t.tokens for t in one.traces)
-        # Its first step reads the prompts' last tokens, which the recorded clock did not see.
+        # Its first step reads the prompts' last tokens, which the recorded cost_model did not see.
         assert fate.seconds == pytest.approx(one.latency, rel=0.05)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from step_sglang.cli import app
+from step_sglang.cli.main import app
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.results import load_results
 from tests.stand_in import Handler, serving

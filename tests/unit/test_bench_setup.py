@@ -11,18 +11,24 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from step_sglang.cli import app
-from step_sglang.errors import StepError
+from step_sglang.cli.bench import _memories, _model, _shard
+from step_sglang.cli.main import app
+from step_sglang.data.questions import Job
+from step_sglang.errors import RequestRefused, ServerError, StepError
 from step_sglang.evaluation import pilot, serving
-from step_sglang.evaluation.commands import _memories, _model, _shard
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.pilot import measured_lengths
 from step_sglang.evaluation.profiles import profile_of
-from step_sglang.evaluation.serving import Live, Memory, Model, Serving, look_at, served
+from step_sglang.evaluation.serving import (
+    Model,
+    PoolSize,
+    ServerHandle,
+    Serving,
+    probe_server,
+    served,
+)
 from step_sglang.reasoner import model_path
-from step_sglang.toolchain.errors import RequestRefused, ServerError
-from step_sglang.toolchain.sources import Job
-from step_sglang.toolchain.wire import Sampling
+from step_sglang.training.wire import Sampling
 
 
 def test_sampling_is_the_papers_by_the_models_name() -> None:
@@ -49,7 +55,7 @@ def test_the_automatic_pool_holds_a_quarter_of_the_traces() -> None:
     assert memory.tokens == 16 * profile.mean_tokens + profile.prompt_tokens
     other = profile_of("m")
     assert _memories("auto", None, None, 64, other, "1/1") is None
-    assert _memories(None, "0.9", None, 64, other, "1/2") == (Memory(share=0.9),)
+    assert _memories(None, "0.9", None, 64, other, "1/2") == (PoolSize(share=0.9),)
     for wrong, message in (
         ((None, "1/2"), "every shard would measure"),
         (("0.9", "1/1"), "exclude each other"),
@@ -65,8 +71,8 @@ def test_a_pilot_is_sampled_once_and_serves_any_n(
     asked: list[str] = []
 
     @contextmanager
-    def fake(*arguments: Any) -> Iterator[Live]:
-        yield Live("http://x", 512, None, 100)
+    def fake(*arguments: Any) -> Iterator[ServerHandle]:
+        yield ServerHandle("http://x", 512, None, 100)
 
     class Source:
         def __init__(self, *arguments: Any) -> None:
@@ -118,25 +124,25 @@ def test_a_server_is_looked_at_before_it_is_measured(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(serving, "server_info", lambda url: value)
 
     answer(info())
-    assert look_at("http://x/v1", None) == serving.Live("http://x", 512, None, 100)
+    assert probe_server("http://x/v1", None) == serving.ServerHandle("http://x", 512, None, 100)
     with pytest.raises(BenchError, match="without STEP"):
-        look_at("http://x", "fair")
+        probe_server("http://x", "fair")
     answer(info(policy="fair"))
-    assert look_at("http://x", "fair").policy == "fair"
+    assert probe_server("http://x", "fair").policy == "fair"
     with pytest.raises(BenchError, match="need paper"):
-        look_at("http://x", "paper")
+        probe_server("http://x", "paper")
     answer(info(capture=True))
     with pytest.raises(BenchError, match="--step-capture"):
-        look_at("http://x", "fair")
+        probe_server("http://x", "fair")
     answer({"error": "no"})
     with pytest.raises(ServerError, match="no SGLang server"):
-        look_at("http://x", None)
+        probe_server("http://x", None)
 
 
 def test_step_needs_a_scorer(tmp_path: Path) -> None:
     with (
         pytest.raises(BenchError, match="--scorer"),
-        served(Serving("fair", Memory()), Model("m", None), 8, tmp_path / "log"),
+        served(Serving("fair", PoolSize()), Model("m", None), 8, tmp_path / "log"),
     ):
         pass
 
@@ -146,7 +152,7 @@ def test_step_needs_a_scorer(tmp_path: Path) -> None:
     [
         (("--dataset", "no.jsonl"), "cannot read no.jsonl"),
         (("--dataset", "reasoner:test", "--methods", "stop"), "no method 'stop'"),
-        (("--dataset", "reasoner:test", "--n", "0"), "--n takes whole numbers"),
+        (("--dataset", "reasoner:test", "--n", "0"), "--n takes integers"),
         (("--dataset", "reasoner:test", "--scorer", "no.safetensors"), "no scorer"),
         (("--dataset", "reasoner:test", "--pool", "64", "--mem-fraction", "0.5"), "exclude"),
         (("--dataset", "reasoner:test", "--url", "http://127.0.0.1:9"), "does not answer"),

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_sglang.boundary import bitmap, boundary_ids, think_end_id
 from step_sglang.errors import BoundaryError
+from step_sglang.scoring.boundary import bitmap, boundary_ids, think_end_id
 from tests.models import build_tokenizer
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from step_sglang.capture import Capture, boundary_positions, decode
+from step_sglang.scoring.capture import Capture, boundary_positions, decode
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

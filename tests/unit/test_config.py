@@ -75,7 +75,7 @@ def test_engine_arguments_are_taken_out() -> None:
         ({"enable_step": True, "step_scorer": "s", "step_admit": "first"}, "fair, queue"),
         ({"enable_step": True, "step_scorer": "s", "step_min_survivors": 0}, "at least 1"),
         ({"enable_step": True, "step_scorer": "s", "step_min_steps": True}, "at least 1"),
-        ({"enable_step": True, "step_scorer": "s", "step_min_steps": 2.0}, "whole number"),
+        ({"enable_step": True, "step_scorer": "s", "step_min_steps": 2.0}, "integer"),
         ({"enable_step": True, "step_scorer": "s", "step_delimiters": [""]}, "non-empty"),
         ({"enable_step": True, "step_scorer": "s", "step_delimiters": 3}, "non-empty"),
     ],

@@ -15,10 +15,10 @@ PROGRAM = """
 import json, subprocess, sys
 from pathlib import Path
 import numpy as np
-from step_sglang.toolchain.errors import StoreError
-from step_sglang.toolchain.reader import Reader
-from step_sglang.toolchain.store import Writer
-from tests.toolchain_samples import meta, question
+from step_sglang.training.errors import StoreError
+from step_sglang.training.reader import Reader
+from step_sglang.training.store import Writer
+from tests.training_samples import meta, question
 
 disk = sys.argv[1]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)

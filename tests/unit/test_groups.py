@@ -9,22 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_sglang.baselines import Longest, Signal, Surroundings
-from step_sglang.embedding import ngrams
-from step_sglang.groups import Fate, GroupRegistry, Trace
+from step_sglang.baselines import EngineContext, Longest, Signal
+from step_sglang.baselines.embedding import ngrams
+from step_sglang.pruning.groups import GroupRegistry, Trace, TraceStatus
 
 
 def test_survivors_are_live_or_finished_normally() -> None:
     groups = GroupRegistry()
     a, b, c, d = (groups.join("q") for _ in range(4))
     assert a.group is d.group and a.group.survivors == 4
-    groups.end(a, Fate.FINISHED)
-    groups.end(b, Fate.PRUNED)
-    groups.end(c, Fate.ABORTED)
+    groups.end(a, TraceStatus.FINISHED)
+    groups.end(b, TraceStatus.PRUNED)
+    groups.end(c, TraceStatus.ABORTED)
     assert a.group.survivors == 2 and groups.num_live == 1
-    groups.end(b, Fate.FINISHED)  # too late: it stays pruned
-    assert b.fate is Fate.PRUNED and a.group.survivors == 2
-    groups.end(d, Fate.FINISHED)
+    groups.end(b, TraceStatus.FINISHED)  # too late: it stays pruned
+    assert b.fate is TraceStatus.PRUNED and a.group.survivors == 2
+    groups.end(d, TraceStatus.FINISHED)
     assert len(groups) == 0 and groups.num_live == 0
     assert groups.join("q").group.survivors == 1  # a group used again begins anew
 
@@ -47,7 +47,7 @@ def test_thousands_of_groups_leave_nothing_behind() -> None:
             traces = [groups.join(f"group {i}") for _ in range(8)]
             for j, trace in enumerate(traces):
                 trace.record(0.5, 0.5, j)
-                groups.end(trace, list(Fate)[1 + j % 3])
+                groups.end(trace, list(TraceStatus)[1 + j % 3])
 
     serve(10)
     tracemalloc.start()
@@ -79,7 +79,7 @@ def test_score_is_the_running_mean() -> None:
     trace.record(0.75, 1.0, 9)
     assert trace.score == 0.5 and trace.num_steps == 2
     assert "step_scores" not in trace.meta()
-    trace.fate, trace.reason = Fate.PRUNED, "decode"
+    trace.fate, trace.reason = TraceStatus.PRUNED, "decode"
     assert trace.meta() == {
         "group": "q",
         "score": 0.5,
@@ -91,8 +91,8 @@ def test_score_is_the_running_mean() -> None:
     }
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(list(Fate)[1:]))))
-def test_nothing_is_left_when_all_have_ended(ends: list[tuple[str, Fate]]) -> None:
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(list(TraceStatus)[1:]))))
+def test_nothing_is_left_when_all_have_ended(ends: list[tuple[str, TraceStatus]]) -> None:
     groups = GroupRegistry()
     traces = [(groups.join(name), fate) for name, fate in ends]
     assert groups.num_live == len(ends)
@@ -107,13 +107,13 @@ def test_a_named_trace_is_continued_with_its_score_and_counts_once() -> None:
     first = registry.join("g", name="fork 1", prompt_tokens=7)
     first.record(0.5, 0.5, 3)
     first.record(0.25, 0.75, 9)
-    registry.end(first, Fate.FINISHED)
+    registry.end(first, TraceStatus.FINISHED)
     assert other.group.survivors == 2
     again = registry.join("g", name="fork 1", prompt_tokens=99)
     assert (again.score, again.num_steps, again.prompt_tokens) == (0.375, 2, 7)
     assert again.group is other.group and other.group.survivors == 2
-    registry.end(again, Fate.FINISHED)
-    registry.end(other, Fate.FINISHED)
+    registry.end(again, TraceStatus.FINISHED)
+    registry.end(other, TraceStatus.FINISHED)
     assert len(registry) == 0
     # The group is forgotten meanwhile; the trace is not. A name belongs to its group.
     later = registry.join("g", name="fork 1")
@@ -122,23 +122,23 @@ def test_a_named_trace_is_continued_with_its_score_and_counts_once() -> None:
 
 
 def test_only_so_many_named_traces_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("step_sglang.groups.MAX_NAMED", 2)
+    monkeypatch.setattr("step_sglang.pruning.groups.MAX_NAMED", 2)
     registry = GroupRegistry()
     for name in "abc":
         trace = registry.join("g", name=name)
         trace.record(0.5, 0.5, 0)
-        registry.end(trace, Fate.FINISHED)
+        registry.end(trace, TraceStatus.FINISHED)
     assert [registry.join("g", name=name).num_steps for name in "abc"] == [0, 1, 1]
 
 
 def test_a_join_that_fails_leaves_nothing_behind() -> None:
     class Broken(Longest):
-        def signal(self, trace: Trace, number: int, around: Surroundings) -> Signal:
+        def signal(self, trace: Trace, number: int, context: EngineContext) -> Signal:
             raise RuntimeError
 
     groups = GroupRegistry()
-    around = Surroundings(frozenset(), None, ngrams)
+    context = EngineContext(frozenset(), None, ngrams)
     with pytest.raises(RuntimeError):
-        groups.join("q", baseline=Broken(), around=around)
+        groups.join("q", baseline=Broken(), context=context)
     assert len(groups) == 0 and groups.num_live == groups.num_survivors == 0 and not groups.watched
     assert groups.join("q").group.survivors == 1

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from step_sglang.groups import GroupRegistry
 from step_sglang.patches import guard as module
 from step_sglang.patches.forward import StepHostOutput
 from step_sglang.patches.guard import guard
+from step_sglang.pruning.groups import GroupRegistry
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step_sglang import op, reference
+from step_sglang.scoring import op, reference
 from tests.op_samples import (
     NEVER,
     Sample,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from step_sglang.config import StepConfig
-from step_sglang.policy import Candidates, GroupView, TraceView, choose_victims
+from step_sglang.pruning.policy import Candidates, GroupView, TraceView, choose_victims
 
 CONFIG = StepConfig("s")
 
@@ -105,11 +105,13 @@ def test_fair_takes_the_worst_of_the_group_that_holds_most_per_weight(views, con
 
 
 @given(pools(), st.integers(1, 400), st.floats(0, 300), configs)
-def test_who_asks_for_room_never_gets_more_than_a_giver_keeps(views, needed, claim, config) -> None:
+def test_who_asks_for_room_never_gets_more_than_a_giver_keeps(
+    views, needed, kv_share, config
+) -> None:
     candidates = Candidates(views, config)
     before = {v.group: candidates.held(v.group) for v in views}
     reclaimable = candidates.reclaimable()
-    victims = candidates.take_for(claim, needed)
+    victims = candidates.reclaim(kv_share, needed)
     owner = owners(views)
     freed = sum(v.kv_tokens for v in victims)
     assert freed >= needed or not victims
@@ -118,7 +120,7 @@ def test_who_asks_for_room_never_gets_more_than_a_giver_keeps(views, needed, cla
         held = candidates.held(view.group)
         assert held == before[view.group] - sum(v.kv_tokens for v in gone)
         if gone:
-            assert held / view.weight >= claim
+            assert held / view.weight >= kv_share
             assert view.survivors - len(gone) >= view.min_survivors
     if not victims:  # then nothing was taken: the same pool answers the next question
         assert candidates.reclaimable() == reclaimable

@@ -8,12 +8,12 @@ from types import ModuleType
 
 import pytest
 
-from step_sglang import words
+from step_sglang import protocol
 
 
 def load_without_the_op() -> None:
     """What a scheduler process does first, on a machine where the op does not load."""
-    sys.modules["step_sglang.op"] = None  # type: ignore[assignment]
+    sys.modules["step_sglang.scoring.op"] = None  # type: ignore[assignment]
     sys.modules["sglang.srt.managers.scheduler"] = ModuleType(
         "stand-in: only its name is looked at"
     )
@@ -27,9 +27,9 @@ def test_a_scheduler_without_the_op_ends(monkeypatch: pytest.MonkeyPatch, asked:
     monkeypatch.setenv("SGLANG_PLATFORM", "step_cpu")
     monkeypatch.setenv("SGLANG_PLUGINS", "step")
     if asked:
-        monkeypatch.setenv(words.HOOKS_ENV, "1")
+        monkeypatch.setenv(protocol.HOOKS_ENV, "1")
     else:
-        monkeypatch.delenv(words.HOOKS_ENV, raising=False)
+        monkeypatch.delenv(protocol.HOOKS_ENV, raising=False)
     child = multiprocessing.get_context("spawn").Process(target=load_without_the_op)
     child.start()
     child.join(timeout=120)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from step_sglang import words
+from step_sglang import protocol
 from step_sglang.errors import RequestError
-from step_sglang.request import (
+from step_sglang.pruning.request import (
     StepRequest,
     check_group_size,
     declined,
@@ -59,10 +59,10 @@ def test_a_wrong_value_is_refused_by_name(member: str, value: Any) -> None:
 
 
 def test_more_survivors_than_samples_are_refused() -> None:
-    wishes = StepRequest(min_survivors=9)
+    step_request = StepRequest(min_survivors=9)
     with pytest.raises(RequestError, match=r"min_survivors is 9.*only 8 samples"):
-        check_group_size(wishes, 8)
-    check_group_size(wishes, 9)
+        check_group_size(step_request, 8)
+    check_group_size(step_request, 9)
     with pytest.raises(RequestError, match="min_survivors"):
         check_group_size(StepRequest(min_survivors=2), 1)
     check_group_size(StepRequest("q", min_survivors=2), 1)  # one of many members
@@ -70,16 +70,16 @@ def test_more_survivors_than_samples_are_refused() -> None:
         check_group_size(StepRequest(min_survivors=10**5000), 8)
 
 
-@pytest.mark.parametrize("member", words.REQUEST_MEMBERS)
+@pytest.mark.parametrize("member", protocol.REQUEST_MEMBERS)
 @pytest.mark.parametrize("value", [-(10**5000), [10**5000], "\x1b[31m\n", {"\ud800": 1}], ids=type)
 def test_a_message_is_one_short_line_whatever_the_value(member: str, value: Any) -> None:
-    """Python refuses to print whole numbers of thousands of digits."""
+    """Python refuses to print integers of thousands of digits."""
     try:
         parse_request({"step": {"group": "g", "hidden_states": True, member: value}})
     except RequestError as error:
         assert str(error).isprintable() and len(str(error)) < 400
     else:
-        assert member in (words.GROUP, words.TRACE) and isinstance(value, str)
+        assert member in (protocol.GROUP, protocol.TRACE) and isinstance(value, str)
 
 
 def test_unknown_members_are_named_shortly() -> None:

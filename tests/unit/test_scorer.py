@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from step_sglang.errors import ScorerError
-from step_sglang.scorer import Scorer, ScorerInfo, load_scorer, save_scorer
+from step_sglang.scoring.scorer import Scorer, ScorerInfo, load_scorer, save_scorer
 
 D = 24
 

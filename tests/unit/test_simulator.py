@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from step_sglang.config import StepConfig
 from step_sglang.evaluation.simulator import Request, Simulator
-from step_sglang.groups import Group
+from step_sglang.pruning.groups import Group
 
 FAIR, QUEUE = StepConfig("s"), StepConfig("s", admit="queue")
 

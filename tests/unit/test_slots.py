@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from step_sglang.boundary import bitmap
-from step_sglang.op import HIDDEN_UNITS, NUM_STEPS, SCORE_FROM, SCORE_SUM, THINKING
-from step_sglang.scorer import Scorer
-from step_sglang.slots import NEVER, SlotReset, SlotState
+from step_sglang.scoring.boundary import bitmap
+from step_sglang.scoring.op import HIDDEN_UNITS, NUM_STEPS, SCORE_FROM, SCORE_SUM, THINKING
+from step_sglang.scoring.scorer import Scorer
+from step_sglang.scoring.slots import NEVER, SlotReset, SlotState
 
 
 def make_state(num_slots: int, capture: torch.dtype | None = None) -> SlotState:

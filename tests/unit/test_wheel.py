@@ -18,10 +18,10 @@ USE = """
 import sys
 import torch
 import step_sglang, step_sglang.patches
-from step_sglang.op import workspace_size
+from step_sglang.scoring.op import workspace_size
 from step_sglang.reasoner import model_path, scorer_path
-from step_sglang.scorer import load_scorer
-from step_sglang.slots import SlotReset, SlotState
+from step_sglang.scoring.scorer import load_scorer
+from step_sglang.scoring.slots import SlotReset, SlotState
 
 home = sys.argv[1]
 for module in (step_sglang, step_sglang.patches):

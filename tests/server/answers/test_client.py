@@ -16,14 +16,14 @@ from step_sglang.client import (
     Progress,
     RequestRefused,
     ServerError,
-    Status,
     TraceFate,
+    VoteStatus,
     asolve,
     solve,
 )
 from step_sglang.errors import VoteError
 from step_sglang.reasoner import Question, model_path, scorer_path
-from step_sglang.vote import Ballot, tally, weight_of
+from step_sglang.voting.tally import Ballot, tally, weight_of
 from tests.server.answers.conftest import wait_until_empty
 from tests.server.launch import Server, environment, serve
 
@@ -38,7 +38,7 @@ def test_solve_returns_the_vote_and_every_trace(server: Server, question: Questi
         question.question, 8, url=server.url, early="off", sampling=SAMPLING,
         on_progress=seen.append,
     )  # fmt: skip
-    assert result.status is Status.VOTED and not result.early and result.message == ""
+    assert result.status is VoteStatus.VOTED and not result.early and result.message == ""
     assert len(result.traces) == 8
     for trace in result.traces:
         assert trace.fate is TraceFate.FINISHED and trace.finish_reason in ("stop", "length")
@@ -91,7 +91,7 @@ def test_the_extractor_is_the_callers_and_no_answer_is_said(
     found = solve(
         question.question, 2, url=server.url, extract=lambda text: None, sampling=SAMPLING
     )
-    assert found.status is Status.NO_ANSWER and found.answer is None and found.share == 0
+    assert found.status is VoteStatus.NO_ANSWER and found.answer is None and found.share == 0
     assert "none of the 2 finished traces has an extractable answer" in found.message
     assert found.best is not None and found.best.fate is TraceFate.FINISHED
 
@@ -99,7 +99,7 @@ def test_the_extractor_is_the_callers_and_no_answer_is_said(
 def test_one_trace_is_a_group_of_its_own(server: Server, question: Question) -> None:
     result = solve(question.question, 1, url=server.url, sampling=SAMPLING)
     assert len(result.traces) == 1 and result.traces[0].score is not None
-    assert result.status is Status.VOTED and result.share == 1.0
+    assert result.status is VoteStatus.VOTED and result.share == 1.0
 
 
 def test_asolve_runs_groups_side_by_side(server: Server, question: Question) -> None:
@@ -107,7 +107,7 @@ def test_asolve_runs_groups_side_by_side(server: Server, question: Question) -> 
         ask = [asolve(question.question, 3, url=server.url, sampling=SAMPLING) for _ in range(2)]
         return await asyncio.gather(*ask)
 
-    assert all(result.status is Status.VOTED for result in asyncio.run(both()))
+    assert all(result.status is VoteStatus.VOTED for result in asyncio.run(both()))
 
     async def blocked() -> None:
         solve(question.question, 2, url=server.url)
@@ -123,7 +123,7 @@ def test_prompts_of_every_form(server: Server, question: Question) -> None:
     for prompt in (question.question, chat, tokens["tokens"]):
         result = solve(prompt, 2, url=server.url + "/v1/", sampling=short)
         assert [trace.tokens for trace in result.traces] == [8, 8]
-        assert result.status is Status.NO_ANSWER
+        assert result.status is VoteStatus.NO_ANSWER
     assert solve("12", 2, url=server.url, chat=False, sampling=short).traces[0].tokens == 8
 
 

@@ -14,7 +14,7 @@ import openai
 import pytest
 import requests
 
-from step_sglang.client import Progress, ServerGoneError, Status, TraceFate, solve
+from step_sglang.client import Progress, ServerGoneError, TraceFate, VoteStatus, solve
 from step_sglang.reasoner import Question, model_path, questions
 from tests.server.answers.conftest import FLAGS, wait_until_empty
 from tests.server.launch import Server, serve, stop
@@ -139,6 +139,6 @@ def test_a_server_that_dies_leaves_what_had_arrived(voting: Server, question: Qu
             sampling={"ignore_eos": True, "max_new_tokens": 1500},
         )  # fmt: skip
     result = caught.value.result
-    assert result.status is Status.NO_FINISHED_TRACE and result.answer is None
+    assert result.status is VoteStatus.NO_FINISHED_TRACE and result.answer is None
     assert "4 did not end" in result.message
     assert result.best is not None and result.best.text and result.best.fate is TraceFate.RUNNING

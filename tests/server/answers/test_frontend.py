@@ -12,7 +12,7 @@ import sglang as sgl
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.global_config import global_config
 
-from step_sglang.frontend import endpoint, vote
+from step_sglang.client.frontend import endpoint, vote
 from step_sglang.reasoner import Question
 from tests.server.answers.conftest import wait_until_empty
 from tests.server.launch import Server

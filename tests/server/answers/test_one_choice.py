@@ -11,8 +11,8 @@ import openai
 import pytest
 import requests
 
-from step_sglang.answers import extract_boxed
 from step_sglang.reasoner import Question
+from step_sglang.voting.answers import extract_boxed
 from tests.server.answers.conftest import standing, wait_until_empty
 from tests.server.launch import Server
 

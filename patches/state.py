@@ -1,0 +1,51 @@
+"""What STEP owns in one scheduler, and where: on the scheduler, and on each request its trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from step_sglang.baselines import EngineContext
+from step_sglang.config import StepConfig
+from step_sglang.pruning.groups import GroupRegistry, Trace
+from step_sglang.pruning.metrics import StepMetrics
+from step_sglang.scoring.slots import SlotState
+
+_STATE = "step_state"
+_TRACE = "step_trace"
+
+
+@dataclass
+class SchedulerStep:
+    """What STEP owns in one scheduler."""
+
+    config: StepConfig
+    slots: SlotState
+    context: EngineContext
+    hidden_size: int
+    hidden_dtype: torch.dtype
+    groups: GroupRegistry
+    metrics: StepMetrics | None = None  # with --enable-metrics, on the rank that SGLang measures
+    scorer_stale: bool = False  # the weights that it was trained for were replaced
+
+
+def state_of(scheduler: Any) -> SchedulerStep | None:
+    """A scheduler's STEP state, or None when STEP is off."""
+    return getattr(scheduler, _STATE, None)
+
+
+def set_state(scheduler: Any, state: SchedulerStep) -> None:
+    """Turn STEP on for a scheduler."""
+    setattr(scheduler, _STATE, state)
+
+
+def trace_of(req: Any) -> Trace | None:
+    """A request's trace, or None for an ordinary request."""
+    return getattr(req, _TRACE, None)
+
+
+def set_trace(req: Any, trace: Trace) -> None:
+    """Make a request a trace."""
+    setattr(req, _TRACE, trace)

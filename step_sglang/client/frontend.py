@@ -1,0 +1,111 @@
+"""Programs of SGLang's frontend language on a server with STEP.
+
+sgl.set_default_backend(step_sglang.client.frontend.endpoint("http://127.0.0.1:30000"))
+
+@sgl.function
+def solve(s, question):
+    s += sgl.user(question)
+    forks = s.fork(16)
+    forks += sgl.assistant(sgl.gen("answer", max_tokens=4096))
+    s["winner"] = vote(forks, "answer").answer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from step_sglang import protocol
+from step_sglang.voting.answers import Extractor, extract_boxed
+from step_sglang.voting.tally import Ballot, Same, Tally, check_vote, share_of, tally, weight_of
+from step_sglang.voting.verifier import AnswerVerifier
+
+_verifier = AnswerVerifier()
+
+
+@dataclass(frozen=True)
+class ForkVote:
+    """A vote over forks. ``answer`` None: no fork finished with an answer."""
+
+    answer: str | None
+    share: float  # of the weight
+    fork: int | None  # position of the best-scoring fork that gave the answer
+    answers: tuple[Tally, ...]  # all answers, the winner first; members are positions of forks
+    errors: dict[int, str]  # why a fork has no vote: pruned, failed
+
+
+def endpoint(url: str, **options: Any) -> Any:
+    """A backend for ``sgl.set_default_backend``: the forks of one ``fork(n)`` are one group.
+
+    Several ``gen`` calls of one fork continue the same trace and its score; nested forks are groups
+    of their own. A fork that fails or is pruned ends by itself and leaves its siblings alone.
+
+    Args:
+        url: a server started with ``--enable-step``.
+        options: of SGLang's ``RuntimeEndpoint`` (``api_key``, ``verify``, ``chat_template_name``).
+    """
+    # Late, because this package itself never imports the engine.
+    from step_sglang.patches.frontend import StepEndpoint
+
+    return StepEndpoint(url, **options)
+
+
+def boxed_or_all(text: str) -> str | None:
+    r"""The boxed answer, else the whole text, which in a program often is the answer itself."""
+    return extract_boxed(text) or text.strip() or None
+
+
+def vote(
+    forks: Any,
+    name: str,
+    *,
+    vote: str = "weighted",
+    extract: Extractor = boxed_or_all,
+    same: Same | None = None,
+) -> ForkVote:
+    """Vote over what forks generated; waits for them.
+
+    Args:
+        forks: what ``s.fork(n)`` returned, or a list of states.
+        name: the variable of their last ``gen``.
+        vote: ``weighted`` by trace score, ``majority`` or ``best``. On a server without STEP all
+            forks weigh the same.
+        extract: reads the answer of the generated text; None: it has none.
+        same: whether two answers mean the same; default: math-verify, in a child process.
+
+    Raises:
+        VoteError: there is no such vote.
+    """
+    check_vote(vote)
+    states: Sequence[Any] = getattr(forks, "states", forks)
+    ballots: list[Ballot] = []
+    voters: list[int] = []
+    scores: dict[int, float] = {}
+    errors: dict[int, str] = {}
+    for index, state in enumerate(states):
+        info = state.get_meta_info(name)
+        problem = _problem(info)
+        answer = None if problem else extract(state.get_var(name))
+        if answer is None:
+            errors[index] = problem or "no answer in its text"
+            continue
+        score = (info.get(protocol.META_KEY) or {}).get(protocol.META_SCORE)
+        scores[index] = -1.0 if score is None else score
+        ballots.append(Ballot(answer, weight_of(score, vote)))
+        voters.append(index)
+    answers = tuple(
+        Tally(t.answer, t.weight, tuple(voters[i] for i in t.members))
+        for t in tally(ballots, same or _verifier.same, vote)
+    )
+    if not answers:
+        return ForkVote(None, 0.0, None, (), errors)
+    best = max(answers[0].members, key=lambda index: scores[index])
+    return ForkVote(answers[0].answer, share_of(answers), best, answers, errors)
+
+
+def _problem(info: dict[str, Any] | None) -> str:
+    if info is None:
+        return "it generated nothing"
+    reason = info.get("finish_reason") or {}
+    return str(reason.get("message", "aborted")) if reason.get("type") == "abort" else ""

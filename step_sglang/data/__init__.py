@@ -1,0 +1,1 @@
+"""Where questions come from: files, data sets, the benchmarks by name."""

@@ -1,0 +1,161 @@
+"""Asks one server one question by one method, and grades what came back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from step_sglang import protocol
+from step_sglang.client.sources import Source, reading_chunks
+from step_sglang.evaluation.methods import (
+    Method,
+    MethodSettings,
+    Part,
+    SampleResult,
+    Step,
+    confidence_of,
+)
+from step_sglang.evaluation.records import TraceResult
+from step_sglang.training.wire import Sampling
+from step_sglang.voting.answers import Extractor
+from step_sglang.voting.session import (
+    STREAM_INTERVAL,
+    SampledTrace,
+    TraceFate,
+    VoteRules,
+    VoteSession,
+)
+from step_sglang.voting.tally import Ballot, tally
+from step_sglang.voting.verifier import AnswerVerifier
+
+# Only the end of a trace is sent: streaming every token would cost the server time.
+_NEVER = 1 << 30  # tokens
+
+
+@dataclass(frozen=True)
+class ServerSampler:
+    """Asks for traces of one question; see `methods.Sampler`."""
+
+    source: Source
+    prompt: list[int]  # token ids
+    sampling: Sampling
+    settings: MethodSettings
+    extract: Extractor
+    verifier: AnswerVerifier
+
+    async def ask(self, n: int, step: Step, early: str = "off") -> Part:
+        """Sample n traces in one request.
+
+        The clock stops when the last trace ended, or was cancelled; only an early end votes before.
+
+        Raises:
+            RequestRefused: the server refused it.
+            ServerError: it does not answer, breaks off, or answers something unusable.
+        """
+        interval = _NEVER if early == "off" else STREAM_INTERVAL
+        body = {
+            "input_ids": self.prompt,
+            "sampling_params": {
+                **asdict(self.sampling),
+                "n": n,
+                "skip_special_tokens": False,
+                "stream_interval": interval,
+                "custom_params": {protocol.REQUEST_KEY: step},
+            },
+        }
+        rules = VoteRules("weighted", early)
+        limit = self.sampling.max_new_tokens
+        session = VoteSession(n, rules, self.verifier.same, self.extract, limit)
+        started = session.started = time.perf_counter()
+        chunks = self.source.stream(body)
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                with reading_chunks():
+                    ended = session.feed(chunk)
+                if ended and early != "off":
+                    await asyncio.to_thread(session.count)
+                    if session.decided():
+                        break
+        seconds = time.perf_counter() - started
+        session.cancel()
+        for trace in session.traces:
+            if trace.answer is None and trace.fate is not TraceFate.CANCELLED:
+                trace.answer = self.extract(trace.text)
+        return Part(tuple(session.traces), seconds)
+
+
+@dataclass(frozen=True)
+class Graded:
+    """The vote of a question, and every trace."""
+
+    answer: str | None
+    correct: bool
+    traces: tuple[TraceResult, ...]
+
+
+def grade(method: Method, asked: SampleResult, gold: str, verifier: AnswerVerifier) -> Graded:
+    """Vote as the method does, over the traces that finished with an answer."""
+    right: dict[str, bool] = {}
+
+    def is_right(answer: str | None) -> bool:
+        if answer is None:
+            return False
+        if answer not in right:
+            right[answer] = verifier.same(answer, gold)
+        return right[answer]
+
+    ballots = []
+    for trace in asked.traces:
+        if trace.fate is TraceFate.FINISHED and trace.answer is not None:
+            weight = method.weigh(trace, asked.threshold)
+            if weight is not None:
+                ballots.append(Ballot(trace.answer, weight))
+    tallies = tally(ballots, verifier.same)
+    answer = tallies[0].answer if tallies else None
+    traces = tuple(_trace_result(trace, is_right(trace.answer)) for trace in asked.traces)
+    return Graded(answer, is_right(answer), traces)
+
+
+def _trace_result(trace: SampledTrace, correct: bool) -> TraceResult:
+    info = trace.meta_info
+    step = info.get(protocol.META_KEY) or {}
+    wait, prefill, decode = server_times(info)
+    return TraceResult(
+        fate=trace.fate.value,
+        answer=trace.answer,
+        correct=correct,
+        tokens=trace.tokens,
+        score=trace.score,
+        confidence=confidence_of(trace),
+        reason=step.get("reason"),
+        retractions=int(info.get("num_retractions") or 0),
+        wait=wait,
+        prefill=prefill,
+        decode=decode,
+    )
+
+
+def server_times(
+    info: Mapping[str, Any],
+) -> tuple[float | None, float | None, float | None]:
+    """Seconds of waiting, prefill and decoding, by the server's own time stamps; None without them.
+
+    A retracted trace waits again after its first token; that is no decoding.
+    """
+    wait, entry, prefilled, finished = (
+        info.get(key)
+        for key in (
+            "queue_time", "forward_entry_time", "prefill_finished_time", "request_finished_ts",
+        )
+    )  # fmt: skip
+    if wait is None or entry is None or prefilled is None or finished is None:
+        return None, None, None
+    again = 0.0
+    dispatched = info.get("api_server_dispatch_finish_ts")
+    if info.get("num_retractions") and dispatched is not None:
+        again = max(0.0, wait - max(0.0, entry - dispatched))
+    return wait, prefilled - entry, max(0.0, finished - prefilled - again)

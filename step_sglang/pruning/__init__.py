@@ -1,0 +1,1 @@
+"""Which traces live: groups, requests, the pruning policy, metrics. Knows nothing of SGLang."""

@@ -1,0 +1,306 @@
+"""Owns the life of traces and groups: who lives, who finished, each trace's score.
+
+Knows nothing of SGLang; the device's per-slot state is mirrored here, so that a trace
+keeps its score when it loses its slot to a retraction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+from step_sglang import protocol
+from step_sglang.baselines.base import DEFAULT_TOP_K, Baseline, EngineContext, JudgedTrace, Signal
+from step_sglang.pruning.timeline import Recording
+from step_sglang.scoring.capture import Capture
+
+MAX_NAMED = 65536  # named traces whose score is kept for a continuation
+
+
+class TraceStatus(Enum):
+    """How a trace stands."""
+
+    LIVE = "live"  # running or waiting
+    FINISHED = "finished"  # ended normally
+    PRUNED = "pruned"
+    ABORTED = "aborted"
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """All traces of one question."""
+
+    group_id: str
+    weight: float = 1.0
+    min_survivors: int = 1
+    live: int = 0
+    finished: int = 0
+    joined: int = 0  # traces so far
+    ending: int = 0  # live traces that the baseline ends
+    baseline: Baseline | None = None  # judges its traces; None: STEP
+    method_state: Any = None  # what that method shares among them
+
+    @property
+    def for_memory(self) -> bool:
+        """Whether its traces are pruned, not queued or retracted, when memory is short."""
+        return self.baseline is None or self.baseline.FOR_MEMORY
+
+    @property
+    def survivors(self) -> int:
+        """Traces that are running, waiting or finished normally."""
+        return self.live + self.finished
+
+    @property
+    def prunable(self) -> bool:
+        """Whether it may lose a trace when memory is short."""
+        return self.for_memory and self.survivors > self.min_survivors
+
+
+@dataclass(slots=True, eq=False)
+class Trace:
+    """One sampled continuation. Its score is mirrored from the device after every step."""
+
+    group: Group
+    step_scores: list[float] | None = None  # kept only when the request asked for them
+    positions: list[int] | None = None  # of the boundary tokens in the output; likewise
+    capture: Capture | None = None
+    score_sum: float = 0.0
+    num_steps: int = 0
+    fate: TraceStatus = TraceStatus.LIVE
+    name: str | None = None  # within its group, for requests that continue it
+    prompt_tokens: int = 0  # of its first request
+    signal: Signal | None = None  # of its group's baseline
+    recording: Recording | None = None
+    ending: bool = False  # its group's baseline ends it
+    reason: str | None = None  # why it was pruned
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is running or waiting."""
+        return self.fate is TraceStatus.LIVE
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it is live, and its baseline has not ended it."""
+        return self.fate is TraceStatus.LIVE and not self.ending
+
+    @property
+    def watches_tokens(self) -> bool:
+        """Whether somebody wants to see its output tokens as they come."""
+        return self.recording is not None or (
+            self.signal is not None and self.signal.watches_tokens
+        )
+
+    @property
+    def top_k(self) -> int:
+        """Candidates of the token confidence that somebody wants; 0: nobody does."""
+        wanted = 0 if self.signal is None else self.signal.top_k
+        return wanted or (0 if self.recording is None else DEFAULT_TOP_K)
+
+    def token(self, token: int, now: float, confidence: float) -> JudgedTrace | None:
+        """Show an output token to those who want it; returns a trace that is to end for it.
+
+        Args:
+            token: its id.
+            now: unix seconds.
+            confidence: over ``top_k`` candidates, nats; NaN when ``top_k`` is 0.
+        """
+        if self.recording is not None:
+            self.recording.token(now, confidence)
+        if self.signal is None or not self.signal.watches_tokens:
+            return None
+        return self.signal.token(token, confidence)
+
+    @property
+    def score(self) -> float | None:
+        """Running mean of the step scores; None until the first step."""
+        return self.score_sum / self.num_steps if self.num_steps else None
+
+    def record(self, step_score: float, score_sum: float, position: int) -> None:
+        """Take over one scored step as the device computed it; NaN means no step ended."""
+        if math.isnan(step_score):
+            return
+        self.score_sum = score_sum
+        self.num_steps += 1
+        if self.step_scores is not None:
+            self.step_scores.append(step_score)
+        if self.positions is not None:
+            self.positions.append(position)
+
+    def rank_key(self, length: int) -> tuple[float, int]:
+        """(score sum, number of steps) by which it ranks when memory is short.
+
+        Args:
+            length: its generated tokens.
+        """
+        if self.signal is not None:
+            return self.signal.rank_key(length)
+        return self.score_sum, self.num_steps
+
+    def meta(self) -> dict[str, Any]:
+        """The response's ``meta_info["step"]``; what grows with the trace only at the end."""
+        info: dict[str, Any] = {
+            protocol.META_GROUP: self.group.group_id,
+            protocol.META_SCORE: self.score,
+            protocol.META_NUM_STEPS: self.num_steps,
+            protocol.META_PRUNED: self.fate is TraceStatus.PRUNED,
+        }
+        if self.signal is not None:
+            info.update(self.signal.meta())
+        if self.fate is TraceStatus.LIVE:
+            return info
+        if self.fate is TraceStatus.PRUNED:
+            info[protocol.META_REASON] = self.reason
+        if self.recording is not None:
+            info[protocol.META_RECORD] = self.recording.as_json()
+        if self.step_scores is not None:
+            info[protocol.META_STEP_SCORES] = list(self.step_scores)
+        if self.positions is not None:
+            info[protocol.META_POSITIONS] = list(self.positions)
+        if self.capture is not None:
+            info[protocol.META_HIDDEN_STATES] = self.capture.encode()
+        return info
+
+
+class _Ended(NamedTuple):
+    """What a continuation needs of a named trace that ended."""
+
+    score_sum: float
+    num_steps: int
+    prompt_tokens: int
+    finished_in: Group | None  # counts it as finished
+
+
+@dataclass(slots=True, eq=False)
+class GroupRegistry:
+    """The groups that have a live trace. A group is forgotten when its last live trace ends.
+
+    ``observer`` is called with every trace that has joined or ended.
+    """
+
+    _groups: dict[str, Group] = field(default_factory=dict)
+    # Named traces that ended, by group and name, the oldest first. They outlive their group,
+    # because a program may have no live trace between two of its requests.
+    _named: OrderedDict[tuple[str, str], _Ended] = field(default_factory=OrderedDict)
+    num_live: int = 0
+    num_finished: int = 0  # traces, of these groups
+    # Live traces whose tokens somebody wants to see, by `top_k`; no entry is 0.
+    watched: Counter[int] = field(default_factory=Counter)
+    num_ending: int = 0  # live traces that their baseline ends
+    observer: Callable[[Trace], None] | None = None
+
+    @property
+    def num_survivors(self) -> int:
+        """Traces of these groups that are running, waiting or finished normally."""
+        return self.num_live + self.num_finished
+
+    def join(
+        self,
+        group_id: str,
+        *,
+        weight: float = 1.0,
+        min_survivors: int = 1,
+        name: str | None = None,
+        prompt_tokens: int = 0,
+        step_scores: bool = False,
+        capture: Capture | None = None,
+        baseline: Baseline | None = None,
+        context: EngineContext | None = None,
+        recording: Recording | None = None,
+    ) -> Trace:
+        """Add a live trace to a group, which begins with it when it is new.
+
+        Where members disagree on the weight or the minimum, the largest value wins; on the
+        baseline (which needs ``context``), the first member's.
+        A named trace that ended before starts from its score then, and no longer counts as
+        finished.
+        """
+        group = self._groups.get(group_id)
+        if group is None:
+            group = Group(group_id, weight, min_survivors, baseline=baseline)
+        trace = Trace(
+            group,
+            step_scores=[] if step_scores else None,
+            positions=_positions(capture) if step_scores or capture is not None else None,
+            capture=capture,
+            name=name,
+            prompt_tokens=prompt_tokens,
+            recording=recording,
+        )
+        if group.baseline is not None and context is not None:
+            trace.signal = group.baseline.signal(trace, group.joined + 1, context)
+        # Counted only now: what raises above must leave no survivor behind that does not exist.
+        self._groups[group_id] = group
+        group.weight = max(group.weight, weight)
+        group.min_survivors = max(group.min_survivors, min_survivors)
+        group.live += 1
+        group.joined += 1
+        self.num_live += 1
+        if trace.watches_tokens:
+            self.watched[trace.top_k] += 1
+        before = None if name is None else self._named.pop((group_id, name), None)
+        if before is not None:
+            trace.score_sum, trace.num_steps = before.score_sum, before.num_steps
+            trace.prompt_tokens = before.prompt_tokens
+            if before.finished_in is group:
+                group.finished -= 1
+                self.num_finished -= 1
+        if self.observer is not None:
+            self.observer(trace)
+        return trace
+
+    def end_soon(self, trace: Trace) -> None:
+        """Let its baseline end a live trace at the next opportunity, if that spares a survivor."""
+        group = trace.group
+        method = group.baseline
+        if method is None or not trace.is_live or trace.ending:
+            return
+        if method.ENDS_SURVIVORS or group.survivors - group.ending > group.min_survivors:
+            trace.ending = True
+            group.ending += 1
+            self.num_ending += 1
+
+    def end(self, trace: Trace, fate: TraceStatus) -> None:
+        """Record how a live trace ended; a second call for the same trace does nothing."""
+        if trace.fate is not TraceStatus.LIVE:
+            return
+        trace.fate = fate
+        group = trace.group
+        group.live -= 1
+        self.num_live -= 1
+        if trace.watches_tokens:
+            self.watched[trace.top_k] -= 1
+            self.watched = +self.watched
+        if trace.ending:
+            group.ending -= 1
+            self.num_ending -= 1
+        if fate is TraceStatus.FINISHED:
+            group.finished += 1
+            self.num_finished += 1
+        if trace.name is not None:
+            finished_in = group if fate is TraceStatus.FINISHED else None
+            self._named[group.group_id, trace.name] = _Ended(
+                trace.score_sum, trace.num_steps, trace.prompt_tokens, finished_in
+            )
+            if len(self._named) > MAX_NAMED:
+                self._named.popitem(last=False)
+        if group.live == 0 and self._groups.get(group.group_id) is group:
+            del self._groups[group.group_id]
+            self.num_finished -= group.finished
+            group.method_state = None
+        if self.observer is not None:
+            self.observer(trace)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+
+def _positions(capture: Capture | None) -> list[int]:
+    """Those of a trace that the input holds are known; those of a generated one are recorded."""
+    if capture is None or capture.prompt_tokens is None:
+        return []
+    return [position - capture.prompt_tokens for position in capture.wanted]

@@ -1,0 +1,94 @@
+"""Prometheus metrics of one scheduler. Knows nothing of SGLang, which exports what is made here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from step_sglang.pruning.groups import GroupRegistry, Trace, TraceStatus
+
+SCORE_BUCKETS = tuple(i / 20 for i in range(1, 21))
+WAITING_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # seconds
+
+
+class StepMetrics:
+    """Counts what happens to traces; one object per process, because names are registered once.
+
+    Args:
+        labels: of every series, such as the model's name and the rank.
+    """
+
+    def __init__(self, labels: Mapping[str, object]) -> None:
+        # In a server the import must come after SGLang told the library that processes share.
+        from prometheus_client import Counter, Gauge, Histogram
+
+        values = {name: str(value) for name, value in labels.items()}
+        names = tuple(values)
+        self._labels = values
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, names).labels(**values)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, names, multiprocess_mode="mostrecent").labels(**values)
+
+        self._traces = counter("step_traces_scored_total", "Traces ended with at least one score.")
+        self._steps = counter("step_steps_scored_total", "Steps scored.")
+        self._unscored = counter(
+            "step_steps_unscored_total", "Steps whose score was not finite, so not counted."
+        )
+        self._failures = Counter(
+            "step_failures_total", "Failures that cost a score or a pruning.", (*names, "where")
+        )
+        self._freed = counter("step_tokens_freed_total", "KV tokens freed by pruning.")
+        self._pruned = Counter("step_traces_pruned_total", "Traces pruned.", (*names, "reason"))
+        self._groups = gauge("step_groups_alive", "Groups with a running or waiting trace.")
+        self._survivors = gauge(
+            "step_survivors", "Traces of these groups that run, wait or finished normally."
+        )
+        self._stale = gauge(
+            "step_scorer_stale", "1 after an update of the weights that the scorer was trained for."
+        )
+        self._stale.set(0)
+        self._scores = Histogram("step_score", "Step scores.", names, buckets=SCORE_BUCKETS).labels(
+            **values
+        )
+        self._waiting = Histogram(
+            "step_waiting_seconds",
+            "Time in the waiting queue of requests that ended: STEP's traces, and others.",
+            (*names, "kind"),
+            buckets=WAITING_BUCKETS,
+        )
+
+    def trace_changed(self, groups: GroupRegistry, trace: Trace) -> None:
+        """A trace joined its group, or ended."""
+        self._groups.set(len(groups))
+        self._survivors.set(groups.num_survivors)
+        if trace.fate is not TraceStatus.LIVE and trace.num_steps:
+            self._traces.inc()
+
+    def step_scored(self, score: float) -> None:
+        """A step of a trace was scored."""
+        self._steps.inc()
+        self._scores.observe(score)
+
+    def step_unscored(self) -> None:
+        """A step ended whose score was not finite."""
+        self._unscored.inc()
+
+    def failed(self, where: str) -> None:
+        """STEP itself failed; ``where`` is one of the words for it."""
+        self._failures.labels(**self._labels, where=where).inc()
+
+    def trace_pruned(self, reason: str, tokens_freed: int) -> None:
+        """A trace was pruned; ``reason`` is one of the words for it."""
+        self._pruned.labels(**self._labels, reason=reason).inc()
+        self._freed.inc(tokens_freed)
+
+    def scorer_is_stale(self) -> None:
+        """The model's weights were updated."""
+        self._stale.set(1)
+
+    def request_waited(self, seconds: float, *, is_trace: bool) -> None:
+        """A request that ended had spent this long in the waiting queue."""
+        kind = "step" if is_trace else "other"
+        self._waiting.labels(**self._labels, kind=kind).observe(seconds)

@@ -1,0 +1,203 @@
+"""Reads what one request says about STEP: ``custom_params.step``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from step_sglang import protocol
+from step_sglang.baselines import Baseline, parse_baseline
+from step_sglang.errors import RequestError, safe_repr
+
+MAX_GROUP_LENGTH = 256  # characters
+MAX_WEIGHT = 1e6  # of a group; its inverse is the least
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """A request's step_request. ``group`` None: the request forms a group of its own.
+
+    ``weight``: of the group's claim to the KV pool. ``min_survivors`` None: the server's setting.
+    ``trace``: the request continues the group's trace of that name, and its score.
+
+    ``baseline``: another method than STEP judges the group's traces. ``record``: the final response
+    says when each token came, and its confidence.
+
+    ``prompt_tokens`` P: the input already holds a trace from token P on, whose hidden states are
+    wanted (only with ``hidden_states``, on a server that captures).
+    """
+
+    group: str | None = None
+    step_scores: bool = False
+    hidden_states: bool = False
+    prompt_tokens: int | None = None
+    weight: float = 1.0
+    min_survivors: int | None = None
+    trace: str | None = None
+    baseline: Baseline | None = None
+    record: bool = False
+
+
+def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None:
+    """Validate ``custom_params["step"]``.
+
+    Absent, null and false mean that the request does not use STEP; true and ``{}`` mean defaults.
+
+    Returns:
+        The step_request, or None for a request that does not use STEP.
+
+    Raises:
+        RequestError: the value has a wrong type or an unknown member.
+    """
+    if custom_params is not None and not isinstance(custom_params, Mapping):
+        raise RequestError(f"custom_params must be an object, not a {type(custom_params).__name__}")
+    value = None if custom_params is None else custom_params.get(protocol.REQUEST_KEY)
+    if value is None or value is False:
+        return None
+    if value is True:
+        return StepRequest()
+    if not isinstance(value, Mapping):
+        raise RequestError(
+            "custom_params.step must be true, false or an object such as "
+            f'{{"group": "q1"}}, not a {type(value).__name__}'
+        )
+    unknown = sorted(safe_repr(name) for name in value if name not in protocol.REQUEST_MEMBERS)
+    if unknown:
+        raise RequestError(
+            f"custom_params.step has unknown members [{', '.join(unknown[:8])}]; "
+            f"it may have {[*protocol.REQUEST_MEMBERS, *protocol.VOTE_MEMBERS]}"
+        )
+    group, trace = _name(value, protocol.GROUP), _name(value, protocol.TRACE)
+    if trace is not None and group is None:
+        raise RequestError("custom_params.step.trace needs the name of its group beside it")
+    prompt_tokens = value.get(protocol.PROMPT_TOKENS)
+    if prompt_tokens is not None and (
+        not isinstance(prompt_tokens, int) or isinstance(prompt_tokens, bool) or prompt_tokens < 0
+    ):
+        raise RequestError(
+            "custom_params.step.prompt_tokens must be an integer of tokens, "
+            f"not {safe_repr(prompt_tokens)}"
+        )
+    step_request = StepRequest(
+        group=group,
+        trace=trace,
+        weight=_weight(value),
+        min_survivors=_min_survivors(value),
+        step_scores=_flag(value, protocol.STEP_SCORES),
+        hidden_states=_flag(value, protocol.HIDDEN_STATES),
+        prompt_tokens=prompt_tokens,
+        baseline=_baseline(value),
+        record=_flag(value, protocol.RECORD),
+    )
+    if prompt_tokens is not None and not step_request.hidden_states:
+        raise RequestError("custom_params.step.prompt_tokens needs hidden_states: true beside it")
+    return step_request
+
+
+def check_group_id(group: object, where: str) -> str:
+    """The group id, when it is one.
+
+    Raises:
+        RequestError: it is no string of 1 to ``MAX_GROUP_LENGTH`` characters; ``where`` names it.
+    """
+    if isinstance(group, str) and 1 <= len(group) <= MAX_GROUP_LENGTH:
+        if any("\ud800" <= character <= "\udfff" for character in group):
+            raise RequestError(f"{where} has a lone surrogate, which no response can carry")
+        return group
+    shown = f"{len(group)} characters" if isinstance(group, str) else f"a {type(group).__name__}"
+    raise RequestError(
+        f"{where} must be a string of 1 to {MAX_GROUP_LENGTH} characters, not {shown}"
+    )
+
+
+def check_group_size(step_request: StepRequest, samples: int) -> None:
+    """Refuse a minimum of survivors that the group can never have.
+
+    Args:
+        step_request: as the request itself said them, before it was given a group.
+        samples: the request's ``n``. A request that names a group may be one of many members, so
+            only several samples of its own, or a group of its own, say how large the group is.
+
+    Raises:
+        RequestError: ``min_survivors`` is larger than ``n``.
+    """
+    if step_request.min_survivors is None or step_request.min_survivors <= samples:
+        return
+    if samples > 1 or step_request.group is None:
+        raise RequestError(
+            f"custom_params.step.min_survivors is {safe_repr(step_request.min_survivors)}, but the "
+            f"request asks for only {samples} samples (n): give at most n"
+        )
+
+
+def _weight(value: Mapping[str, Any]) -> float:
+    weight = value.get(protocol.WEIGHT)
+    if weight is None:
+        return 1.0
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT
+    ):
+        raise RequestError(
+            "custom_params.step.weight must be a number between "
+            f"{1 / MAX_WEIGHT:g} and {MAX_WEIGHT:g}, not {safe_repr(weight)}"
+        )
+    return float(weight)
+
+
+def _min_survivors(value: Mapping[str, Any]) -> int | None:
+    minimum = value.get(protocol.MIN_SURVIVORS)
+    if minimum is None:
+        return None
+    if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 1:
+        raise RequestError(
+            "custom_params.step.min_survivors must be an integer of at least 1, "
+            f"not {safe_repr(minimum)}"
+        )
+    return minimum
+
+
+def _baseline(value: Mapping[str, Any]) -> Baseline | None:
+    baseline = value.get(protocol.BASELINE)
+    return None if baseline is None else parse_baseline(baseline)
+
+
+def _name(value: Mapping[str, Any], member: str) -> str | None:
+    name = value.get(member)
+    return None if name is None else check_group_id(name, f"custom_params.step.{member}")
+
+
+def _flag(value: Mapping[str, Any], name: str) -> bool:
+    flag = value.get(name, False)
+    if not isinstance(flag, bool):
+        raise RequestError(
+            f"custom_params.step.{name} must be true or false, not a {type(flag).__name__}"
+        )
+    return flag
+
+
+def declined(custom_params: Mapping[str, Any] | None) -> bool:
+    """Whether the request opted out with ``{"step": false}``."""
+    return (
+        isinstance(custom_params, Mapping)
+        and custom_params.get(protocol.REQUEST_KEY, None) is False
+    )
+
+
+def with_group(custom_params: Mapping[str, Any] | None, group: str) -> dict[str, Any]:
+    """Copy of ``custom_params`` that names ``group``, unless the request named one itself.
+
+    Raises:
+        RequestError: it is malformed, or names a trace, which only one sample can be.
+    """
+    step_request = parse_request(custom_params) or StepRequest()
+    if step_request.trace is not None:
+        raise RequestError("custom_params.step.trace names one trace: it needs n = 1")
+    params = dict(custom_params or {})
+    if step_request.group is None:
+        value = params.get(protocol.REQUEST_KEY)
+        members = value if isinstance(value, Mapping) else {}
+        params[protocol.REQUEST_KEY] = {**members, protocol.GROUP: group}
+    return params

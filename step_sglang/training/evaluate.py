@@ -1,0 +1,77 @@
+"""All figures of a scorer on some questions, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from step_sglang.training.data import build_labels, score_steps
+from step_sglang.training.metrics import (
+    RUNNING_MEAN,
+    Calibration,
+    Ranking,
+    auc,
+    calibration,
+    rankings,
+    signals_at,
+)
+from step_sglang.training.reader import Reader
+from step_sglang.training.simulate import VoteSimulation, simulate_votes
+from step_sglang.training.table import Floats, TraceTable
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures on one set of questions; ``asdict`` makes JSON of it."""
+
+    questions: int
+    mixed_questions: int  # those with both a correct and a wrong trace that has steps
+    traces: int
+    traces_without_steps: int  # take no part in rankings
+    steps: int
+    accuracy: float  # of a single trace
+    step_auc: float
+    ranking: Mapping[str, Mapping[float, Ranking]]
+    step_calibration: Calibration
+    trace_calibration: Calibration  # of the running mean at the end
+    votes: Mapping[str, VoteSimulation]
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Traces with their step scores."""
+
+    table: TraceTable
+    scores: Floats  # [S]
+
+
+def score(reader: Reader, shards: Sequence[int], network: torch.nn.Module) -> Scored:
+    """Score the steps of some shards."""
+    return Scored(build_labels(reader, shards), score_steps(reader, shards, network))
+
+
+def evaluate(scored: Scored, seed: int = 0) -> Evaluation:
+    """Every figure of already scored traces."""
+    table, scores = scored.table, scored.scores
+    has = table.num_steps > 0
+    final = signals_at(table, scores, 1.0)[RUNNING_MEAN][has]
+    kinds: dict[int, set[bool]] = {}
+    for question, correct in zip(table.question[has], table.correct[has], strict=True):
+        kinds.setdefault(int(question), set()).add(bool(correct))
+    label = table.correct[table.step_trace]
+    return Evaluation(
+        questions=len(np.unique(table.question)),
+        mixed_questions=sum(len(kind) == 2 for kind in kinds.values()),
+        traces=len(table.question),
+        traces_without_steps=int((~has).sum()),
+        steps=len(scores),
+        accuracy=float(table.correct.mean()),
+        step_auc=auc(scores, label),
+        ranking=rankings(table, scores, seed),
+        step_calibration=calibration(scores, label),
+        trace_calibration=calibration(final, table.correct[has]),
+        votes=simulate_votes(table, scores, seed),
+    )

@@ -1,0 +1,172 @@
+"""Writes collected traces to a folder so that a kill at any moment loses and doubles nothing.
+
+    meta.json                     how it was collected
+    index.jsonl                   one line per trace
+    shards/000042.safetensors     `hidden` [rows, d], one row per step, one shard per question
+
+A question's shard is written first, its n index lines then in one append: a shard without lines is
+an orphan of a kill, and a question without all its lines does not count.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors.torch import save
+
+from step_sglang import files
+from step_sglang.training.errors import StoreError
+from step_sglang.training.index import (
+    INDEX,
+    META,
+    SHARDS,
+    TENSOR,
+    check_shard,
+    read_meta,
+    records_by_shard,
+    scan_index,
+    shard_path,
+)
+from step_sglang.training.records import DTYPES, QuestionResult, StoreMeta
+
+
+class Writer:
+    """Adds questions to a store, one writer at a time; opening repairs what a kill left behind."""
+
+    def __init__(self, folder: Path, meta: StoreMeta) -> None:
+        """Open or create the store.
+
+        Raises:
+            StoreError: the folder holds traces collected in another way, is in use by another
+                writer, or cannot be written.
+        """
+        self.folder = folder
+        self.meta = meta
+        self.repairs: tuple[str, ...] = ()
+        try:
+            (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+            self._lock = files.lock(folder)
+        except BlockingIOError as error:
+            raise StoreError(f"{folder} is being written by another process") from error
+        except OSError as error:
+            raise StoreError(f"cannot write to {folder}: {error.strerror}") from error
+        try:
+            self._agree_on_meta()
+            self._repair()
+            self._index = os.open(folder / INDEX, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            os.close(self._lock)
+            raise StoreError(self._failure(error)) from error
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._index)
+        os.close(self._lock)
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Ids of the questions that are complete."""
+        return frozenset(self._done)
+
+    def add(self, result: QuestionResult) -> None:
+        """Write all n traces of one question, or nothing.
+
+        Raises:
+            StoreError: the result does not fit the store, or the disk is full or fails; what was
+                added before stays usable.
+        """
+        hidden = self._checked(result)
+        first_row = 0
+        lines: list[str] = []
+        for record in result.records:
+            placed = replace(record, shard=self._next, first_row=first_row)
+            lines.append(json.dumps(placed.as_json(), ensure_ascii=False, allow_nan=False) + "\n")
+            first_row += record.num_steps
+        try:
+            files.write(shard_path(self.folder, self._next), save({TENSOR: hidden}))
+            files.append(self._index, "".join(lines).encode())
+        except OSError as error:
+            raise StoreError(self._failure(error)) from error
+        self._done.add(result.records[0].question_id)
+        self._next += 1
+
+    def _checked(self, result: QuestionResult) -> torch.Tensor:
+        names = {record.question_id for record in result.records}
+        if len(names) != 1 or sorted(r.sample for r in result.records) != list(range(self.meta.n)):
+            raise StoreError(f"a question's result must hold samples 0 to {self.meta.n - 1} once")
+        name = names.pop()
+        if name in self._done:
+            raise StoreError(f"question {name} is in {self.folder} already")
+        rows = sum(record.num_steps for record in result.records)
+        if tuple(result.hidden.shape) != (rows, self.meta.hidden_size):
+            raise StoreError(
+                f"question {name}: hidden states of shape {list(result.hidden.shape)}, expected "
+                f"[{rows}, {self.meta.hidden_size}]: is this server running {self.meta.model}?"
+            )
+        hidden = result.hidden.to(DTYPES[self.meta.dtype]).contiguous()
+        if not bool(torch.isfinite(hidden.float()).all()):
+            raise StoreError(
+                f"question {name}: hidden states hold NaN, infinity or values too large for "
+                f"{self.meta.dtype}: collect into a new folder with --dtype bfloat16"
+            )
+        return hidden
+
+    def _agree_on_meta(self) -> None:
+        file = self.folder / META
+        if not file.exists():
+            if (self.folder / INDEX).exists():
+                raise StoreError(f"{self.folder} has an {INDEX} but no {META}: not a usable store")
+            text = json.dumps(self.meta.as_json(), indent=2, sort_keys=True) + "\n"
+            files.write(file, text.encode())
+            return
+        ours, theirs = self.meta.as_json(), read_meta(self.folder).as_json()
+        differing = [f"{k} {theirs[k]!r}, now {ours[k]!r}" for k in ours if ours[k] != theirs[k]]
+        if differing:
+            raise StoreError(
+                f"{self.folder} was collected with other settings ({'; '.join(differing)}): "
+                "use the same, or another folder"
+            )
+
+    def _repair(self) -> None:
+        scan = scan_index(self.folder, self.meta.n)
+        repairs = list(scan.problems)
+        bad: set[int] = set()
+        for shard, records in records_by_shard(scan.records).items():
+            problem = check_shard(self.folder, self.meta, shard, records)
+            if problem:
+                bad.add(shard)
+                repairs.append(f"{problem}; its question is collected again")
+        pairs = zip(scan.records, scan.kept_lines, strict=True)
+        kept = [(record, line) for record, line in pairs if record.shard not in bad]
+        if sum(len(line) for _, line in kept) != scan.size:
+            files.write(self.folder / INDEX, b"".join(line for _, line in kept))
+        used = {shard_path(self.folder, record.shard) for record, _ in kept}
+        for file in sorted((self.folder / SHARDS).iterdir()):
+            if file not in used:
+                repairs.append(f"removed {file}, which no complete question uses")
+                file.unlink()
+        self._next = max((record.shard for record, _ in kept), default=-1) + 1
+        self._done = {record.question_id for record, _ in kept}
+        self.repairs = tuple(repairs)
+
+    def _failure(self, error: OSError) -> str:
+        kept = f"the {len(getattr(self, '_done', ()))} questions in {self.folder} stay usable"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"the disk is full: {kept}; free some space and run the same command again"
+        return f"writing to {self.folder} failed: {error.strerror}; {kept}"

@@ -1,0 +1,88 @@
+"""All traces of some questions as flat arrays: what the metrics read. Knows nothing of files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from step_sglang.training.records import TraceRecord
+from step_sglang.voting.answers import equivalent
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class TraceTable:
+    """T traces with S steps in all, traces of a question next to each other."""
+
+    question: Ints  # [T] 0, 1, 2, ...
+    correct: NDArray[np.bool_]  # [T]
+    answer: Ints  # [T] class of equivalent answers within the question, -1 = none
+    num_tokens: Ints  # [T]
+    mean_logprob: Floats  # [T] over the whole trace
+    lowest_confidence: Floats  # [T] over the whole trace, NaN = not measured
+    offsets: Ints  # [T + 1] steps of trace t are offsets[t] to offsets[t + 1]
+    positions: Ints  # [S]
+    step_mean_logprob: Floats  # [S]
+    step_lowest_confidence: Floats  # [S]
+
+    @property
+    def num_steps(self) -> Ints:
+        """[T] steps per trace."""
+        return np.diff(self.offsets)
+
+    @property
+    def step_trace(self) -> Ints:
+        """[S] the trace of each step."""
+        return np.repeat(np.arange(len(self.question)), self.num_steps)
+
+
+def build_table(questions: Sequence[Sequence[TraceRecord]]) -> TraceTable:
+    """Flatten records, one inner sequence per question, keeping their order."""
+    records = [record for theirs in questions for record in theirs]
+    sizes = [len(theirs) for theirs in questions]
+
+    def steps(name: str) -> Floats:
+        parts = [np.asarray(getattr(r.steps, name), np.float64) for r in records]
+        return np.concatenate([*parts, np.zeros(0)])
+
+    def finals(name: str) -> Floats:
+        return np.asarray([_nan(getattr(r, name)) for r in records], np.float64)
+
+    return TraceTable(
+        question=np.repeat(np.arange(len(sizes)), sizes),
+        correct=np.asarray([r.correct for r in records], bool),
+        answer=np.concatenate(
+            [np.zeros(0, np.int64), *(answer_classes([r.extracted for r in q]) for q in questions)]
+        ),
+        num_tokens=np.asarray([r.num_tokens for r in records], np.int64),
+        mean_logprob=finals("mean_logprob"),
+        lowest_confidence=finals("lowest_confidence"),
+        offsets=np.concatenate([[0], np.cumsum([r.num_steps for r in records])]).astype(np.int64),
+        positions=steps("positions").astype(np.int64),
+        step_mean_logprob=steps("mean_logprob"),
+        step_lowest_confidence=steps("lowest_confidence"),
+    )
+
+
+def answer_classes(answers: Sequence[str | None]) -> Ints:
+    """Number equivalent answers alike, in order of first appearance; -1 for none."""
+    known: dict[str, int] = {}
+    representatives: list[str] = []
+    for answer in answers:
+        if answer is None or answer.strip() in known:
+            continue
+        text = answer.strip()
+        same = next((i for i, r in enumerate(representatives) if equivalent(r, text)), None)
+        known[text] = len(representatives) if same is None else same
+        if same is None:
+            representatives.append(text)
+    return np.asarray([-1 if a is None else known[a.strip()] for a in answers], np.int64)
+
+
+def _nan(value: float | None) -> float:
+    return np.nan if value is None else value

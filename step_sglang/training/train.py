@@ -1,0 +1,217 @@
+"""From a store to a scorer file, its figures and its plots (paper section 4.1)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from step_sglang.scoring.scorer import ScorerInfo, load_scorer, save_scorer
+from step_sglang.training.errors import TrainError
+from step_sglang.training.evaluate import Evaluation, evaluate, score
+from step_sglang.training.fit import Epoch, Fitted, Recipe, ScorerNetwork, fit
+from step_sglang.training.linear_probe import fit_linear_probe
+from step_sglang.training.metrics import RUNNING_MEAN
+from step_sglang.training.reader import Reader
+from step_sglang.training.split import check_classes, split_questions
+
+SCORER_FILE = "scorer.safetensors"
+METRICS_FILE = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which questions are held out of training."""
+
+    validation: float = 0.15  # choose the epoch
+    test: float = 0.15  # only measured; unused when another store holds the test questions
+
+    def __post_init__(self) -> None:
+        if not (0 < self.validation < 1 and 0 <= self.test < 1 and self.validation + self.test < 1):
+            raise TrainError("the validation and test shares must be positive, below 1 together")
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """Where the results are, and the figures."""
+
+    scorer: Path
+    metrics: Path
+    fitted: Fitted
+    validation: Evaluation
+    test: Evaluation
+    linear_probe: Evaluation  # the logistic regression on the test questions
+
+
+def train_scorer(
+    store: Path,
+    out: Path,
+    recipe: Recipe,
+    shares: Shares = Shares(),
+    test_store: Path | None = None,
+    skip_bad: bool = False,
+    report: Callable[[int, Epoch], None] = lambda number, epoch: None,
+) -> Trained:
+    """Train, measure, and write ``out``: the scorer, metrics.json and the plots.
+
+    Args:
+        store: the collected traces.
+        out: a folder; created, files of an earlier run replaced.
+        recipe: the objective and the optimizer's settings.
+        shares: questions held out of ``store``.
+        test_store: measure on all questions of this store instead of a share of ``store``.
+        skip_bad: leave damaged shards out.
+        report: called after every epoch.
+
+    Raises:
+        StoreError: a store is missing or damaged.
+        TrainError: the traces cannot train or test a scorer.
+    """
+    reader = Reader(store, skip_bad)
+    tested = reader if test_store is None else Reader(test_store, skip_bad)
+    split = split_questions(
+        reader, shares.validation, 0.0 if test_store else shares.test, recipe.seed
+    )
+    test = split.test if test_store is None else tested.shards
+    if test_store is not None:
+        _check_test_store(reader, tested)
+    if not test:
+        raise TrainError("no test questions: give a test share above 0 or a test store")
+    fitted = fit(reader, split.train, split.validation, recipe, report)
+    scored = score(tested, test, fitted.network)
+    probe = fit_linear_probe(reader, split.train, recipe.seed)
+    trained = Trained(
+        scorer=out / SCORER_FILE,
+        metrics=out / METRICS_FILE,
+        fitted=fitted,
+        validation=evaluate(score(reader, split.validation, fitted.network)),
+        test=evaluate(scored),
+        linear_probe=evaluate(score(tested, test, probe)),
+    )
+    from step_sglang.training.plots import draw_all  # matplotlib takes a second to import
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        summary = _summary(reader, recipe, trained, len(split.train))
+        info = ScorerInfo(
+            reader.meta.model, tuple(reader.meta.delimiters), reader.meta.think_end, summary
+        )
+        save_scorer(fitted.network.as_scorer(info), trained.scorer)
+        report_value = {
+            "store": reader.meta.as_json(),
+            "recipe": asdict(recipe),
+            "best_epoch": fitted.best_epoch,
+            "positive_weight": fitted.positive_weight,
+            "seconds": fitted.seconds,
+            "history": fitted.history,
+            "validation": trained.validation,
+            "test": trained.test,
+            "logistic_regression": trained.linear_probe,
+        }
+        trained.metrics.write_text(json.dumps(jsonable(report_value), indent=2) + "\n")
+        draw_all(out, fitted, scored, trained.test)
+    except OSError as error:
+        raise TrainError(f"cannot write to {out}: {error.strerror or error}") from error
+    return trained
+
+
+def evaluate_file(scorer_file: Path, store: Path, skip_bad: bool = False) -> Evaluation:
+    """Figures of an existing scorer on all questions of a store.
+
+    Raises:
+        ScorerError: the file is not a scorer.
+        StoreError: the store is missing or damaged.
+        TrainError: the scorer is one of another model, or the traces are of one class only.
+    """
+    scorer = load_scorer(scorer_file)
+    reader = Reader(store, skip_bad)
+    meta = reader.meta
+    if scorer.hidden_size != meta.hidden_size:
+        raise TrainError(
+            f"scorer {scorer_file} reads hidden states of size {scorer.hidden_size} "
+            f"(model {scorer.info.model}), but {store} holds {meta.hidden_size} ({meta.model})"
+        )
+    if scorer.info.model not in (None, meta.model):
+        raise TrainError(
+            f"scorer {scorer_file} was trained for {scorer.info.model}, but the traces in "
+            f"{store} are of {meta.model}: its scores would mean nothing there"
+        )
+    check_classes(reader, reader.shards, "stored")
+    return evaluate(score(reader, reader.shards, ScorerNetwork.from_scorer(scorer)))
+
+
+def jsonable(value: Any) -> Any:
+    """Nested dataclasses, mappings and sequences as JSON values: NaN is null, 0.25 as a key 25%."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return jsonable({name: getattr(value, name) for name in value.__dataclass_fields__})
+    if isinstance(value, Mapping):
+        return {_key(key): jsonable(member) for key, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(member) for member in value]
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
+
+
+def _key(key: Any) -> str:
+    return f"{key:.0%}" if isinstance(key, float) else str(key)
+
+
+def _check_test_store(reader: Reader, tested: Reader) -> None:
+    ours, theirs = reader.meta, tested.meta
+    if (ours.model, ours.hidden_size) != (theirs.model, theirs.hidden_size):
+        raise TrainError(
+            f"{reader.folder} holds traces of {ours.model} (hidden size {ours.hidden_size}), "
+            f"{tested.folder} of {theirs.model} ({theirs.hidden_size}): a scorer of another model"
+        )
+    names = {reader.records(shard)[0].question_id for shard in reader.shards}
+    shared = names & {tested.records(shard)[0].question_id for shard in tested.shards}
+    if shared:
+        raise TrainError(
+            f"{len(shared)} questions are in both {reader.folder} and {tested.folder}: "
+            "test questions must be new"
+        )
+    check_classes(tested, tested.shards, "test")
+
+
+def _summary(
+    reader: Reader, recipe: Recipe, trained: Trained, train_questions: int
+) -> dict[str, Any]:
+    """What the scorer file says of its training; short, the whole is in metrics.json."""
+    test = trained.test
+    value = {
+        "objective": recipe.objective,
+        "seed": recipe.seed,
+        "best_epoch": trained.fitted.best_epoch,
+        "source": reader.meta.source,
+        "sampling": dict(reader.meta.sampling),
+        "traces_per_question": reader.meta.n,
+        "questions": {
+            "train": train_questions,
+            "validation": trained.validation.questions,
+            "test": test.questions,
+        },
+        "test": {
+            "single_trace_accuracy": test.accuracy,
+            "step_auc": test.step_auc,
+            "auc_within_question": {
+                name: {fraction: list(_triple(at.auc_within)) for fraction, at in ranking.items()}
+                for name, ranking in test.ranking.items()
+            },
+            "auc_pooled": {
+                fraction: list(_triple(at.auc))
+                for fraction, at in test.ranking[RUNNING_MEAN].items()
+            },
+            "vote_accuracy": {name: list(_triple(o.accuracy)) for name, o in test.votes.items()},
+            "expected_calibration_error": test.trace_calibration.ece,
+        },
+    }
+    found: dict[str, Any] = jsonable(value)
+    return found
+
+
+def _triple(estimate: Any) -> tuple[float, float, float]:
+    return estimate.value, estimate.low, estimate.high

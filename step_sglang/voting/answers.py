@@ -1,0 +1,127 @@
+r"""Extracts a trace's answer from its text and tells whether two answers are the same."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
+
+from math_verify import parse, verify
+
+from step_sglang.errors import VoteError, safe_repr
+
+Extractor = Callable[[str], str | None]
+MAX_LENGTH = 1000  # characters; a longer answer equals only its own text
+_BOX = r"\boxed{"
+# It warns whenever it runs without its own timer, which is a signal: see _parsed.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+_STYLE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
+_CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Z])[.):]?")
+_STATED_CHOICE = re.compile(
+    r"(?:answer|choice|option)\s*(?:is|:)?\s*:?\s*\**\s*\(?([A-Z])\)?(?![A-Za-z])", re.IGNORECASE
+)
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""The content of the last complete ``\boxed{...}``, braces balanced, or None."""
+    start = text.rfind(_BOX)
+    while start >= 0:
+        depth = 1
+        # Bounded, or a text of nothing but opening boxes would cost the square of its length.
+        for end in range(start + len(_BOX), min(len(text), start + len(_BOX) + 4 * MAX_LENGTH)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start + len(_BOX) : end].strip() or None
+        start = text.rfind(_BOX, 0, start)
+    return None
+
+
+def extract_choice(text: str) -> str | None:
+    r"""The letter of a multiple-choice answer: a boxed one, else the last "answer is (B)"."""
+    boxed = extract_boxed(text)
+    letter = None if boxed is None else choice_letter(boxed)
+    if letter is not None:
+        return letter
+    stated = [letter for letter in _STATED_CHOICE.findall(text) if letter.isupper()]
+    return stated[-1] if stated else None
+
+
+def extract_number(text: str) -> str | None:
+    """The boxed answer, else the last number of the text, without thousands separators."""
+    boxed = extract_boxed(text)
+    if boxed is not None:
+        return boxed
+    numbers = _NUMBER.findall(text)
+    return numbers[-1].replace(",", "") if numbers else None
+
+
+EXTRACTORS: dict[str, Extractor] = {
+    "boxed": extract_boxed,
+    "choice": extract_choice,
+    "number": extract_number,
+}
+
+
+def extractor_named(name: object) -> Extractor:
+    """The built-in extractor of that name; raises VoteError."""
+    if not isinstance(name, str) or name not in EXTRACTORS:
+        raise VoteError(
+            f"unknown answer extractor {safe_repr(name)}; it must be one of {', '.join(EXTRACTORS)}"
+        )
+    return EXTRACTORS[name]
+
+
+def choice_letter(answer: str) -> str | None:
+    r"""The letter of ``B``, ``(B)``, ``B.``, ``(b)``, ``\text{B}``; None for anything else."""
+    bare = _STYLE.sub(r"\1", answer).strip()
+    match = _CHOICE.fullmatch(bare)
+    return (match[1] or match[2]).upper() if match else None
+
+
+def quickly_equivalent(one: str, other: str) -> bool | None:
+    """Whether two answers mean the same, where that is plain; None: only math-verify can tell."""
+    one, other = one.strip(), other.strip()
+    if one == other:
+        return True
+    if max(len(one), len(other)) > MAX_LENGTH:
+        return False
+    letters = choice_letter(one), choice_letter(other)
+    if None not in letters:
+        return letters[0] == letters[1]
+    numbers = _plain_number(one), _plain_number(other)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return None
+
+
+def equivalent(one: str, other: str) -> bool:
+    """Whether two answers mean the same, by text or by math-verify (``1/2`` and ``0.5``).
+
+    Without a time limit: for answers of unknown origin see
+    :class:`step_sglang.voting.verifier.AnswerVerifier`.
+    """
+    quick = quickly_equivalent(one, other)
+    if quick is not None:
+        return quick
+    # verify() is not symmetric in what it accepts; an answer must match either way.
+    a, b = _parsed(one.strip()), _parsed(other.strip())
+    return bool(verify(a, b, timeout_seconds=None) or verify(b, a, timeout_seconds=None))
+
+
+def _plain_number(answer: str) -> Decimal | None:
+    if not re.fullmatch(r"[+-]?\d{1,30}(?:\.\d{1,30})?", answer, re.ASCII):
+        return None
+    try:
+        return Decimal(answer)
+    except InvalidOperation:
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _parsed(answer: str) -> list[object]:
+    # No time-out: it is a signal, which only a main thread may set.
+    parsed: list[object] = parse(f"${answer}$", parsing_timeout=None)
+    return parsed

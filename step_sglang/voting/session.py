@@ -1,0 +1,236 @@
+"""Gathers the streamed traces of one group and votes: the part that client and server share.
+
+Takes the chunks of a streamed ``/generate`` answer in any order and tells when the group may end.
+Sends and cancels nothing itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from step_sglang import protocol
+from step_sglang.voting.answers import Extractor, extract_boxed
+from step_sglang.voting.early_stopping import (
+    DEFAULT_THRESHOLD,
+    cannot_change,
+    change_probability,
+    check_rule,
+    highest_weight,
+)
+from step_sglang.voting.tally import Ballot, Poll, Same, Tally, check_vote, share_of, weight_of
+
+# Tokens between two chunks of a trace that runs; its end is always sent at once.
+STREAM_INTERVAL = 16
+
+
+class TraceFate(Enum):
+    """How a trace stands, seen from outside the engine."""
+
+    RUNNING = "running"  # or waiting
+    FINISHED = "finished"  # ended normally, at its length limit included; only these vote
+    PRUNED = "pruned"
+    ABORTED = "aborted"  # by the server or another client
+    CANCELLED = "cancelled"  # by us, because the vote was decided
+
+
+class VoteStatus(Enum):
+    """What became of a vote."""
+
+    VOTED = "voted"
+    NO_ANSWER = "no_answer"  # traces finished, but none has an extractable answer
+    NO_FINISHED_TRACE = "no_finished_trace"
+
+
+@dataclass(frozen=True)
+class VoteRules:
+    """How a group is voted on.
+
+    Raises:
+        VoteError: there is no such vote or early-finish rule.
+    """
+
+    vote: str = "weighted"
+    early: str = "exact"
+    threshold: float = DEFAULT_THRESHOLD  # of the posterior rule
+
+    def __post_init__(self) -> None:
+        check_vote(self.vote)
+        check_rule(self.early, self.threshold)
+
+
+@dataclass
+class SampledTrace:
+    """One trace as far as it is known."""
+
+    index: int
+    text: str = ""
+    score: float | None = None
+    num_steps: int = 0
+    tokens: int = 0  # generated
+    fate: TraceFate = TraceFate.RUNNING
+    answer: str | None = None
+    meta_info: Mapping[str, Any] = field(default_factory=dict)  # of its last chunk
+    output_ids: Sequence[int] = ()
+    first_chunk: float | None = None  # seconds after the start
+    ended: float | None = None
+
+
+@dataclass(frozen=True)
+class VoteOutcome:
+    """The vote as it stands. ``best``: position of the trace to show, None without any trace."""
+
+    status: VoteStatus
+    answer: str | None
+    share: float
+    tallies: tuple[Tally, ...]  # members are positions of traces
+    best: int | None
+
+
+class VoteSession:
+    """The traces of one group.
+
+    Args:
+        n: how many there will be.
+        rules: the vote and when it may end.
+        extract: reads a finished trace's answer.
+        same: whether two answers mean the same; may take long, see :meth:`count`.
+        max_new_tokens: the length limit of a trace, None when it is not known.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        rules: VoteRules,
+        same: Same,
+        extract: Extractor = extract_boxed,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        self.traces = [SampledTrace(index) for index in range(n)]
+        self.rules = rules
+        self._extract = extract
+        self._max_new_tokens = max_new_tokens
+        self._poll = Poll(rules.vote, same)
+        self._voters: list[int] = []  # traces in the order of their ballots
+        self._uncounted: list[SampledTrace] = []
+        self.started = time.perf_counter()
+
+    def feed(self, chunk: Mapping[str, Any]) -> bool:
+        """Take over one chunk; whether a trace ended with it, so that :meth:`count` is due.
+
+        Raises:
+            KeyError, TypeError, IndexError: it is no chunk of ``/generate``.
+        """
+        trace = self.traces[chunk.get("index", 0)]
+        info = chunk["meta_info"]
+        now = time.perf_counter() - self.started
+        if trace.fate is not TraceFate.RUNNING:
+            return False
+        _append(trace, chunk)
+        trace.meta_info = info
+        trace.tokens = int(info.get("completion_tokens") or trace.tokens)
+        step = info.get(protocol.META_KEY)
+        if step is not None:
+            trace.score = step[protocol.META_SCORE]
+            trace.num_steps = step[protocol.META_NUM_STEPS]
+        if trace.first_chunk is None:
+            trace.first_chunk = now
+        reason = info.get("finish_reason")
+        if reason is None:
+            return False
+        trace.ended = now
+        if reason["type"] != "abort":
+            trace.fate = TraceFate.FINISHED
+        elif step is not None and step[protocol.META_PRUNED]:
+            trace.fate = TraceFate.PRUNED
+        else:
+            trace.fate = TraceFate.ABORTED
+        self._uncounted.append(trace)
+        return True
+
+    def count(self) -> None:
+        """Read and count the answers of traces that ended since; may compare answers for long."""
+        ended, self._uncounted = self._uncounted, []
+        for trace in ended:
+            trace.answer = self._extract(trace.text)
+            if trace.fate is TraceFate.FINISHED and trace.answer is not None:
+                self._poll.add(Ballot(trace.answer, weight_of(trace.score, self.rules.vote)))
+                self._voters.append(trace.index)
+
+    def decided(self) -> bool:
+        """Whether the group may end now by its early-finish rule. Only after :meth:`count`."""
+        running = [t for t in self.traces if t.fate is TraceFate.RUNNING]
+        if not running:
+            return True
+        if self.rules.early == "off" or not self._voters:
+            return False
+        tallies = self._poll.tallies()
+        if cannot_change(tallies, [self._highest(t) for t in running], self.rules.vote):
+            return True
+        if self.rules.early == "exact":
+            return False
+        probability = change_probability(tallies, len(running), self.rules.vote)
+        return probability < self.rules.threshold
+
+    def cancel(self) -> None:
+        """Mark what still runs as cancelled."""
+        now = time.perf_counter() - self.started
+        for trace in self.traces:
+            if trace.fate is TraceFate.RUNNING:
+                trace.fate, trace.ended = TraceFate.CANCELLED, now
+
+    def num(self, *fates: TraceFate) -> int:
+        """How many traces stand like that."""
+        return sum(trace.fate in fates for trace in self.traces)
+
+    def tallies(self) -> list[Tally]:
+        """The answers so far, the winner first; members are positions of traces."""
+        return [
+            Tally(t.answer, t.weight, tuple(self._voters[i] for i in t.members))
+            for t in self._poll.tallies()
+        ]
+
+    def outcome(self) -> VoteOutcome:
+        """The vote over the traces that finished."""
+        tallies = tuple(self.tallies())
+        if tallies:
+            best = self._best(tallies[0].members)
+            return VoteOutcome(
+                VoteStatus.VOTED, tallies[0].answer, share_of(tallies), tallies, best
+            )
+        finished = [t.index for t in self.traces if t.fate is TraceFate.FINISHED]
+        if finished:
+            return VoteOutcome(VoteStatus.NO_ANSWER, None, 0.0, (), self._best(finished))
+        known = [t.index for t in self.traces if t.meta_info]
+        return VoteOutcome(VoteStatus.NO_FINISHED_TRACE, None, 0.0, (), self._best(known))
+
+    def _best(self, indices: Sequence[int]) -> int | None:
+        def rank(index: int) -> tuple[float, int, int]:
+            trace = self.traces[index]
+            return (-1.0 if trace.score is None else trace.score, trace.tokens, -index)
+
+        return max(indices, key=rank, default=None)
+
+    def _highest(self, trace: SampledTrace) -> float:
+        left = None if self._max_new_tokens is None else self._max_new_tokens - trace.tokens
+        return highest_weight(
+            (trace.score or 0.0) * trace.num_steps, trace.num_steps, left, self.rules.vote
+        )
+
+
+def _append(trace: SampledTrace, chunk: Mapping[str, Any]) -> None:
+    """Take over text and tokens, of a server that streams the whole output or only what is new."""
+    text, ids = chunk.get("text") or "", chunk.get("output_ids") or ()
+    info = chunk["meta_info"]
+    aborted = (info.get("finish_reason") or {}).get("type") == "abort"
+    if len(ids) >= info.get("completion_tokens", 0):
+        trace.text, trace.output_ids = text, ids
+    elif aborted and trace.text and text.startswith(trace.text):
+        # SGLang echoes the whole text of a request that it aborts, and one token.
+        trace.text = text
+    else:
+        trace.text += text
+        trace.output_ids = [*trace.output_ids, *ids]

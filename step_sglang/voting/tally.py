@@ -1,0 +1,123 @@
+"""Votes over the answers of a group's finished traces. Knows nothing of servers or of time.
+
+Three votes: ``weighted`` sums the trace scores of each answer (the paper's), ``majority`` counts
+traces, ``best`` takes the answer of the best-scoring trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from step_sglang.errors import VoteError, safe_repr
+from step_sglang.voting.answers import equivalent
+
+Vote = Literal["weighted", "majority", "best"]
+VOTES: tuple[str, ...] = get_args(Vote)
+# A finished trace without a step says nothing of its quality: the sigmoid's value at no evidence.
+# A constant, so that later traces never change what a finished one weighs.
+UNSCORED = 0.5
+Same = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """One finished trace's answer and what it weighs."""
+
+    answer: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A merged answer: its first spelling, its weight and the traces that gave it."""
+
+    answer: str
+    weight: float
+    members: tuple[int, ...]  # positions of its ballots
+
+    @property
+    def count(self) -> int:
+        """How many traces gave it."""
+        return len(self.members)
+
+
+def check_vote(vote: object) -> None:
+    """Raise VoteError unless ``vote`` is the name of a vote."""
+    if vote not in VOTES:
+        raise VoteError(f"unknown vote {safe_repr(vote)}; it must be one of {', '.join(VOTES)}")
+
+
+def weight_of(score: float | None, vote: str) -> float:
+    """What a finished trace of this trace score weighs; in [0, 1]."""
+    if vote == "majority":
+        return 1.0
+    return UNSCORED if score is None else score
+
+
+class Poll:
+    """Ballots in the order they came in, equivalent answers merged.
+
+    A ballot joins the first known answer that it equals, so what is merged never changes with the
+    ballots that come later.
+
+    Args:
+        vote: one of :data:`VOTES`.
+        same: whether two differently spelled answers mean the same. Asked once per pair of a new
+            spelling and a known answer, because it costs far more than a comparison of texts.
+
+    Raises:
+        VoteError: there is no such vote.
+    """
+
+    def __init__(self, vote: str = "weighted", same: Same = equivalent) -> None:
+        check_vote(vote)
+        self._vote = vote
+        self._same = same
+        self._spellings: dict[str, str] = {}  # every spelling -> the answer it belongs to
+        self._ballots: dict[str, list[tuple[int, float]]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(ballots) for ballots in self._ballots.values())
+
+    def add(self, ballot: Ballot) -> None:
+        """Count one more ballot."""
+        spelling = ballot.answer.strip()
+        answer = self._spellings.get(spelling)
+        if answer is None:
+            known = (other for other in self._ballots if self._same(other, spelling))
+            answer = self._spellings[spelling] = next(known, spelling)
+        self._ballots.setdefault(answer, []).append((len(self), ballot.weight))
+
+    def tallies(self) -> list[Tally]:
+        """The answers, heaviest first, of equals the one with more traces, then the first given.
+
+        Under ``best`` an answer weighs as much as its best trace.
+        """
+        total = max if self._vote == "best" else sum
+        found = [
+            Tally(answer, total(weight for _, weight in ballots), tuple(i for i, _ in ballots))
+            for answer, ballots in self._ballots.items()
+        ]
+        return sorted(found, key=lambda t: (-t.weight, -t.count))
+
+
+def tally(
+    ballots: Sequence[Ballot], same: Same = equivalent, vote: str = "weighted"
+) -> list[Tally]:
+    """Merge equivalent answers and sort them, see :meth:`Poll.tallies`."""
+    poll = Poll(vote, same)
+    for ballot in ballots:
+        poll.add(ballot)
+    return poll.tallies()
+
+
+def share_of(tallies: Sequence[Tally]) -> float:
+    """The winner's share of the weight; of the traces when no answer weighs anything."""
+    if not tallies:
+        return 0.0
+    total = sum(t.weight for t in tallies)
+    if total > 0:
+        return tallies[0].weight / total
+    return tallies[0].count / sum(t.count for t in tallies)

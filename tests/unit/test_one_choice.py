@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from step_sglang.config import StepConfig
+from step_sglang.errors import RequestError
+from step_sglang.pruning.request import StepRequest, parse_request, with_group
+from step_sglang.voting.one_choice import kept_alive, one_choice, parse_vote, run, trace_params
+from step_sglang.voting.session import TraceFate, VoteRules, VoteSession, VoteStatus
+
+OFF = StepConfig(scorer="s")
+DEFAULT = StepConfig(scorer="s", traces=16, vote="majority", extract="number", temperature=0.7)
+
+
+def test_who_is_voted() -> None:
+    assert parse_vote({}, OFF) is None
+    assert parse_vote({"custom_params": {"step": {"group": "g"}}}, DEFAULT) is None
+    for ordinary in ({}, {"n": 1}, {"custom_params": {"x": 1}}, {"temperature": 0}):
+        wish = parse_vote(ordinary, DEFAULT)
+        assert wish is not None and wish.traces == 16 and wish.rules.vote == "majority"
+    for other in (
+        {"n": 2},
+        {"max_new_tokens": 0},
+        {"beam_width": 2},
+        {"custom_params": {"step": False}},
+        {"custom_params": {"step": True}},
+    ):
+        assert parse_vote(other, DEFAULT) is None
+    asked = parse_vote({"custom_params": {"step": {"traces": 3, "extract": "choice"}}}, DEFAULT)
+    assert asked is not None and (asked.traces, asked.extract) == (3, "choice")
+    changed = parse_vote({"custom_params": {"step": {"vote": "best"}}}, DEFAULT)
+    assert changed is not None and changed.rules.vote == "best" and changed.traces == 16
+    with pytest.raises(RequestError, match="needs traces beside it"):
+        parse_vote({"custom_params": {"step": {"vote": "best"}}}, OFF)
+
+
+@pytest.mark.parametrize("member", ["traces", "vote", "extract", "early", "threshold"])
+def test_a_message_is_one_short_line_whatever_the_value(member: str) -> None:
+    """Python refuses to print integers of thousands of digits."""
+    for value in (10**5000, [-(10**5000)], "\x1b[31m\n", {"\ud800": 1}):
+        with pytest.raises(RequestError) as caught:
+            parse_vote({"custom_params": {"step": {"traces": 3, member: value}}}, OFF)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+def test_the_group_says_nothing_of_the_vote() -> None:
+    params = {
+        "temperature": 0.9,
+        "custom_params": {"step": {"traces": 3, "group": "g"}, "other": 1},
+    }
+    wish = parse_vote(params, OFF)
+    assert wish is not None
+    inner = trace_params(params, wish, OFF)
+    assert inner["n"] == 3 and inner["temperature"] == 0.9
+    assert inner["custom_params"] == {"step": {"group": "g"}, "other": 1}
+    assert params["custom_params"]["step"]["traces"] == 3
+    default = parse_vote({"temperature": 0}, DEFAULT)
+    assert default is not None
+    assert trace_params({"temperature": 0}, default, DEFAULT)["temperature"] == 0.7
+
+
+def test_trace_names() -> None:
+    named = {"step": {"group": "g", "trace": "t"}}
+    assert parse_request(named) == StepRequest("g", trace="t")
+    with pytest.raises(RequestError, match="needs the name of its group"):
+        parse_request({"step": {"trace": "t"}})
+    with pytest.raises(RequestError, match=r"step\.trace must be a string"):
+        parse_request({"step": {"group": "g", "trace": 3}})
+    with pytest.raises(RequestError, match="needs n = 1"):
+        with_group(named, "other")
+
+
+def chunk(index: int, text: str, tokens: int, score: float, end: str | None = None) -> dict:
+    step = {"group": "g", "score": score, "num_steps": 1, "pruned": end == "abort"}
+    reason = None if end is None else {"type": end, "message": "pruned by STEP"}
+    return {
+        "index": index,
+        "text": text,
+        "output_ids": list(range(tokens)),
+        "meta_info": {
+            "id": f"r{index}",
+            "finish_reason": reason,
+            "prompt_tokens": 5,
+            "completion_tokens": tokens,
+            "step": step,
+        },
+    }
+
+
+def gather(chunks: list[dict], n: int, early: str = "exact") -> tuple[VoteSession, dict, list]:
+    session = VoteSession(n, VoteRules(early=early), lambda a, b: a == b, max_new_tokens=100)
+    sent: list[int] = []
+
+    async def stream() -> AsyncIterator[dict]:
+        for item in chunks:
+            sent.append(item["index"])
+            yield item
+
+    last = asyncio.run(run(stream(), session, lambda chunk: None, None))  # type: ignore[arg-type]
+    return session, last, sent
+
+
+BOX = "\\boxed{%s}"
+
+
+def test_one_choice_is_the_best_trace_of_the_winner() -> None:
+    session, last, _ = gather(
+        [
+            chunk(0, BOX % 7, 10, 0.4, "stop"),
+            chunk(1, BOX % 8, 12, 0.9, "stop"),
+            chunk(2, BOX % 7, 11, 0.6, "stop"),
+            chunk(3, "so far", 3, 0.1, "abort"),
+        ],
+        4,
+    )
+    answer = one_choice(session, last, "outer")
+    vote = answer["meta_info"]["step"]["vote"]
+    assert answer["text"] == BOX % 7 and answer["meta_info"]["id"] == "outer"
+    assert len(answer["output_ids"]) == 11 and "index" not in answer
+    assert answer["meta_info"]["completion_tokens"] == 36
+    assert vote["answer"] == "7" and vote["share"] == pytest.approx(1.0 / 1.9)
+    assert (vote["finished"], vote["pruned"], vote["cancelled"]) == (3, 1, 0)
+
+
+def test_a_decided_group_is_left_and_a_silent_one_has_a_partial_answer() -> None:
+    decided = [chunk(i, BOX % 7, 10, 0.9, "stop") for i in range(6)]
+    session, _, sent = gather(decided, 6)
+    assert sent == [0, 1, 2, 3] and session.num(TraceFate.CANCELLED) == 2
+    session, last, _ = gather([chunk(0, "a", 1, 0.2), chunk(1, "long", 9, 0.2)], 2)
+    assert session.outcome().status is VoteStatus.NO_FINISHED_TRACE
+    answer = one_choice(session, last, "outer")
+    assert answer["text"] == "long" and answer["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+def test_incremental_chunks_are_put_together() -> None:
+    parts = [chunk(0, "ab", 2, 0.5), chunk(0, "cd", 4, 0.5), chunk(0, BOX % 1, 9, 0.5, "stop")]
+    for part, ids in zip(parts, ([1, 2], [3, 4], [5, 6, 7, 8, 9]), strict=True):
+        part["output_ids"] = ids
+    session, _, _ = gather(parts, 1)
+    assert session.traces[0].text == "abcd" + BOX % 1
+    assert session.traces[0].output_ids == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_comments_only_while_nothing_comes_and_errors_pass() -> None:
+    async def slow() -> AsyncIterator[str]:
+        await asyncio.sleep(0.6)
+        yield "data"
+        raise ValueError("late")
+
+    async def collect() -> list[Any]:
+        seen: list[Any] = []
+        try:
+            async for item in kept_alive(slow(), lambda: ": step\n\n", str.encode):  # type: ignore[arg-type]
+                seen.append(item)
+        except ValueError as error:
+            seen.append(str(error))
+        return seen
+
+    assert asyncio.run(collect()) == [b": step\n\n", "data", "late"]

@@ -1,0 +1,262 @@
+"""Training on planted signals: what must be found, what must be refused, what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from step_sglang.scoring.scorer import load_scorer, save_scorer
+from step_sglang.training.data import Chunks, score_steps
+from step_sglang.training.errors import TrainError
+from step_sglang.training.fit import Recipe, ScorerNetwork, fit
+from step_sglang.training.linear_probe import fit_linear_probe
+from step_sglang.training.metrics import RUNNING_MEAN
+from step_sglang.training.objectives import PairSampler
+from step_sglang.training.plots import PLOTS
+from step_sglang.training.reader import Reader
+from step_sglang.training.split import split_questions
+from step_sglang.training.store import Writer
+from step_sglang.training.train import Shares, evaluate_file, jsonable, train_scorer
+from tests.training_samples import D, meta, planted_store, question
+
+QUICK = {"epochs": 6, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return planted_store(tmp_path_factory.mktemp("planted") / "store", 60)
+
+
+@pytest.mark.parametrize("objective", ["bce", "pairwise"])
+def test_the_planted_signal_is_found(store: Path, tmp_path: Path, objective: str) -> None:
+    trained = train_scorer(store, tmp_path / "out", Recipe(objective=objective, **QUICK))
+    test = trained.test.ranking[RUNNING_MEAN]
+    assert test[1.0].auc_within.value > 0.95 and test[0.25].auc_within.value > 0.85
+    assert test[0.25].auc_within.value < test[1.0].auc_within.value
+    assert trained.test.step_auc > 0.85 and trained.test.questions == 9
+    assert trained.linear_probe.ranking[RUNNING_MEAN][1.0].auc_within.value > 0.95
+    # the scores mean something: half of the traces are correct, and the score says which
+    assert trained.test.trace_calibration.ece < 0.25
+
+    scorer = load_scorer(trained.scorer)
+    assert scorer.info.model == "planted" and scorer.info.delimiters == ("\n\n",)
+    assert scorer.info.think_end == "</think>" and scorer.hidden_size == D
+    summary = scorer.info.training
+    assert summary["objective"] == objective
+    assert summary["questions"] == {"train": 42, "validation": 9, "test": 9}
+    written = json.loads(trained.metrics.read_text())
+    assert written["test"]["ranking"][RUNNING_MEAN]["50%"]["auc_within"]["value"] == pytest.approx(
+        test[0.5].auc_within.value, abs=1e-5
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "scorer.safetensors", "metrics.json", *PLOTS,
+    }  # fmt: skip
+    for name in PLOTS:
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+    # the file scores as the network that was trained
+    again = evaluate_file(trained.scorer, store)
+    assert again.questions == 60 and again.ranking[RUNNING_MEAN][1.0].auc_within.value > 0.95
+    reader = Reader(store)
+    network = ScorerNetwork.from_scorer(scorer)
+    one, other = (
+        score_steps(reader, reader.shards[:2], n) for n in (network, trained.fitted.network)
+    )
+    assert np.allclose(one, other, atol=1e-6)
+
+
+def test_pairwise_ignores_what_only_tells_questions_apart(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with Writer(tmp_path, meta(n=16)) as writer:
+        for i in range(60):
+            hard = i % 2
+            share = 0.15 if hard else 0.85
+            difficulty = 4.0 * (1 if hard else -1)
+            writer.add(question(f"q{i}", rng, 16, share=share, signal=0.25, difficulty=difficulty))
+    reader = Reader(tmp_path)
+    split = split_questions(reader, 0.3, 0.0, 0)
+    network = fit(reader, split.train, split.validation, Recipe("pairwise", **QUICK)).network
+    with torch.no_grad():
+        axis = torch.zeros(3, D)
+        axis[1, 0] = axis[2, 1] = 1.0
+        base, correctness, difficulty_effect = network(axis).tolist()
+    assert correctness - base > 0.1 and correctness - base > 2 * abs(difficulty_effect - base)
+    bce = fit(reader, split.train, split.validation, Recipe("bce", **QUICK)).network
+    with torch.no_grad():
+        base, correctness, difficulty_effect = bce(axis).tolist()
+    assert base - difficulty_effect > correctness - base, "the trap must catch bce"
+
+
+def test_training_is_reproducible(store: Path) -> None:
+    reader = Reader(store)
+    split = split_questions(reader, 0.2, 0.2, 0)
+    for objective in ("bce", "pairwise"):
+        recipe = Recipe(objective, epochs=2)
+        one, two = (fit(reader, split.train, split.validation, recipe) for _ in range(2))
+        assert one.history == two.history
+        for a, b in zip(one.network.parameters(), two.network.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_paper_stops_early_and_keeps_the_best_epoch(store: Path) -> None:
+    reader = Reader(store)
+    split = split_questions(reader, 0.2, 0.2, 0)
+    fitted = fit(
+        reader, split.train, split.validation, Recipe("bce", learning_rate=0.03, patience=2)
+    )
+    figures = [0.75 * e.step_auc + 0.25 * e.step_f1 for e in fitted.history]
+    assert len(figures) < 20 and len(figures) == fitted.best_epoch + 2
+    assert figures[fitted.best_epoch - 1] == max(figures)
+    labels = [r.correct for s in split.train for r in reader.records(s) for _ in range(r.num_steps)]
+    assert fitted.positive_weight == pytest.approx(labels.count(False) / labels.count(True))
+
+
+def test_a_split_is_by_question_and_stable(store: Path) -> None:
+    reader = Reader(store)
+    split = split_questions(reader, 0.2, 0.1, 7)
+    parts = [set(split.train), set(split.validation), set(split.test)]
+    assert [len(part) for part in parts] == [42, 12, 6]
+    assert set.union(*parts) == set(reader.shards) and sum(map(len, parts)) == 60
+    assert split == split_questions(Reader(store), 0.2, 0.1, 7)
+    assert split != split_questions(reader, 0.2, 0.1, 8)
+
+
+def test_chunks_stay_within_memory_and_cover_every_step_once(store: Path) -> None:
+    reader = Reader(store)
+    limit = 20_000  # bytes; 32 per row
+    small = Chunks(reader, reader.shards, limit, seed=0)
+    orders = []
+    for _ in range(2):
+        chunks = list(small)
+        assert len(chunks) > 3
+        assert all(chunk.hidden.nbytes <= limit for chunk in chunks)
+        assert all(chunk.hidden.dtype == torch.float16 for chunk in chunks)
+        orders.append(torch.cat([chunk.hidden[:, 3] for chunk in chunks]))
+        labels = torch.cat([chunk.label for chunk in chunks])
+        assert len(labels) == small.rows and labels.sum() == small.positive_rows
+    (whole,) = Chunks(reader, reader.shards, 1 << 30, seed=0)
+    assert torch.equal(orders[0].sort().values, whole.hidden[:, 3].sort().values)
+    assert not torch.equal(orders[0], orders[1]), "every epoch must mix anew"
+    assert whole.label.tolist() == whole.table.correct[whole.table.step_trace].tolist()
+    split = split_questions(reader, 0.2, 0.2, 0)
+    recipe = Recipe("pairwise", memory_mb=1, **QUICK)
+    assert fit(reader, split.train, split.validation, recipe).history[-1].within > 0.9
+
+
+def test_pairs_are_of_one_question_and_equally_far_along(store: Path) -> None:
+    reader = Reader(store)
+    (chunk,) = Chunks(reader, reader.shards, 1 << 30, seed=0)
+    table = chunk.table
+    good, bad = PairSampler(table).draw(5000, np.random.default_rng(0))
+    trace = table.step_trace
+    assert table.correct[trace[good]].all() and not table.correct[trace[bad]].any()
+    assert (table.question[trace[good]] == table.question[trace[bad]]).all()
+    along = [
+        (rows - table.offsets[trace[rows]]) / table.num_steps[trace[rows]] for rows in (good, bad)
+    ]
+    assert np.abs(along[0] - along[1]).max() <= 1 / 3  # at least 3 steps each
+    assert len(np.unique(trace[good])) > 0.9 * table.correct.sum()
+
+
+def test_the_floor_is_a_linear_function_of_the_states(store: Path) -> None:
+    reader = Reader(store)
+    linear_probe = fit_linear_probe(reader, reader.shards[:40])
+    assert int(linear_probe.weight.abs().argmax()) == 0 and linear_probe.weight[0] > 0
+    assert linear_probe(torch.zeros(2, D)).shape == (2,)
+
+
+def refused(message: str, *args: Any, **kwargs: Any) -> None:
+    with pytest.raises(TrainError, match=message):
+        train_scorer(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("share", "kind"), [(1.0, "correct"), (0.0, "wrong")])
+def test_one_class_only(tmp_path: Path, share: float, kind: str) -> None:
+    made = planted_store(tmp_path / "s", 10, share=share)
+    refused(f"all .* traces .* are {kind}", made, tmp_path / "out", Recipe())
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_boundaries(tmp_path: Path) -> None:
+    made = planted_store(tmp_path / "s", 10, steps=(0, 0))
+    refused("none of the 48 traces .* has a step.*--delimiter", made, tmp_path / "o", Recipe())
+
+
+def test_some_traces_without_a_boundary_are_fine(tmp_path: Path) -> None:
+    made = planted_store(tmp_path / "s", 30, steps=(0, 4))
+    trained = train_scorer(made, tmp_path / "o", Recipe("bce", **QUICK))
+    assert trained.test.traces_without_steps > 0
+    assert trained.test.ranking[RUNNING_MEAN][1.0].auc_within.value > 0.8
+
+
+def test_no_mixed_question(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with Writer(tmp_path / "s", meta()) as writer:
+        for i in range(20):
+            writer.add(question(f"q{i}", rng, share=float(i % 2)))
+    refused(
+        "needs: collect more traces",
+        tmp_path / "s",
+        tmp_path / "o",
+        Recipe("pairwise"),
+        Shares(0.3),
+    )
+
+
+def test_too_few_questions(tmp_path: Path) -> None:
+    refused("too few", planted_store(tmp_path / "s", 2), tmp_path / "o", Recipe())
+
+
+def test_test_stores(store: Path, tmp_path: Path) -> None:
+    other = planted_store(tmp_path / "other", 10, seed=5)
+    trained = train_scorer(store, tmp_path / "o", Recipe("bce", **QUICK), test_store=other)
+    assert trained.test.questions == 10 and trained.validation.questions == 9
+    refused("questions must be new", store, tmp_path / "o", Recipe(), test_store=store)
+    wide = planted_store(tmp_path / "wide", 10, seed=6, d=D + 8)
+    refused("scorer of another model", store, tmp_path / "o", Recipe(), test_store=wide)
+
+
+def test_a_scorer_of_another_model(store: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "wide.safetensors"
+    from step_sglang.scoring.scorer import ScorerInfo
+
+    save_scorer(ScorerNetwork(D + 8).as_scorer(ScorerInfo("other")), wide)
+    with pytest.raises(TrainError, match=r"size 24 .*other.* holds 16 .*planted"):
+        evaluate_file(wide, store)
+    named = tmp_path / "named.safetensors"
+    save_scorer(ScorerNetwork(D).as_scorer(ScorerInfo("other")), named)
+    with pytest.raises(TrainError, match="trained for other"):
+        evaluate_file(named, store)
+
+
+def test_bad_settings() -> None:
+    for call in (
+        lambda: Recipe(objective="mse"),
+        lambda: Recipe(epochs=0),
+        lambda: Shares(0.6, 0.5),
+        lambda: Shares(0.0),
+    ):
+        with pytest.raises(TrainError):
+            call()
+
+
+def test_an_unwritable_folder(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused("cannot write", store, tmp_path / "file" / "o", Recipe("bce", epochs=1))
+
+
+def test_jsonable() -> None:
+    assert jsonable({0.25: (float("nan"), 1.0), "a": [None]}) == {"25%": [None, 1.0], "a": [None]}
