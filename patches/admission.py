@@ -122,7 +122,7 @@ def _step_adder(base: Any, scheduler: Any) -> type:
             with self._room().credit():
                 preempted = bool(super().preempt_to_schedule(req))
             if preempted:
-                self._step_room = None  # it may still count on requests that have left the batch
+                del self._step_room  # it may still count on requests that have left the batch
             return preempted
 
         def _step_needs_chunks(self, req: Any) -> bool:

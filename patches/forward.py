@@ -296,7 +296,6 @@ class StepHostOutput:
 
     def _show_tokens(self, groups: GroupRegistry, batch: Any, commits: Sequence[Any]) -> None:
         """Show the tokens to those who watch them, and end the traces that they name."""
-
         now = time.time()
         for row, (req, commit) in enumerate(zip(batch.reqs, commits, strict=True)):
             trace = trace_of(req)

@@ -23,7 +23,7 @@ _MAX_PROGRAMS = 4096  # that are told apart at a time
 _ENDED = "step_ended"  # on a fork's executor: the information of its last gen
 
 
-class StepEndpoint(RuntimeEndpoint):
+class StepEndpoint(RuntimeEndpoint):  # type: ignore[misc]
     """``RuntimeEndpoint`` that groups forks; everything else is unchanged.
 
     Forks of one program that continue the same text from the same place are one group. A fork that

@@ -26,7 +26,7 @@ def activate() -> str | None:
     return f"{__name__}:{StepCpuPlatform.__name__}"
 
 
-class StepCpuPlatform(CpuDeviceMixin, SRTPlatform):
+class StepCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
     """CPU through torch's own kernels: no graphs, no Triton, no pinned memory."""
 
     _enum = PlatformEnum.OOT

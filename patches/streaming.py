@@ -37,7 +37,7 @@ def _step_streamer(base: Any, groups: GroupRegistry, metrics: StepMetrics | None
         has_additional_customized_info = True
 
         def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
-            fields = super().build_additional_customized_info(reqs)
+            fields: dict[str, list[Any]] = super().build_additional_customized_info(reqs)
             traces = [trace_of(req) for req in reqs]
             for req, trace in zip(reqs, traces, strict=True):
                 if not req.finished():

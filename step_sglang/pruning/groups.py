@@ -11,10 +11,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from step_sglang import protocol
-from step_sglang.baselines.base import DEFAULT_TOP_K, Baseline, EngineContext, JudgedTrace, Signal
+from step_sglang.baselines.base import DEFAULT_TOP_K, Baseline, EngineContext, Signal
 from step_sglang.pruning.timeline import Recording
 from step_sglang.scoring.capture import Capture
 
@@ -101,7 +101,7 @@ class Trace:
         wanted = 0 if self.signal is None else self.signal.top_k
         return wanted or (0 if self.recording is None else DEFAULT_TOP_K)
 
-    def token(self, token: int, now: float, confidence: float) -> JudgedTrace | None:
+    def token(self, token: int, now: float, confidence: float) -> Trace | None:
         """Show an output token to those who want it; returns a trace that is to end for it.
 
         Args:
@@ -113,7 +113,8 @@ class Trace:
             self.recording.token(now, confidence)
         if self.signal is None or not self.signal.watches_tokens:
             return None
-        return self.signal.token(token, confidence)
+        # A signal returns one of the traces that it was given.
+        return cast("Trace | None", self.signal.token(token, confidence))
 
     @property
     def score(self) -> float | None:
