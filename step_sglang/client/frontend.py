@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from step_sglang import protocol
+from step_sglang.client.http import server_url
 from step_sglang.voting.answers import Extractor, extract_boxed
 from step_sglang.voting.tally import Ballot, Same, Tally, check_vote, share_of, tally, weight_of
 from step_sglang.voting.verifier import AnswerVerifier
@@ -48,7 +49,7 @@ def endpoint(url: str, **options: Any) -> Any:
     # Late, because this package itself never imports the engine.
     from step_sglang.patches.frontend import StepEndpoint
 
-    return StepEndpoint(url, **options)
+    return StepEndpoint(server_url(url), **options)
 
 
 def boxed_or_all(text: str) -> str | None:

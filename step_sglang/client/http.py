@@ -1,65 +1,33 @@
-"""Talks to a running server; every failure becomes one clear error."""
+"""The one way to a server: its address and key, its answers, and what can go wrong with them.
+
+`Client` blocks, `AsyncClient` awaits; the rules are the same. What an answer means is its caller's
+affair. A server of our own is started by `client.launch`, which asks here whether it is up.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import time
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
+from step_sglang import protocol
 from step_sglang.errors import RequestRefused, ServerError
 
+API_KEY_VARIABLE = "STEP_SGLANG_API_KEY"  # read where no key is given
 CONNECT_TIMEOUT = 10.0  # seconds
+DEFAULT_TIMEOUT = 60.0  # seconds
+FLUSH_TIMEOUT = 60.0  # seconds that a server may need to become idle
 
 
-class Client:
-    """POST /generate and the few questions asked before. Use as an async context manager."""
-
-    def __init__(self, url: str, timeout: float) -> None:
-        """``timeout``: seconds without an answer to one request."""
-        self.url = url.rstrip("/")
-        self._http = httpx.AsyncClient(
-            timeout=httpx.Timeout(timeout, connect=CONNECT_TIMEOUT),
-            limits=httpx.Limits(max_connections=None),
-        )
-
-    async def __aenter__(self) -> Client:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._http.aclose()
-
-    async def generate(self, body: dict[str, Any]) -> Any:
-        """POST /generate.
-
-        Raises:
-            RequestRefused: the server refused this one request (4xx).
-            ServerError: the server died, hangs, or failed.
-        """
-        answer = await self._send("POST", "/generate", body)
-        if 400 <= answer.status_code < 500:
-            raise RequestRefused(f"the server refused a request: {_message(answer)}")
-        if answer.status_code != 200:
-            raise ServerError(f"the server at {self.url} failed: {_message(answer)}")
-        try:
-            return answer.json()
-        except ValueError as error:
-            raise ServerError(f"the server at {self.url} answers no JSON") from error
-
-    async def model(self) -> str:
-        """The model path it serves."""
-        answer = await self._send("GET", "/model_info", None)
-        try:
-            return str(answer.json()["model_path"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ServerError(f"{self.url} is not an SGLang server: {_message(answer)}") from error
-
-    async def _send(self, method: str, path: str, body: Any) -> httpx.Response:
-        try:
-            return await self._http.request(method, self.url + path, json=body)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise no_response_error(self.url, error) from error
+def server_url(url: str) -> str:
+    """A server's own address; the one that OpenAI clients take, with ``/v1``, is as good."""
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def no_response_error(url: str, error: Exception) -> ServerError:
@@ -71,33 +39,246 @@ def no_response_error(url: str, error: Exception) -> ServerError:
     )
 
 
-def wait_until_healthy(url: str, alive: Any, seconds: float) -> bool:
-    """Poll GET /health; False when ``alive()`` turns false or the time is over."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and alive():
+class _Connection:
+    """The rules that both faces share."""
+
+    def __init__(self, url: str, timeout: float, api_key: str | None) -> None:
+        self.url = server_url(url)
+        key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
+        self._options: dict[str, Any] = {
+            "timeout": httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
+            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+            # A question may be asked in as many requests as its caller likes, all at once.
+            "limits": httpx.Limits(max_connections=None),
+        }
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
         try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return True
-        except httpx.TransportError:
-            pass
-        time.sleep(0.5)
-    return False
+            yield
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            raise no_response_error(self.url, error) from error
+
+    def _check(self, answer: httpx.Response, text: str | None = None) -> None:
+        """Raise unless the answer is a success; ``text`` is its body where it was streamed."""
+        status = answer.status_code
+        if status == 200:
+            return
+        problem = f"{_message(answer.text if text is None else text)} (HTTP {status})"
+        if status in (401, 403):
+            raise ServerError(
+                f"the server at {self.url} wants an API key, or another one: pass api_key or set "
+                f"{API_KEY_VARIABLE}. It says: {problem}"
+            )
+        if status in (404, 405):
+            raise self._unfit(problem)
+        if 400 <= status < 500:
+            raise RequestRefused(f"the server refused the request: {problem}")
+        raise ServerError(f"the server at {self.url} failed: {problem}")
+
+    def _json(self, answer: httpx.Response) -> Any:
+        self._check(answer)
+        try:
+            return answer.json()
+        except ValueError as error:
+            raise self._unfit("it answers no JSON") from error
+
+    def _member(self, answer: httpx.Response, name: str) -> Any:
+        try:
+            return self._json(answer)[name]
+        except (KeyError, TypeError, IndexError) as error:
+            raise self._unfit(f"its answer lacks {name!r}") from error
+
+    def _object(self, answer: httpx.Response) -> dict[str, Any]:
+        value = self._json(answer)
+        if not isinstance(value, dict):
+            raise self._unfit("its answer is no JSON object")
+        return value
+
+    def _unfit(self, why: str) -> ServerError:
+        return ServerError(f"{self.url} is no SGLang server of this version: {why}")
+
+
+class Client(_Connection):
+    """Asks and waits. A context manager."""
+
+    def __init__(
+        self, url: str, timeout: float = DEFAULT_TIMEOUT, api_key: str | None = None
+    ) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            url: such as ``http://127.0.0.1:30000``; a trailing ``/v1`` is left out.
+            timeout: seconds without anything from the server.
+            api_key: of the server; None: what ``STEP_SGLANG_API_KEY`` says.
+        """
+        super().__init__(url, timeout, api_key)
+        self._http = httpx.Client(**self._options)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def model(self) -> str:
+        """GET /model_info: the model path that it serves; raises ServerError."""
+        return str(self._member(self._send("GET", "/model_info"), "model_path"))
+
+    def info(self) -> dict[str, Any]:
+        """GET /server_info; raises ServerError."""
+        return self._object(self._send("GET", "/server_info"))
+
+    def metrics(self) -> str:
+        """GET /metrics, in Prometheus' text format; raises ServerError, without any too."""
+        answer = self._send("GET", "/metrics")
+        self._check(answer)
+        return answer.text
+
+    def healthy(self) -> bool:
+        """GET /health: whether it is up; never raises."""
+        try:
+            return self._send("GET", "/health").status_code == 200
+        except ServerError:
+            return False
+
+    def abort_group(self, group: str) -> int:
+        """POST /step/abort_group: how many requests were aborted.
+
+        Raises:
+            RequestRefused: the group id is none.
+            ServerError: the server does not answer, or runs without STEP.
+        """
+        answer = self._send("POST", protocol.ABORT_GROUP_PATH, {protocol.GROUP: group})
+        if answer.status_code == 404:
+            raise ServerError(f"the server at {self.url} runs without STEP (HTTP 404)")
+        aborted = self._member(answer, protocol.ABORTED)
+        if not isinstance(aborted, int):
+            raise self._unfit(f"{protocol.ABORTED!r} is no number in its answer")
+        return aborted
+
+    def _send(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        with self._reaching():
+            return self._http.request(method, self.url + path, json=body)
+
+
+class AsyncClient(_Connection):
+    """The same for asyncio programs; samples traces. A context manager, and a `TraceSource`."""
+
+    def __init__(
+        self, url: str, timeout: float = DEFAULT_TIMEOUT, api_key: str | None = None
+    ) -> None:
+        """As :class:`Client`'s."""
+        super().__init__(url, timeout, api_key)
+        self._http = httpx.AsyncClient(**self._options)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections; what still runs is cancelled by the server."""
+        await self._http.aclose()
+
+    async def generate(self, body: dict[str, Any]) -> Any:
+        """POST /generate, answered as a whole.
+
+        Raises:
+            RequestRefused: the server refused this one request (4xx).
+            ServerError: it does not answer, or failed.
+        """
+        return self._json(await self._send("POST", "/generate", body))
+
+    async def stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """POST /generate, streaming: the chunks as they come.
+
+        Raises:
+            RequestRefused: the server refused the request.
+            ServerError: it does not answer, fails, or breaks off.
+        """
+        body = {**body, "stream": True}
+        with self._reaching():
+            async with self._http.stream("POST", f"{self.url}/generate", json=body) as answer:
+                if answer.status_code != 200:
+                    self._check(answer, (await answer.aread()).decode(errors="replace"))
+                # Split by hand: a client library's line reader also ends a line at U+2028 and
+                # its like, which a trace's text holds as they are.
+                rest = b""
+                async for data in answer.aiter_bytes():
+                    *lines, rest = (rest + data).split(b"\n")
+                    for line in lines:
+                        if line.rstrip() == b"data: [DONE]":
+                            return
+                        if line.startswith(b"data: "):
+                            yield _chunk(line[6:])
+        raise ServerError(f"the server at {self.url} ended the answer in the middle")
+
+    async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """POST /v1/tokenize: token ids of a chat under the model's own template.
+
+        Raises:
+            RequestRefused: the server refused the chat.
+            ServerError: it does not answer, or failed.
+        """
+        body = {"messages": list(messages), "add_special_tokens": True}
+        tokens = self._member(await self._send("POST", "/v1/tokenize", body), "tokens")
+        if not isinstance(tokens, list):
+            raise self._unfit("its tokens are no list")
+        return tokens
+
+    async def flush(self) -> None:
+        """POST /flush_cache: empty the radix cache, as soon as the server is idle.
+
+        Raises:
+            ServerError: it does not answer, or does not become idle in a minute.
+        """
+        deadline = time.monotonic() + FLUSH_TIMEOUT
+        while (answer := await self._send("POST", "/flush_cache")).status_code != 200:
+            if answer.status_code != 400:  # which is what a busy server says
+                self._check(answer)
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"the server at {self.url} does not become idle, so its cache cannot be "
+                    f"flushed: {answer.text.strip()[:200]}"
+                )
+            await asyncio.sleep(0.1)
+
+    async def _send(self, method: str, path: str, body: Any = None) -> httpx.Response:
+        with self._reaching():
+            return await self._http.request(method, self.url + path, json=body)
 
 
 def served_model(url: str) -> str:
     """The model path that ``url`` serves; raises ServerError."""
-
-    async def ask() -> str:
-        async with Client(url, 30.0) as client:
-            return await client.model()
-
-    return asyncio.run(ask())
+    with Client(url) as client:
+        return client.model()
 
 
-def _message(answer: httpx.Response) -> str:
+def server_info(url: str) -> dict[str, Any]:
+    """What ``url`` says of itself; raises ServerError."""
+    with Client(url) as client:
+        return client.info()
+
+
+def _message(text: str) -> str:
+    """What an error's body says, in any of SGLang's forms of it."""
     try:
-        value = answer.json()
-        message = value.get("message") or value["error"]["message"]
+        value = json.loads(text)
+        text = value.get("message") or value["error"]["message"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        message = answer.text
-    return f"{message.strip()[:500] or 'no message'} (HTTP {answer.status_code})"
+        pass
+    return str(text).strip()[:500] or "no message"
+
+
+def _chunk(line: bytes) -> dict[str, Any]:
+    try:
+        chunk: dict[str, Any] = json.loads(line)
+    except ValueError as error:
+        raise ServerError("the server sent a chunk that is no JSON") from error
+    if "error" in chunk:
+        value = chunk["error"]
+        message = value.get("message", value) if isinstance(value, dict) else value
+        raise RequestRefused(f"the server refused the request: {str(message)[:500]}")
+    return chunk

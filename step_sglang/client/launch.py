@@ -9,11 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from step_sglang.client.http import wait_until_healthy
+from step_sglang.client.http import Client
 from step_sglang.config import escape
 from step_sglang.errors import ServerError
 
@@ -96,6 +96,17 @@ def running_server(model: str, more: Sequence[str], log: Path) -> Iterator[str]:
         yield url
     finally:
         stop(process)
+
+
+def wait_until_healthy(url: str, alive: Callable[[], bool], seconds: float) -> bool:
+    """Poll GET /health; False when ``alive()`` turns false or the time is over."""
+    deadline = time.monotonic() + seconds
+    with Client(url, timeout=5) as client:
+        while time.monotonic() < deadline and alive():
+            if client.healthy():
+                return True
+            time.sleep(0.5)
+    return False
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

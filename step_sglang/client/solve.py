@@ -9,15 +9,11 @@ from contextlib import aclosing
 from typing import Any
 
 from step_sglang import protocol
+from step_sglang.client.engine import EngineSource
 from step_sglang.client.errors import ClientError, NoStepError, ServerError, ServerGoneError
+from step_sglang.client.http import AsyncClient
 from step_sglang.client.result import Progress, Result, progress_of, result_of
-from step_sglang.client.sources import (
-    EngineSource,
-    Messages,
-    Source,
-    UrlSource,
-    reading_chunks,
-)
+from step_sglang.client.source import Messages, TraceSource, reading_chunks
 from step_sglang.voting.answers import Extractor, extractor_named
 from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
 from step_sglang.voting.session import STREAM_INTERVAL, VoteRules, VoteSession
@@ -115,14 +111,14 @@ def solve(question: str | Messages | Sequence[int], n: int = DEFAULT_N, **option
     return asyncio.run(asolve(question, n, **options))
 
 
-def _source(url: str | None, engine: Any, timeout: float, api_key: str | None) -> Source:
+def _source(url: str | None, engine: Any, timeout: float, api_key: str | None) -> TraceSource:
     if (url is None) is (engine is None):
         raise ClientError("give either url, a running server, or engine, an sgl.Engine")
-    return EngineSource(engine) if url is None else UrlSource(url, timeout, api_key)
+    return EngineSource(engine) if url is None else AsyncClient(url, timeout, api_key)
 
 
 async def _body(
-    source: Source,
+    source: TraceSource,
     question: str | Messages | Sequence[int],
     chat: bool,
     n: int,
@@ -158,7 +154,7 @@ async def _body(
 
 
 async def _gather(
-    source: Source,
+    source: TraceSource,
     body: dict[str, Any],
     session: VoteSession,
     started: float,

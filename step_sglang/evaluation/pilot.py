@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from step_sglang import files
-from step_sglang.client.sources import UrlSource
+from step_sglang.client.http import AsyncClient
 from step_sglang.data.questions import Job
 from step_sglang.errors import RequestRefused
 from step_sglang.evaluation.errors import BenchError
@@ -73,7 +73,7 @@ def measured_lengths(
 
 
 async def _sample(url: str, jobs: Sequence[Job], sampling: Sampling, suffix: str) -> Lengths:
-    source, verifier = UrlSource(url, 3600.0, None), AnswerVerifier()
+    source, verifier = AsyncClient(url, 3600.0), AnswerVerifier()
     lengths: list[int] = []
     prompts: list[int] = []
     refused: RequestRefused | None = None

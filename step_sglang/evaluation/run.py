@@ -1,6 +1,6 @@
-"""Lets the methods take trials on the questions, each on the kind of server that it needs.
+"""Lets the methods take turns on the questions, each on the kind of server that it needs.
 
-Within a repeat, all methods of one server answer a question in trial, in an order that rotates from
+Within a repeat, all methods of one server answer a question in turn, in an order that rotates from
 question to question, each with an empty radix cache: a slow moment of the machine, or a warm cache,
 favours nobody. Methods that need another server have a block of their own in every repeat.
 """
@@ -13,10 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-import httpx
-
-from step_sglang.client.http import no_response_error
-from step_sglang.client.sources import UrlSource
+from step_sglang.client.http import AsyncClient
 from step_sglang.data.questions import Job
 from step_sglang.errors import RequestRefused, ServerError
 from step_sglang.evaluation.methods import RECORD, Method, MethodSettings
@@ -29,8 +26,6 @@ from step_sglang.evaluation.watch import PoolWatch
 from step_sglang.training.wire import Sampling
 from step_sglang.voting.answers import extractor_named
 from step_sglang.voting.verifier import AnswerVerifier
-
-_FLUSH_TIMEOUT = 60.0  # seconds that a server may need to become idle
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Block:
-    """Turns that follow each other on one server."""
+    """Trials that follow each other on one server."""
 
     serving: Serving
     trials: tuple[Trial, ...]
@@ -150,11 +145,10 @@ class Bench:
 
     async def _block(self, live: ServerHandle, block: Block) -> list[str]:
         refused = []
-        source = UrlSource(live.url, self.plan.timeout, None)
-        try:
+        async with AsyncClient(live.url, self.plan.timeout) as client:
             for trial in block.trials:
                 try:
-                    result = await self._turn(source, live, trial)
+                    result = await self._run(client, live, trial)
                 except RequestRefused as error:
                     refused.append(
                         f"{trial.method.name} n={trial.n}, {trial.job.question[:60]!r}: {error}"
@@ -162,18 +156,16 @@ class Bench:
                     continue
                 self.writer.add(result)
                 self.report(result)
-        finally:
-            await source.close()
         return refused
 
-    async def _turn(self, source: UrlSource, live: ServerHandle, trial: Trial) -> RunResult:
+    async def _run(self, client: AsyncClient, live: ServerHandle, trial: Trial) -> RunResult:
         plan, job = self.plan, trial.job
         extract = extractor_named(job.extract)
-        prompt = await source.render([{"role": "user", "content": job.question + plan.suffix}])
+        prompt = await client.render([{"role": "user", "content": job.question + plan.suffix}])
         sampler = ServerSampler(
-            source, prompt, plan.sampling, plan.settings, extract, self.verifier
+            client, prompt, plan.sampling, plan.settings, extract, self.verifier
         )
-        await asyncio.to_thread(flush, live.url)
+        await client.flush()
         started = time.time()
         with PoolWatch(live.url, plan.watch_interval) as watch:
             asked = await trial.method.ask(sampler, trial.n)
@@ -201,21 +193,3 @@ class Bench:
             traces=graded.traces,
             usage=watch.usage,
         )
-
-
-def flush(url: str) -> None:
-    """Empty the radix cache, as soon as the server is idle; raises ServerError."""
-    deadline = time.monotonic() + _FLUSH_TIMEOUT
-    while True:
-        try:
-            answer = httpx.post(f"{url}/flush_cache", timeout=_FLUSH_TIMEOUT)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise no_response_error(url, error) from error
-        if answer.status_code == 200:
-            return
-        if time.monotonic() > deadline:
-            raise ServerError(
-                f"the server at {url} does not become idle, so its cache cannot be flushed: "
-                f"{answer.text.strip()[:200]}"
-            )
-        time.sleep(0.1)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from step_sglang import protocol
-from step_sglang.client.sources import Source, reading_chunks
+from step_sglang.client.source import TraceSource, reading_chunks
 from step_sglang.evaluation.methods import (
     Method,
     MethodSettings,
@@ -40,7 +40,7 @@ _NEVER = 1 << 30  # tokens
 class ServerSampler:
     """Asks for traces of one question; see `methods.Sampler`."""
 
-    source: Source
+    source: TraceSource
     prompt: list[int]  # token ids
     sampling: Sampling
     settings: MethodSettings

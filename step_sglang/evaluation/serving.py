@@ -7,16 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import httpx
-
-from step_sglang.client.http import no_response_error
+from step_sglang.client.http import server_info, server_url
 from step_sglang.client.launch import running_server
 from step_sglang.errors import ServerError
 from step_sglang.evaluation.errors import BenchError
 
-_TIMEOUT = 60.0  # seconds
 _KEPT_BACK = 5  # tokens by which a prompt must be shorter than SGLang's longest request
 
 
@@ -131,19 +127,7 @@ def probe_server(url: str, policy: str | None) -> ServerHandle:
     if step is not None and step["capture"]:
         raise BenchError(f"the server at {url} collects training data (--step-capture)")
     name = None if step is None else step["policy"]
-    return ServerHandle(url.rstrip("/").removesuffix("/v1"), pool, name, longest)
-
-
-def server_info(url: str) -> dict[str, Any]:
-    """GET /server_info; raises ServerError."""
-    url = url.rstrip("/").removesuffix("/v1")
-    try:
-        answer = httpx.get(f"{url}/server_info", timeout=_TIMEOUT)
-        return dict(answer.raise_for_status().json())
-    except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise no_response_error(url, error) from error
-    except (httpx.HTTPStatusError, ValueError, TypeError) as error:
-        raise ServerError(f"{url} is no SGLang server of this version") from error
+    return ServerHandle(server_url(url), pool, name, longest)
 
 
 def parse_pool_sizes(pool: str | None, share: str | None) -> tuple[PoolSize, ...]:

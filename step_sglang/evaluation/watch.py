@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from types import TracebackType
 
-import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
+from step_sglang.client.http import Client
+from step_sglang.errors import ServerError
 from step_sglang.evaluation.records import Usage
 
 INTERVAL = 0.5  # seconds
-_GAUGE = re.compile(
-    r"^sglang:(token_usage|num_running_reqs|num_queue_reqs)(?:\{[^}]*\})? (\S+)$", re.MULTILINE
-)
+_GAUGES = ("token_usage", "num_running_reqs", "num_queue_reqs")
 
 
 def read_gauges(text: str) -> dict[str, float]:
     """The three gauges of a ``/metrics`` answer; of several ranks the largest."""
     found: dict[str, float] = {}
-    for name, value in _GAUGE.findall(text):
-        found[name] = max(found.get(name, 0.0), float(value))
+    try:
+        for family in text_string_to_metric_families(text):
+            name = family.name.removeprefix("sglang:")
+            if name in _GAUGES:
+                values = (sample.value for sample in family.samples)
+                found[name] = max(values, default=0.0)
+    except ValueError:  # no metrics page
+        return {}
     return found
 
 
@@ -57,14 +62,13 @@ class PoolWatch:
         return tuple(self._found)
 
     def _sample(self) -> None:
-        with httpx.Client(timeout=10.0) as client:
+        with Client(self._url, timeout=10.0) as client:
             while not self._over.wait(self._interval):
                 at = time.perf_counter() - self._started
                 try:
-                    answer = client.get(f"{self._url}/metrics")
-                except httpx.HTTPError:
+                    seen = read_gauges(client.metrics())
+                except ServerError:
                     continue  # the question itself will tell what is wrong
-                seen = read_gauges(answer.text) if answer.status_code == 200 else {}
                 if seen:
                     self._found.append(
                         Usage(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from step_sglang.client.http import Client
+from step_sglang.client.http import AsyncClient
 from step_sglang.data.questions import Given, Job
 from step_sglang.errors import RequestRefused, ServerError
 from step_sglang.training.confidence import token_signals
@@ -96,11 +96,11 @@ class _Run:
     async def all(self, url: str, jobs: Sequence[Job]) -> Collected:
         left = iter([job for job in jobs if job.id not in self._writer.done])
 
-        async def worker(client: Client) -> None:
+        async def worker(client: AsyncClient) -> None:
             for job in left:  # shared: every worker takes the next
                 await self._one(client, job)
 
-        async with Client(url, self._settings.timeout) as client:
+        async with AsyncClient(url, self._settings.timeout) as client:
             workers = [
                 asyncio.create_task(worker(client)) for _ in range(self._settings.concurrency)
             ]
@@ -120,7 +120,7 @@ class _Run:
             raise ServerError(f"the server refuses every question. {self._refused[0]}")
         return Collected(self._questions, self._traces, self._correct, tuple(self._refused))
 
-    async def _one(self, client: Client, job: Job) -> None:
+    async def _one(self, client: AsyncClient, job: Job) -> None:
         try:
             captures = await (self._prefill(client, job) if job.traces else self._ask(client, job))
         except RequestRefused as error:  # too long for the model, for one
@@ -135,7 +135,7 @@ class _Run:
         self._correct += sum(record.correct for record in result.records)
         self._report(CollectProgress(self._questions, self._traces, self._correct))
 
-    async def _ask(self, client: Client, job: Job) -> list[CapturedTrace]:
+    async def _ask(self, client: AsyncClient, job: Job) -> list[CapturedTrace]:
         prompt, n = self._prompter.prompt(job.question), self._writer.meta.n
         sizes = [min(_SAMPLES_PER_REQUEST, n - i) for i in range(0, n, _SAMPLES_PER_REQUEST)]
         top = self._settings.top_logprobs
@@ -146,7 +146,7 @@ class _Run:
 
         return [capture for found in await _all(part(size) for size in sizes) for capture in found]
 
-    async def _prefill(self, client: Client, job: Job) -> list[CapturedTrace]:
+    async def _prefill(self, client: AsyncClient, job: Job) -> list[CapturedTrace]:
         prompt, top = self._prompter.prompt(job.question), self._settings.top_logprobs
 
         async def part(trace: Given) -> CapturedTrace:

@@ -16,7 +16,7 @@ import requests
 
 from step_sglang.client.abort import abort_group
 from step_sglang.config import StepConfig
-from step_sglang.errors import RequestError
+from step_sglang.errors import RequestError, ServerError
 from step_sglang.evaluation.simulator import Request, Simulator
 from step_sglang.pruning.groups import Group
 from tests.server.idle import free_tokens
@@ -253,7 +253,7 @@ def test_a_bad_abort_is_a_400(server, body: bytes) -> None:
 def test_a_bad_abort_of_the_client_is_refused(server) -> None:
     with pytest.raises(RequestError, match="group must be"):
         abort_group(server.url, "")
-    with pytest.raises(RequestError, match="404"):
+    with pytest.raises(ServerError, match="404"):
         abort_group(f"{server.url}/nowhere", "q")
 
 

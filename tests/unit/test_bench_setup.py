@@ -93,7 +93,7 @@ def test_a_pilot_is_sampled_once_and_serves_any_n(
             pass
 
     monkeypatch.setattr(pilot, "served", fake)
-    monkeypatch.setattr(pilot, "UrlSource", Source)
+    monkeypatch.setattr(pilot, "AsyncClient", Source)
     arguments = (Model("m", None), jobs, Sampling(), "", tmp_path)
     lengths = measured_lengths(*arguments)
     assert asked == ["q0", "q1", "q2", "q3"]

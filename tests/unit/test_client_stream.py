@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from step_sglang.client.errors import ServerError
-from step_sglang.client.sources import UrlSource
+from step_sglang.client.http import AsyncClient
 from tests.stand_in import Handler, serving
 
 # JSON may hold the first three as they are; a program that reads lines may end one at each.
@@ -37,11 +37,8 @@ def streaming(data: bytes, size: int) -> Iterator[str]:
 
 def chunks(data: bytes, size: int) -> list[dict[str, Any]]:
     async def read(url: str) -> list[dict[str, Any]]:
-        source = UrlSource(url, 60.0, None)
-        try:
-            return [chunk async for chunk in source.stream({})]
-        finally:
-            await source.close()
+        async with AsyncClient(url) as client:
+            return [chunk async for chunk in client.stream({})]
 
     with streaming(data, size) as url:
         return asyncio.run(read(url))
