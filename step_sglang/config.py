@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from step_sglang.baselines.embedding import NGRAMS
 from step_sglang.errors import ConfigError
-from step_sglang.voting.answers import EXTRACTORS
-from step_sglang.voting.tally import VOTES
+from step_sglang.protocol import EXTRACTORS, NGRAMS, VOTES
 
 POLICIES = ("fair", "paper")
 SCOPES = ("thinking", "all")
@@ -102,7 +100,7 @@ class StepConfig:
     extract: str = field(
         default="boxed",
         metadata={
-            "choices": tuple(EXTRACTORS),
+            "choices": EXTRACTORS,
             "help": "Where a trace's answer is: in \\boxed{}, a choice's letter, the last number.",
         },
     )
@@ -161,7 +159,7 @@ class StepConfig:
                 f"--step-traces must be an integer of at least 1, not {self.traces!r}"
             )
         _check_choice("--step-vote", self.vote, VOTES)
-        _check_choice("--step-extract", self.extract, tuple(EXTRACTORS))
+        _check_choice("--step-extract", self.extract, EXTRACTORS)
         if not isinstance(self.embedding, str) or not self.embedding:
             raise ConfigError(f"--step-embedding must be a name, not {self.embedding!r}")
         if not isinstance(self.temperature, int | float) or not 0 < self.temperature < 100:

@@ -27,6 +27,11 @@ THRESHOLD = "threshold"
 EXTRACT = "extract"
 VOTE_MEMBERS = (TRACES, VOTE, EARLY, THRESHOLD, EXTRACT)
 
+# Choices by name, in requests and flags.
+VOTES = ("weighted", "majority", "best")
+EXTRACTORS = ("boxed", "choice", "number")  # who reads a trace's answer
+NGRAMS = "ngrams"  # the embedding of a step that needs no model
+
 # Members of the response value: of every trace, of a pruned one, and what a request asked for.
 META_GROUP = "group"
 META_SCORE = "score"

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from step_sglang.errors import ConfigError, first_line
+from step_sglang.protocol import NGRAMS
 
-NGRAMS = "ngrams"
 DIMENSIONS = 1024  # of the bag of n-grams
 _ORDERS = (1, 2)
 

@@ -109,12 +109,12 @@ def collect(
 ) -> None:
     """Sample traces from a server, grade them, store their hidden states. Resumable."""
     from step_sglang.client.http import served_model
+    from step_sglang.client.sampling import Sampling
     from step_sglang.data.questions import Fields, load_questions, load_traces
     from step_sglang.training import collect as work
     from step_sglang.training.prompts import load_prompter
     from step_sglang.training.records import DTYPES, StoreMeta
     from step_sglang.training.store import Writer
-    from step_sglang.training.wire import Sampling
 
     _one_of("--dtype", dtype, tuple(DTYPES))
     _one_of("--scope", scope, ("thinking", "all"))

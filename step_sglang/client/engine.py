@@ -18,6 +18,10 @@ class EngineSource:
     async def close(self) -> None:
         """The engine is the caller's."""
 
+    async def model(self) -> str:
+        """Of its server arguments."""
+        return str(self._engine.server_args.model_path)
+
     async def render(self, messages: Messages) -> list[int]:
         """The tokenizer's chat template."""
         tokenizer = self._engine.tokenizer_manager.tokenizer

@@ -215,6 +215,10 @@ class AsyncClient(_Connection):
                             yield _chunk(line[6:])
         raise ServerError(f"the server at {self.url} ended the answer in the middle")
 
+    async def model(self) -> str:
+        """GET /model_info: the model path that it serves; raises ServerError."""
+        return str(self._member(await self._send("GET", "/model_info"), "model_path"))
+
     async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """POST /v1/tokenize: token ids of a chat under the model's own template.
 

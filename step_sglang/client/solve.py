@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any
 
 from step_sglang import protocol
@@ -13,6 +14,7 @@ from step_sglang.client.engine import EngineSource
 from step_sglang.client.errors import ClientError, NoStepError, ServerError, ServerGoneError
 from step_sglang.client.http import AsyncClient
 from step_sglang.client.result import Progress, Result, progress_of, result_of
+from step_sglang.client.sampling import Sampling
 from step_sglang.client.source import Messages, TraceSource, reading_chunks
 from step_sglang.voting.answers import Extractor, extractor_named
 from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
@@ -22,8 +24,8 @@ from step_sglang.voting.verifier import AnswerVerifier
 
 DEFAULT_N = 64
 DEFAULT_TIMEOUT = 600.0
-# The paper's.
-DEFAULT_SAMPLING: Mapping[str, Any] = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+# Up to the context, however long that is.
+DEFAULT_SAMPLING: Mapping[str, Any] = {**asdict(Sampling()), "max_new_tokens": None}
 _REPORT_INTERVAL = 0.1  # seconds between two progress reports
 
 
@@ -83,7 +85,7 @@ async def asolve(
     source = _source(url, engine, timeout, api_key)
     verifier = AnswerVerifier()  # starts nothing unless it is asked
     try:
-        params = {**DEFAULT_SAMPLING, "max_new_tokens": None, **(sampling or {})}
+        params = {**DEFAULT_SAMPLING, **(sampling or {})}
         body = await _body(source, question, chat, n, params, group)
         session = VoteSession(n, rules, same or verifier.same, extractor, params["max_new_tokens"])
         await _gather(source, body, session, started, on_progress)

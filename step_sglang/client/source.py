@@ -14,6 +14,10 @@ Messages = Sequence[Mapping[str, Any]]
 class TraceSource(Protocol):
     """Renders prompts and streams traces."""
 
+    async def model(self) -> str:
+        """The path or name of the model that is served."""
+        ...
+
     async def render(self, messages: Messages) -> list[int]:
         """Token ids of a chat under the model's own template."""
         ...

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from step_sglang import files
 from step_sglang.client.http import AsyncClient
+from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Job
 from step_sglang.errors import RequestRefused
 from step_sglang.evaluation.errors import BenchError
@@ -18,7 +19,6 @@ from step_sglang.evaluation.methods import MethodSettings
 from step_sglang.evaluation.profiles import Profile
 from step_sglang.evaluation.sampler import ServerSampler
 from step_sglang.evaluation.serving import Model, PoolSize, Serving, served
-from step_sglang.training.wire import Sampling
 from step_sglang.voting.answers import extract_boxed
 from step_sglang.voting.verifier import AnswerVerifier
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from step_sglang.client.sampling import Sampling
 from step_sglang.reasoner import scorer_path
-from step_sglang.training.wire import Sampling
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from step_sglang.client.http import AsyncClient
+from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Job
 from step_sglang.errors import RequestRefused, ServerError
 from step_sglang.evaluation.methods import RECORD, Method, MethodSettings
@@ -23,7 +24,6 @@ from step_sglang.evaluation.sampler import ServerSampler, grade
 from step_sglang.evaluation.serving import PoolSize, ServerHandle, Serving
 from step_sglang.evaluation.traces import recorded_group, write_group
 from step_sglang.evaluation.watch import PoolWatch
-from step_sglang.training.wire import Sampling
 from step_sglang.voting.answers import extractor_named
 from step_sglang.voting.verifier import AnswerVerifier
 

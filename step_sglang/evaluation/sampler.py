@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from step_sglang import protocol
+from step_sglang.client.sampling import Sampling
 from step_sglang.client.source import TraceSource, reading_chunks
 from step_sglang.evaluation.methods import (
     Method,
@@ -20,7 +21,6 @@ from step_sglang.evaluation.methods import (
     confidence_of,
 )
 from step_sglang.evaluation.records import TraceResult
-from step_sglang.training.wire import Sampling
 from step_sglang.voting.answers import Extractor
 from step_sglang.voting.session import (
     STREAM_INTERVAL,

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from step_sglang.client.http import AsyncClient
+from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Given, Job
 from step_sglang.errors import RequestRefused, ServerError
 from step_sglang.training.confidence import token_signals
@@ -21,7 +22,6 @@ from step_sglang.training.records import QuestionResult, Steps, StoreMeta, Trace
 from step_sglang.training.store import Writer
 from step_sglang.training.wire import (
     CapturedTrace,
-    Sampling,
     generate_body,
     prefill_body,
     read_generated,

@@ -18,18 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from step_sglang import protocol
+from step_sglang.client.sampling import Sampling
 from step_sglang.errors import ServerError
 from step_sglang.scoring.capture import decode
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How traces are sampled; the paper's values."""
-
-    temperature: float = 0.6
-    top_p: float = 0.95
-    top_k: int = 20  # -1 = off
-    max_new_tokens: int = 32768
 
 
 @dataclass(frozen=True, eq=False)

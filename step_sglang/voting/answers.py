@@ -11,6 +11,7 @@ from functools import lru_cache
 from math_verify import parse, verify
 
 from step_sglang.errors import VoteError, safe_repr
+from step_sglang.protocol import EXTRACTORS
 
 Extractor = Callable[[str], str | None]
 MAX_LENGTH = 1000  # characters; a longer answer equals only its own text
@@ -58,11 +59,9 @@ def extract_number(text: str) -> str | None:
     return numbers[-1].replace(",", "") if numbers else None
 
 
-EXTRACTORS: dict[str, Extractor] = {
-    "boxed": extract_boxed,
-    "choice": extract_choice,
-    "number": extract_number,
-}
+_EXTRACTORS: dict[str, Extractor] = dict(
+    zip(EXTRACTORS, (extract_boxed, extract_choice, extract_number), strict=True)
+)
 
 
 def extractor_named(name: object) -> Extractor:
@@ -71,7 +70,7 @@ def extractor_named(name: object) -> Extractor:
         raise VoteError(
             f"unknown answer extractor {safe_repr(name)}; it must be one of {', '.join(EXTRACTORS)}"
         )
-    return EXTRACTORS[name]
+    return _EXTRACTORS[name]
 
 
 def choice_letter(answer: str) -> str | None:

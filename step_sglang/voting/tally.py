@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from step_sglang.errors import VoteError, safe_repr
+from step_sglang.protocol import VOTES
 from step_sglang.voting.answers import equivalent
 
-Vote = Literal["weighted", "majority", "best"]
-VOTES: tuple[str, ...] = get_args(Vote)
 # A finished trace without a step says nothing of its quality: the sigmoid's value at no evidence.
 # A constant, so that later traces never change what a finished one weighs.
 UNSCORED = 0.5
@@ -63,7 +61,7 @@ class Poll:
     ballots that come later.
 
     Args:
-        vote: one of :data:`VOTES`.
+        vote: one of :data:`protocol.VOTES`.
         same: whether two differently spelled answers mean the same. Asked once per pair of a new
             spelling and a known answer, because it costs far more than a comparison of texts.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Job
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.methods import (
@@ -23,7 +24,6 @@ from step_sglang.evaluation.run import Plan, blocks
 from step_sglang.evaluation.sampler import ServerSampler, grade, server_times
 from step_sglang.evaluation.serving import PoolSize, Serving, parse_pool_sizes
 from step_sglang.evaluation.watch import read_gauges
-from step_sglang.training.wire import Sampling
 from step_sglang.voting.answers import extract_boxed
 from step_sglang.voting.session import SampledTrace, TraceFate
 from step_sglang.voting.verifier import AnswerVerifier

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from step_sglang.cli.bench import _memories, _model, _shard
 from step_sglang.cli.main import app
+from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Job
 from step_sglang.errors import RequestRefused, ServerError, StepError
 from step_sglang.evaluation import pilot, serving
@@ -28,7 +29,6 @@ from step_sglang.evaluation.serving import (
     served,
 )
 from step_sglang.reasoner import model_path
-from step_sglang.training.wire import Sampling
 
 
 def test_sampling_is_the_papers_by_the_models_name() -> None:

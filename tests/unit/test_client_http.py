@@ -19,6 +19,7 @@ from step_sglang.client import solve
 from step_sglang.client.abort import abort_group
 from step_sglang.client.http import API_KEY_VARIABLE, AsyncClient, served_model
 from step_sglang.client.launch import wait_until_healthy
+from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Job
 from step_sglang.errors import RequestRefused, ServerError, StepError
 from step_sglang.evaluation.methods import methods_named
@@ -30,7 +31,6 @@ from step_sglang.reasoner import model_path
 from step_sglang.training.collect import CollectSettings, collect
 from step_sglang.training.prompts import load_prompter
 from step_sglang.training.store import Writer
-from step_sglang.training.wire import Sampling
 from tests.stand_in import Handler, serving
 from tests.training_samples import Generator, meta
 

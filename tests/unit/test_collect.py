@@ -16,6 +16,7 @@ import torch
 
 from step_sglang.cli import main as cli
 from step_sglang.client.launch import capture_flags, running_server, server_command
+from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Job, load_questions, load_traces, question_id
 from step_sglang.errors import ServerError, SourceError
 from step_sglang.reasoner import model_path
@@ -26,7 +27,6 @@ from step_sglang.training.errors import StoreError
 from step_sglang.training.prompts import Prompter, load_prompter
 from step_sglang.training.reader import Reader
 from step_sglang.training.store import Writer
-from step_sglang.training.wire import Sampling
 from tests.training_samples import FakeServer, fake_server, meta
 
 N = 10

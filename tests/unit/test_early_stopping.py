@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_sglang.errors import VoteError
+from step_sglang.protocol import VOTES
 from step_sglang.voting.early_stopping import (
     cannot_change,
     change_probability,
     check_rule,
     highest_weight,
 )
-from step_sglang.voting.tally import VOTES, Ballot, tally
+from step_sglang.voting.tally import Ballot, tally
 
 WEIGHT = st.floats(0.0, 1.0, allow_nan=False).map(lambda w: round(w, 2))
 FINISHED = st.lists(st.tuples(st.sampled_from("abc"), WEIGHT), max_size=7)
