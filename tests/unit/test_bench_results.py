@@ -152,6 +152,7 @@ def test_the_permutation_test_is_exact_for_few_questions() -> None:
     assert permutation_p(np.ones(5), rng) == pytest.approx(2 / 32)
     assert permutation_p(np.asarray([1.0, 0.0, 0.0, -1.0]), rng) == 1.0
     assert permutation_p(np.zeros(30), rng) == 1.0
+    assert permutation_p(np.asarray([0.0, 0.5, 0.0]), rng) == 1.0
     assert permutation_p(np.ones(40), rng) == pytest.approx(1 / 10_001)
     mixed = np.asarray([1.0] * 11 + [-1.0] * 9)
     assert permutation_p(mixed, rng) > 0.5
