@@ -1,19 +1,135 @@
-"""Folders and files that a kill or a full disk leaves as they were or as they should be."""
+"""Folders and files that a kill or a full disk leaves as they were or as they should be.
+
+Knows nothing of what is in them, nor of the errors of their owners, which are handed in.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
-def lock(folder: Path) -> int:
-    """A handle that keeps other writers out of a folder until it is closed.
+class LockedFolder:
+    """A folder that one process writes at a time: settings, and a file of lines that only grows.
 
-    Raises:
-        BlockingIOError: another process has it.
-        OSError: the folder cannot be opened.
+    ``error`` is what its owner raises; every failure of the disk becomes one.
     """
+
+    def __init__(self, path: Path, error: Callable[[str], Exception]) -> None:
+        """Create the folder if need be, and keep other writers out until :meth:`close`.
+
+        Raises:
+            Exception: ``error``: it cannot be created, or another process writes to it.
+        """
+        self.path = path
+        self._error = error
+        self._lines: int | None = None
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path)
+        except BlockingIOError as problem:
+            raise error(f"{path} is being written by another process") from problem
+        except OSError as problem:
+            raise error(f"cannot write to {path}: {problem.strerror}") from problem
+
+    def close(self) -> None:
+        """Let the next writer in."""
+        if self._lines is not None:
+            os.close(self._lines)
+        os.close(self._lock)
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Around what an owner does before it is usable: when that fails, the folder is closed."""
+        try:
+            with self.writing("what is there stays"):
+                yield
+        except BaseException:
+            self.close()
+            raise
+
+    @contextmanager
+    def writing(self, kept: str) -> Iterator[None]:
+        """Turns a failure of the disk into the owner's error, which says what is ``kept``."""
+        try:
+            yield
+        except OSError as problem:
+            if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._error(
+                    f"the disk is full: {kept}; free some space and run the same command again"
+                ) from problem
+            raise self._error(
+                f"writing to {self.path} failed: {problem.strerror}; {kept}"
+            ) from problem
+
+    def agree(
+        self, name: str, ours: Mapping[str, Any], read: Callable[[Path], Mapping[str, Any]]
+    ) -> None:
+        """Write the settings that all of the folder has in common, or find them there already.
+
+        Args:
+            name: of their file.
+            ours: JSON values. What an earlier version did not write counts as equal.
+            read: reads the folder's.
+
+        Raises:
+            Exception: the owner's error: the folder's settings are others.
+            OSError: the disk is full or fails.
+        """
+        file = self.path / name
+        ours = json.loads(json.dumps(ours))
+        if not file.exists():
+            write(file, (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode())
+            return
+        theirs = read(self.path)
+        differing = [
+            f"{key} {theirs[key]!r}, now {ours.get(key)!r}"
+            for key in sorted(theirs)
+            if ours.get(key) != theirs[key]
+        ]
+        if differing:
+            raise self._error(
+                f"{self.path} was filled with other settings ({'; '.join(differing)}): use the "
+                "same, or another folder"
+            )
+
+    def open_lines(self, name: str) -> int:
+        """Open the file of lines, remove what a kill left of the last; returns its bytes.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        file = self.path / name
+        self._lines = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        data = file.read_bytes()
+        torn = len(data) - (data.rfind(b"\n") + 1)
+        if torn:
+            os.ftruncate(self._lines, len(data) - torn)
+        return torn
+
+    def append(self, data: bytes) -> None:
+        """Add whole lines and wait until they are on disk, or add nothing.
+
+        Raises:
+            OSError: the disk is full or fails.
+        """
+        assert self._lines is not None, "open_lines comes first"
+        size = os.fstat(self._lines).st_size
+        try:
+            _write_all(self._lines, data)
+            os.fsync(self._lines)
+        except OSError:
+            os.ftruncate(self._lines, size)
+            raise
+
+
+def _lock(folder: Path) -> int:
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -21,21 +137,6 @@ def lock(folder: Path) -> int:
         os.close(handle)
         raise
     return handle
-
-
-def append(handle: int, data: bytes) -> None:
-    """Add all of ``data`` to an open file and wait until it is on disk, or add nothing.
-
-    Raises:
-        OSError: the disk is full or fails.
-    """
-    size = os.fstat(handle).st_size
-    try:
-        _write_all(handle, data)
-        os.fsync(handle)
-    except OSError:
-        os.ftruncate(handle, size)
-        raise
 
 
 def write(file: Path, data: bytes) -> None:

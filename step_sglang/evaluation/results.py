@@ -7,16 +7,15 @@ results.jsonl    one line per question, method, n, repeat and memory
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from step_sglang import files
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.records import Key, RunResult
+from step_sglang.files import LockedFolder
 
 META = "meta.json"
 RESULTS = "results.jsonl"
@@ -49,26 +48,19 @@ class ResultWriter:
         """
         self.folder = folder
         self.repairs: tuple[str, ...] = ()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = files.lock(folder)
-        except BlockingIOError as error:
-            raise BenchError(f"{folder} is being written by another process") from error
-        except OSError as error:
-            raise BenchError(f"cannot write to {folder}: {error.strerror}") from error
-        try:
-            _agree(folder, {**meta, "version": _VERSION})
-            self._file = os.open(folder / RESULTS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            self._done: set[Key] = set()
-            self._pools: dict[str, int] = {}
-            for result in self._repaired():
+        self._done: set[Key] = set()
+        self._pools: dict[str, int] = {}
+        self._files = LockedFolder(folder, BenchError)
+        with self._files.opening():
+            self._files.agree(META, {**meta, "version": _VERSION}, read_meta)
+            torn = self._files.open_lines(RESULTS)
+            if torn:
+                self.repairs = (f"removed a torn line of {torn} bytes",)
+            results, problems = _parse((folder / RESULTS).read_bytes(), folder)
+            if problems:
+                raise BenchError(f"{problems[0]}: {folder / RESULTS} is damaged")
+            for result in results:
                 self._remember(result)
-        except OSError as error:
-            os.close(self._lock)
-            raise BenchError(f"writing to {folder} failed: {error.strerror}") from error
-        except BaseException:
-            os.close(self._lock)
-            raise
 
     def __enter__(self) -> ResultWriter:
         return self
@@ -79,8 +71,7 @@ class ResultWriter:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._file)
-        os.close(self._lock)
+        self._files.close()
 
     @property
     def done(self) -> frozenset[Key]:
@@ -112,26 +103,13 @@ class ResultWriter:
         if result.key in self._done:
             raise BenchError(f"{result.key} is in {self.folder} already")
         line = json.dumps(result.as_json(), ensure_ascii=False, allow_nan=False) + "\n"
-        try:
-            files.append(self._file, line.encode())
-        except OSError as error:
-            raise BenchError(f"writing to {self.folder} failed: {error.strerror}") from error
+        with self._files.writing(f"{len(self._done)} results are in {self.folder} and stay"):
+            self._files.append(line.encode())
         self._remember(result)
 
     def _remember(self, result: RunResult) -> None:
         self._done.add(result.key)
         self._pools.setdefault(result.memory, result.pool)
-
-    def _repaired(self) -> list[RunResult]:
-        data = (self.folder / RESULTS).read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            os.ftruncate(self._file, end)
-            self.repairs = (f"removed a torn line of {len(data) - end} bytes",)
-        results, problems = _parse(data[:end], self.folder)
-        if problems:
-            raise BenchError(f"{problems[0]}: {self.folder / RESULTS} is damaged")
-        return results
 
 
 def load_results(folders: Sequence[Path]) -> Loaded:
@@ -187,22 +165,3 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / META).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise BenchError(f"{folder} holds no results of `bench`: no usable {META}") from error
-
-
-def _agree(folder: Path, meta: Mapping[str, Any]) -> None:
-    file = folder / META
-    ours = json.loads(json.dumps(meta))
-    if file.exists():
-        theirs = read_meta(folder)
-        differing = [
-            f"{k} {theirs.get(k)!r}, now {ours.get(k)!r}"
-            for k in sorted(theirs)
-            if ours.get(k) != theirs[k]
-        ]
-        if differing:
-            raise BenchError(
-                f"{folder} was measured with other settings ({'; '.join(differing)}): use the "
-                "same, or another folder"
-            )
-        return
-    files.write(file, (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode())

@@ -14,8 +14,9 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from step_sglang import files
 from step_sglang.errors import ScorerError, first_line, safe_repr
 
 HIDDEN_UNITS = 512
@@ -97,8 +98,11 @@ def blank_scorer(hidden_size: int) -> Scorer:
 
 
 def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
-    """Write our format: tensors w1, b1, w2, b2 and string metadata, replacing ``path`` at once."""
-    file = Path(path)
+    """Write our format: tensors w1, b1, w2, b2 and string metadata, replacing ``path`` at once.
+
+    Raises:
+        OSError: the disk is full or fails; a file that was there stays.
+    """
     metadata = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -111,9 +115,7 @@ def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
     if scorer.info.think_end is not None:
         metadata["think_end"] = scorer.info.think_end
     tensors = {name: getattr(scorer, name).contiguous() for name in _NAMES}
-    partial = file.with_name(file.name + ".partial")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(file)
+    files.write(Path(path), save(tensors, metadata))
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, torch.Tensor], ScorerInfo]:

@@ -10,9 +10,7 @@ an orphan of a kill, and a question without all its lines does not count.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +19,7 @@ import torch
 from safetensors.torch import save
 
 from step_sglang import files
+from step_sglang.files import LockedFolder
 from step_sglang.training.errors import StoreError
 from step_sglang.training.index import (
     INDEX,
@@ -49,23 +48,13 @@ class Writer:
         self.folder = folder
         self.meta = meta
         self.repairs: tuple[str, ...] = ()
-        try:
-            (folder / SHARDS).mkdir(parents=True, exist_ok=True)
-            self._lock = files.lock(folder)
-        except BlockingIOError as error:
-            raise StoreError(f"{folder} is being written by another process") from error
-        except OSError as error:
-            raise StoreError(f"cannot write to {folder}: {error.strerror}") from error
-        try:
-            self._agree_on_meta()
+        self._done: set[str] = set()
+        self._files = LockedFolder(folder, StoreError)
+        with self._files.opening():
+            (folder / SHARDS).mkdir(exist_ok=True)
+            self._agree()
             self._repair()
-            self._index = os.open(folder / INDEX, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            os.close(self._lock)
-            raise StoreError(self._failure(error)) from error
-        except BaseException:
-            os.close(self._lock)
-            raise
+            self._files.open_lines(INDEX)
 
     def __enter__(self) -> Writer:
         return self
@@ -76,8 +65,7 @@ class Writer:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._index)
-        os.close(self._lock)
+        self._files.close()
 
     @property
     def done(self) -> frozenset[str]:
@@ -98,11 +86,9 @@ class Writer:
             placed = replace(record, shard=self._next, first_row=first_row)
             lines.append(json.dumps(placed.as_json(), ensure_ascii=False, allow_nan=False) + "\n")
             first_row += record.num_steps
-        try:
+        with self._files.writing(f"the {len(self._done)} questions in {self.folder} stay usable"):
             files.write(shard_path(self.folder, self._next), save({TENSOR: hidden}))
-            files.append(self._index, "".join(lines).encode())
-        except OSError as error:
-            raise StoreError(self._failure(error)) from error
+            self._files.append("".join(lines).encode())
         self._done.add(result.records[0].question_id)
         self._next += 1
 
@@ -127,21 +113,10 @@ class Writer:
             )
         return hidden
 
-    def _agree_on_meta(self) -> None:
-        file = self.folder / META
-        if not file.exists():
-            if (self.folder / INDEX).exists():
-                raise StoreError(f"{self.folder} has an {INDEX} but no {META}: not a usable store")
-            text = json.dumps(self.meta.as_json(), indent=2, sort_keys=True) + "\n"
-            files.write(file, text.encode())
-            return
-        ours, theirs = self.meta.as_json(), read_meta(self.folder).as_json()
-        differing = [f"{k} {theirs[k]!r}, now {ours[k]!r}" for k in ours if ours[k] != theirs[k]]
-        if differing:
-            raise StoreError(
-                f"{self.folder} was collected with other settings ({'; '.join(differing)}): "
-                "use the same, or another folder"
-            )
+    def _agree(self) -> None:
+        if (self.folder / INDEX).exists() and not (self.folder / META).exists():
+            raise StoreError(f"{self.folder} has an {INDEX} but no {META}: not a usable store")
+        self._files.agree(META, self.meta.as_json(), lambda folder: read_meta(folder).as_json())
 
     def _repair(self) -> None:
         scan = scan_index(self.folder, self.meta.n)
@@ -164,9 +139,3 @@ class Writer:
         self._next = max((record.shard for record, _ in kept), default=-1) + 1
         self._done = {record.question_id for record, _ in kept}
         self.repairs = tuple(repairs)
-
-    def _failure(self, error: OSError) -> str:
-        kept = f"the {len(getattr(self, '_done', ()))} questions in {self.folder} stay usable"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"the disk is full: {kept}; free some space and run the same command again"
-        return f"writing to {self.folder} failed: {error.strerror}; {kept}"
