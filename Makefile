@@ -44,7 +44,7 @@ check: env
 	$(BIN)/python -W ignore -m step_sglang.check
 
 demo: env
-	$(SERVER) $(BIN)/python -W ignore bench/demo.py
+	$(SERVER) $(BIN)/python -W ignore examples/demo.py
 
 format: env
 	$(BIN)/ruff check --fix .

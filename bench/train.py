@@ -16,8 +16,8 @@ import torch
 
 from step_sglang.training.fit import Recipe
 from step_sglang.training.metrics import RUNNING_MEAN
-from step_sglang.training.records import QuestionResult, Steps, StoreMeta, TraceRecord
 from step_sglang.training.store import Writer
+from step_sglang.training.stored import Steps, StoredQuestion, StoredTrace, StoreMeta
 from step_sglang.training.train import train_scorer
 
 
@@ -33,14 +33,14 @@ def make_store(folder: Path, steps: int, width: int, n: int, per_trace: int) -> 
             correct = rng.random(n) < 0.5
             hidden = torch.randn(n, per_trace, width, generator=generator)
             hidden += torch.from_numpy(correct)[:, None, None] * direction * 2
-            records = [
-                TraceRecord(
+            traces = [
+                StoredTrace(
                     f"q{number}", i, "", "1", "1" if right else "2", bool(right), 10 * per_trace,
                     "stop", 0, 0, Steps(positions, zeros, zeros), 0.0, 0.0,
                 )
                 for i, right in enumerate(correct)
             ]  # fmt: skip
-            writer.add(QuestionResult(tuple(records), hidden.flatten(0, 1)))
+            writer.add(StoredQuestion(tuple(traces), hidden.flatten(0, 1)))
 
 
 def peak_mb() -> int:

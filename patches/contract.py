@@ -13,10 +13,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Target:
-    """A name in SGLang and the parameters it must have (None: it only has to exist)."""
+    """A name in SGLang and the parameters it must have (None: it only has to exist).
+
+    A hooked target also says why it is hooked, and which change of SGLang would make that needless.
+    """
 
     path: str
     parameters: tuple[str, ...] | None = None
+    why: str = ""
+    until: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,12 @@ class Finding:
             return f"ok        {self.target.path}{expected}"
         return f"MISMATCH  {self.target.path}\n  expected: {expected}\n  found:    {self.found}"
 
+    def explained(self) -> str:
+        """The same, with the reason for the hook."""
+        if not self.target.why:
+            return str(self)
+        return f"{self}\n  why:      {self.target.why}\n  until:    {self.target.until}"
+
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _ENGINE = "sglang.srt.entrypoints.engine.Engine"
@@ -42,64 +53,133 @@ _ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
 _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 
 # Flags and engine arguments: hooked in every process, because only they can ask for STEP.
-ADD_CLI_ARGS = Target(f"{_SERVER_ARGS}.add_cli_args", ("parser",))
-FROM_CLI_ARGS = Target(f"{_SERVER_ARGS}.from_cli_args", ("cls", "args"))
+ADD_CLI_ARGS = Target(
+    f"{_SERVER_ARGS}.add_cli_args",
+    ("parser",),
+    why="adds the --step-* flags",
+    until="plugins may declare arguments",
+)
+FROM_CLI_ARGS = Target(
+    f"{_SERVER_ARGS}.from_cli_args",
+    ("cls", "args"),
+    why="takes the --step-* values into the server arguments",
+    until="plugins may declare arguments",
+)
 LAUNCH_SUBPROCESSES = Target(
     f"{_ENGINE}._launch_subprocesses",
     (
         "cls", "server_args", "init_tokenizer_manager_func", "run_scheduler_process_func",
         "run_detokenizer_process_func", "port_args", "placement_group",
     ),
+    why="checks the model, the scorer and the other arguments before any process starts",
+    until="plugins may check the server arguments",
 )  # fmt: skip
 
 # The tokenizer manager's process.
 HANDLE_BATCH_REQUEST = Target(
-    f"{_TOKENIZER}._handle_batch_request", ("self", "obj", "request", "request_states")
+    f"{_TOKENIZER}._handle_batch_request",
+    ("self", "obj", "request", "request_states"),
+    why="marks the n samples of one prompt as one group",
+    until="parallel samples carry the id of their request",
 )
 CREATE_TOKENIZED_OBJECT = Target(
     f"{_TOKENIZER}._create_tokenized_object",
     ("self", "obj", "input_text", "input_ids", "input_embeds", "mm_inputs",
      "token_type_ids"),
+    why="answers a malformed custom_params.step with status 400",
+    until="plugins may validate custom_params",
 )  # fmt: skip
 UPDATE_REQUEST_META_INFO = Target(
     f"{_TOKENIZER}.update_request_meta_info",
     ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),
+    why="puts one value per request into meta_info, where SGLang expects one per token",
+    until="customized info knows values per request here too",
 )
-GENERATE_REQUEST = Target(f"{_TOKENIZER}.generate_request", ("self", "obj", "request"))
+GENERATE_REQUEST = Target(
+    f"{_TOKENIZER}.generate_request",
+    ("self", "obj", "request"),
+    why="answers one request by the vote of many traces",
+    until="a plugin may wrap a request",
+)
 
 # The HTTP server, in the tokenizer manager's process.
 SERVE_GENERATE_REQUEST = Target(
-    "sglang.srt.entrypoints.http_server.serve_generate_request", ("obj", "request")
+    "sglang.srt.entrypoints.http_server.serve_generate_request",
+    ("obj", "request"),
+    why="sends the progress of a vote while /generate streams",
+    until="streams may carry comments of a plugin",
 )
 GENERATE_CHAT_STREAM = Target(
     "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream",
     ("self", "adapted_request", "request", "raw_request"),
+    why="sends the progress of a vote while a chat streams",
+    until="streams may carry comments of a plugin",
 )
 GENERATE_COMPLETION_STREAM = Target(
     "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion"
     "._generate_completion_stream",
     ("self", "adapted_request", "request", "raw_request"),
+    why="sends the progress of a vote while a completion streams",
+    until="streams may carry comments of a plugin",
 )
 
 # The scheduler's process.
-INIT_ALL_CUDA_GRAPHS = Target(f"{_SCHEDULER}.init_all_cuda_graphs", ("self",))
+INIT_ALL_CUDA_GRAPHS = Target(
+    f"{_SCHEDULER}.init_all_cuda_graphs",
+    ("self",),
+    why="makes the per-slot state when the pools exist and no graph is captured yet",
+    until="plugins are told when the pools exist",
+)
 CREATE_GENERATION_REQ = Target(
-    f"{_SCHEDULER}._create_generation_req", ("self", "recv_req", "args", "kwargs")
+    f"{_SCHEDULER}._create_generation_req",
+    ("self", "recv_req", "args", "kwargs"),
+    why="gives a request its trace and group",
+    until="plugins are told of a new request",
 )
-UPDATE_RUNNING_BATCH = Target(f"{_SCHEDULER}.update_running_batch", ("self", "batch"))
+UPDATE_RUNNING_BATCH = Target(
+    f"{_SCHEDULER}.update_running_batch",
+    ("self", "batch"),
+    why="prunes before SGLang would retract",
+    until="the choice of whom to retract, and to end it, is a plugin's",
+)
 ADD_REQUEST_TO_QUEUE = Target(
-    f"{_SCHEDULER}._add_request_to_queue", ("self", "req", "is_retracted")
+    f"{_SCHEDULER}._add_request_to_queue",
+    ("self", "req", "is_retracted"),
+    why="lets a request of a group be tried at once, though the batch was full for others",
+    until="admission is a plugin's",
 )
-GET_NEW_BATCH_PREFILL = Target(f"{_SCHEDULER}.get_new_batch_prefill", ("self", "running_batch"))
-GET_PREFILL_ADDER_CLASS = Target(f"{_SCHEDULER}.get_prefill_adder_class", ("self",))
-GET_OUTPUT_STREAMER_CLASS = Target(f"{_SCHEDULER}.get_output_streamer_class", ("self",))
-SEND_ABORT_OUTPUT = Target(f"{_SCHEDULER}.send_abort_output", ("self", "abort_req", "req"))
+GET_NEW_BATCH_PREFILL = Target(
+    f"{_SCHEDULER}.get_new_batch_prefill",
+    ("self", "running_batch"),
+    why="orders the waiting requests by what their groups hold",
+    until="the scheduling policy is a plugin's",
+)
+GET_PREFILL_ADDER_CLASS = Target(
+    f"{_SCHEDULER}.get_prefill_adder_class",
+    ("self",),
+    why="reserves nothing for the future of a prunable trace, and makes room for those who wait",
+    until="the adder class is set in the server arguments",
+)
+GET_OUTPUT_STREAMER_CLASS = Target(
+    f"{_SCHEDULER}.get_output_streamer_class",
+    ("self",),
+    why='sends meta_info["step"], and learns how a trace ended',
+    until="the streamer class is set in the server arguments",
+)
+SEND_ABORT_OUTPUT = Target(
+    f"{_SCHEDULER}.send_abort_output",
+    ("self", "abort_req", "req"),
+    why="learns of a request that ends outside the output stream",
+    until="every end of a request passes the streamer",
+)
 FORWARD_BATCH_GENERATION = Target(
     "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
     (
         "self", "batch", "forward_batch", "pp_proxy_tensors", "is_verify",
         "skip_attn_backend_init", "capture_hidden_mode", "return_kv_loc_plan",
     ),
+    why="resets reused slots on the forward stream, before the pass",
+    until="auxiliary state per request is reset by SGLang",
 )  # fmt: skip
 LOGITS_FORWARD = Target(
     "sglang.srt.layers.logits_processor.LogitsProcessor.forward",
@@ -107,16 +187,27 @@ LOGITS_FORWARD = Target(
         "self", "input_ids", "hidden_states", "lm_head", "logits_metadata",
         "aux_hidden_states", "hidden_states_before_norm",
     ),
+    why="scores the hidden states inside the captured graph",
+    until="an auxiliary head can be registered on the final hidden states",
 )  # fmt: skip
 SAMPLE = Target(
     "sglang.srt.model_executor.model_runner.ModelRunner.sample",
     ("self", "logits_output", "forward_batch"),
+    why="reads the logits before sampling changes them, and sends the scores with the tokens",
+    until="sample() keeps the auxiliary outputs of the forward pass",
 )
-GET_INTERNAL_STATE = Target(f"{_SCHEDULER}.get_internal_state", ("self", "recv_req"))
+GET_INTERNAL_STATE = Target(
+    f"{_SCHEDULER}.get_internal_state",
+    ("self", "recv_req"),
+    why="shows STEP in /server_info",
+    until="plugins may add to the internal state",
+)
 RECORD_WEIGHT_VERSION = Target(
     "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
     ".record_weight_version_after_update",
     ("self", "weight_version"),
+    why="flags the scorer as stale when the weights change",
+    until="plugins are told of new weights",
 )
 
 HOOKED = (

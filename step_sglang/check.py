@@ -1,18 +1,25 @@
-"""``python -m step_sglang.check``: does the installed SGLang fit? Exit status 1 if not."""
+"""``python -m step_sglang.check``: does the installed SGLang fit? Exit status 1 if not.
+
+``-v`` also says why each target is hooked, and what would make the hook needless.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 
 def main() -> int:
     """Print every hooked or used target of SGLang and whether it matches."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-v", "--verbose", action="store_true", help="the reason for each hook")
+    verbose = parser.parse_args().verbose
     # Late, because this package itself never imports the engine.
     from step_sglang.patches.contract import inspect_targets
 
     findings = inspect_targets()
     for finding in findings:
-        print(finding)
+        print(finding.explained() if verbose else finding)
     wrong = sum(finding.found is not None for finding in findings)
     print(f"{len(findings) - wrong} targets match, {wrong} do not")
     return 1 if wrong else 0

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoTokenizer
 
 from step_sglang.reasoner import model_path
-from step_sglang.training.records import QuestionResult, Steps, StoreMeta, TraceRecord
 from step_sglang.training.store import Writer
+from step_sglang.training.stored import Steps, StoredQuestion, StoredTrace, StoreMeta
 from tests import stand_in
 
 D = 16
@@ -37,12 +37,12 @@ def question(
     signal: float = 1.0,
     difficulty: float = 0.0,
     steps: tuple[int, int] = (3, 9),
-) -> QuestionResult:
+) -> StoredQuestion:
     """One question: axis 0 of its states shows correctness, axis 1 the question's difficulty.
 
     ``share`` of the traces is correct. The log-probability and the confidence carry no signal.
     """
-    records, rows = [], []
+    traces, rows = [], []
     for sample in range(n):
         count = int(rng.integers(*steps)) if steps[1] > steps[0] else steps[0]
         correct = bool(rng.random() < share)
@@ -51,15 +51,15 @@ def question(
         hidden[:, 1] += difficulty
         rows.append(hidden)
         noise = rng.standard_normal((2, count)).astype(np.float32)
-        records.append(
-            TraceRecord(
+        traces.append(
+            StoredTrace(
                 name, sample, f"what is {name}?", "7", "7" if correct else str(10 + sample % 3),
                 correct, 10 * count + 5, "stop", 0, 0,
                 Steps(np.arange(9, 10 * count, 10, dtype=np.int32), noise[0], noise[1]),
                 float(rng.standard_normal()), float(rng.standard_normal()), f"trace {sample}",
             )
         )  # fmt: skip
-    return QuestionResult(tuple(records), torch.tensor(np.concatenate(rows)))
+    return StoredQuestion(tuple(traces), torch.tensor(np.concatenate(rows)))
 
 
 def planted_store(folder: Path, questions: int, seed: int = 0, **changed: Any) -> Path:

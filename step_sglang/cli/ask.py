@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from step_sglang.client.result import Progress, Result
+from step_sglang.client.result import Result, SolveProgress
 from step_sglang.client.solve import DEFAULT_N, DEFAULT_TIMEOUT, solve
 from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
 from step_sglang.voting.session import VoteStatus
@@ -80,7 +80,7 @@ def ask(
         raise typer.Exit(NO_VOTE)
 
 
-def _leaders_table(progress: Progress) -> Table:
+def _leaders_table(progress: SolveProgress) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row(
         f"{progress.running} running, {progress.finished} finished, {progress.pruned} pruned, "

@@ -113,8 +113,8 @@ def collect(
     from step_sglang.data.questions import Fields, load_questions, load_traces
     from step_sglang.training import collect as work
     from step_sglang.training.prompts import load_prompter
-    from step_sglang.training.records import DTYPES, StoreMeta
     from step_sglang.training.store import Writer
+    from step_sglang.training.stored import DTYPES, StoreMeta
 
     _one_of("--dtype", dtype, tuple(DTYPES))
     _one_of("--scope", scope, ("thinking", "all"))

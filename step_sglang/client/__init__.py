@@ -7,7 +7,7 @@ from step_sglang.client.errors import (
     ServerError,
     ServerGoneError,
 )
-from step_sglang.client.result import Answer, Progress, Result, Timing, Trace
+from step_sglang.client.result import Answer, Result, SolveProgress, Timing, TraceResult
 from step_sglang.client.solve import asolve, solve
 from step_sglang.voting.session import TraceFate, VoteStatus
 
@@ -15,14 +15,14 @@ __all__ = [
     "Answer",
     "ClientError",
     "NoStepError",
-    "Progress",
     "RequestRefused",
     "Result",
     "ServerError",
     "ServerGoneError",
+    "SolveProgress",
     "Timing",
-    "Trace",
     "TraceFate",
+    "TraceResult",
     "VoteStatus",
     "asolve",
     "solve",

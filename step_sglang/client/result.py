@@ -31,7 +31,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Trace:
+class TraceResult:
     """One trace; only a ``finished`` one votes."""
 
     index: int
@@ -56,7 +56,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Progress:
+class SolveProgress:
     """A group while it runs."""
 
     running: int
@@ -80,8 +80,8 @@ class Result:
     share: float  # the answer's share of the weight
     message: str
     answers: tuple[Answer, ...]  # all answers given, the winner first
-    traces: tuple[Trace, ...]
-    best: Trace | None
+    traces: tuple[TraceResult, ...]
+    best: TraceResult | None
     timing: Timing
     early: bool  # ended before the last trace, because the vote was decided
 
@@ -92,12 +92,12 @@ class Result:
         return found
 
 
-def progress_of(session: VoteSession) -> Progress:
+def progress_of(session: VoteSession) -> SolveProgress:
     """How a group stands."""
     running, finished, pruned = (
         session.num(fate) for fate in (TraceFate.RUNNING, TraceFate.FINISHED, TraceFate.PRUNED)
     )
-    return Progress(
+    return SolveProgress(
         running=running,
         finished=finished,
         pruned=pruned,
@@ -141,11 +141,11 @@ def _message(session: VoteSession, status: VoteStatus) -> str:
     return ""
 
 
-def _trace(trace: SampledTrace) -> Trace:
+def _trace(trace: SampledTrace) -> TraceResult:
     step = trace.meta_info.get(protocol.META_KEY) or {}
     scores = step.get(protocol.META_STEP_SCORES)
     reason = trace.meta_info.get("finish_reason")
-    return Trace(
+    return TraceResult(
         index=trace.index,
         text=trace.text,
         fate=trace.fate,

@@ -13,7 +13,7 @@ from step_sglang import protocol
 from step_sglang.client.engine import EngineSource
 from step_sglang.client.errors import ClientError, NoStepError, ServerError, ServerGoneError
 from step_sglang.client.http import AsyncClient
-from step_sglang.client.result import Progress, Result, progress_of, result_of
+from step_sglang.client.result import Result, SolveProgress, progress_of, result_of
 from step_sglang.client.sampling import Sampling
 from step_sglang.client.source import Messages, TraceSource, reading_chunks
 from step_sglang.voting.answers import Extractor, extractor_named
@@ -45,7 +45,7 @@ async def asolve(
     group: str | None = None,
     api_key: str | None = None,
     timeout: float = DEFAULT_TIMEOUT,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[SolveProgress], None] | None = None,
 ) -> Result:
     r"""Sample ``n`` traces of a question as one group and vote on their answers.
 
@@ -160,7 +160,7 @@ async def _gather(
     body: dict[str, Any],
     session: VoteSession,
     started: float,
-    on_progress: Callable[[Progress], None] | None,
+    on_progress: Callable[[SolveProgress], None] | None,
 ) -> None:
     session.started = time.perf_counter()
     reported = 0.0

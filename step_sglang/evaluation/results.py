@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from step_sglang.evaluation.errors import BenchError
-from step_sglang.evaluation.records import Key, RunResult
+from step_sglang.evaluation.trial_result import TrialKey, TrialResult
 from step_sglang.files import LockedFolder
 
 META = "meta.json"
@@ -28,7 +28,7 @@ class Loaded:
     """Results of one or several folders, with what they have in common."""
 
     meta: Mapping[str, Any]
-    results: tuple[RunResult, ...]
+    results: tuple[TrialResult, ...]
     problems: tuple[str, ...]
 
 
@@ -48,7 +48,7 @@ class ResultWriter:
         """
         self.folder = folder
         self.repairs: tuple[str, ...] = ()
-        self._done: set[Key] = set()
+        self._done: set[TrialKey] = set()
         self._pools: dict[str, int] = {}
         self._files = LockedFolder(folder, BenchError)
         with self._files.opening():
@@ -74,7 +74,7 @@ class ResultWriter:
         self._files.close()
 
     @property
-    def done(self) -> frozenset[Key]:
+    def done(self) -> frozenset[TrialKey]:
         """Runs that are in the folder."""
         return frozenset(self._done)
 
@@ -94,7 +94,7 @@ class ResultWriter:
                 f"{self.folder} were measured with {known}: serve as before, or use another folder"
             )
 
-    def add(self, result: RunResult) -> None:
+    def add(self, result: TrialResult) -> None:
         """Write one result and wait until it is on disk.
 
         Raises:
@@ -107,7 +107,7 @@ class ResultWriter:
             self._files.append(line.encode())
         self._remember(result)
 
-    def _remember(self, result: RunResult) -> None:
+    def _remember(self, result: TrialResult) -> None:
         self._done.add(result.key)
         self._pools.setdefault(result.memory, result.pool)
 
@@ -119,7 +119,7 @@ def load_results(folders: Sequence[Path]) -> Loaded:
         BenchError: a folder holds no results, or they were measured in different ways.
     """
     metas: list[dict[str, Any]] = []
-    results: dict[Key, RunResult] = {}
+    results: dict[TrialKey, TrialResult] = {}
     problems: list[str] = []
     for folder in folders:
         metas.append(read_meta(folder))
@@ -142,14 +142,14 @@ def load_results(folders: Sequence[Path]) -> Loaded:
     return Loaded(metas[0], tuple(results.values()), tuple(problems))
 
 
-def _parse(data: bytes, folder: Path) -> tuple[list[RunResult], list[str]]:
-    found: dict[Key, RunResult] = {}
+def _parse(data: bytes, folder: Path) -> tuple[list[TrialResult], list[str]]:
+    found: dict[TrialKey, TrialResult] = {}
     problems = []
     for number, line in enumerate(data.split(b"\n"), start=1):
         if not line:
             continue
         try:
-            result = RunResult.from_json(json.loads(line))
+            result = TrialResult.from_json(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
             problems.append(f"{folder} line {number} is unusable ({error})")
             continue

@@ -18,11 +18,11 @@ from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Job
 from step_sglang.errors import RequestRefused, ServerError
 from step_sglang.evaluation.methods import RECORD, Method, MethodSettings
-from step_sglang.evaluation.records import Key, RunResult
 from step_sglang.evaluation.results import ResultWriter
 from step_sglang.evaluation.sampler import ServerSampler, grade
 from step_sglang.evaluation.serving import PoolSize, ServerHandle, Serving
 from step_sglang.evaluation.traces import recorded_group, write_group
+from step_sglang.evaluation.trial_result import TrialKey, TrialResult
 from step_sglang.evaluation.watch import PoolWatch
 from step_sglang.voting.answers import extractor_named
 from step_sglang.voting.verifier import AnswerVerifier
@@ -55,9 +55,9 @@ class Trial:
     memory: PoolSize
 
     @property
-    def key(self) -> Key:
+    def key(self) -> TrialKey:
         """Of its result."""
-        return Key(self.job.id, self.method.name, self.n, self.repeat, self.memory.name)
+        return TrialKey(self.job.id, self.method.name, self.n, self.repeat, self.memory.name)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Block:
     trials: tuple[Trial, ...]
 
 
-def blocks(plan: Plan, done: frozenset[Key]) -> list[Block]:
+def blocks(plan: Plan, done: frozenset[TrialKey]) -> list[Block]:
     """What is left to do, in order. Methods that need no STEP share the server of one that does."""
     policies = list(dict.fromkeys(m.policy for m in plan.methods if m.policy is not None))
     home = "fair" if "fair" in policies else (policies[0] if policies else None)
@@ -115,7 +115,7 @@ class Bench:
     plan: Plan
     writer: ResultWriter
     serve: Callable[[Serving], AbstractContextManager[ServerHandle]]
-    report: Callable[[RunResult], None] = lambda result: None
+    report: Callable[[TrialResult], None] = lambda result: None
     verifier: AnswerVerifier = field(default_factory=AnswerVerifier)
 
     def run(self) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ class Bench:
                 self.report(result)
         return refused
 
-    async def _run(self, client: AsyncClient, live: ServerHandle, trial: Trial) -> RunResult:
+    async def _run(self, client: AsyncClient, live: ServerHandle, trial: Trial) -> TrialResult:
         plan, job = self.plan, trial.job
         extract = extractor_named(job.extract)
         prompt = await client.render([{"role": "user", "content": job.question + plan.suffix}])
@@ -176,7 +176,7 @@ class Bench:
             limit = min(plan.sampling.max_new_tokens, live.longest - len(prompt) - 1)
             kept = recorded_group(job, trial.repeat, len(prompt), limit, latency, asked, graded)
             write_group(self.writer.folder, kept)
-        return RunResult(
+        return TrialResult(
             question=job.id,
             method=trial.method.name,
             n=trial.n,

@@ -20,7 +20,7 @@ from step_sglang.evaluation.methods import (
     Step,
     confidence_of,
 )
-from step_sglang.evaluation.records import TraceResult
+from step_sglang.evaluation.trial_result import TrialTrace
 from step_sglang.voting.answers import Extractor
 from step_sglang.voting.session import (
     STREAM_INTERVAL,
@@ -94,7 +94,7 @@ class Graded:
 
     answer: str | None
     correct: bool
-    traces: tuple[TraceResult, ...]
+    traces: tuple[TrialTrace, ...]
 
 
 def grade(method: Method, asked: SampleResult, gold: str, verifier: AnswerVerifier) -> Graded:
@@ -120,11 +120,11 @@ def grade(method: Method, asked: SampleResult, gold: str, verifier: AnswerVerifi
     return Graded(answer, is_right(answer), traces)
 
 
-def _trace_result(trace: SampledTrace, correct: bool) -> TraceResult:
+def _trace_result(trace: SampledTrace, correct: bool) -> TrialTrace:
     info = trace.meta_info
     step = info.get(protocol.META_KEY) or {}
     wait, prefill, decode = server_times(info)
-    return TraceResult(
+    return TrialTrace(
         fate=trace.fate.value,
         answer=trace.answer,
         correct=correct,

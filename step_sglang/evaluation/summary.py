@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from step_sglang.evaluation.methods import METHODS, RECORD, REFERENCE
-from step_sglang.evaluation.records import RunResult
 from step_sglang.evaluation.stats import Mean, Paired, compare, mean_of
+from step_sglang.evaluation.trial_result import TrialResult
 
-Value = Callable[[RunResult], float]
+Value = Callable[[TrialResult], float]
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Summary:
     latency_gap: Paired | None
 
 
-def summarize(results: Sequence[RunResult], reference: str = REFERENCE) -> list[Summary]:
+def summarize(results: Sequence[TrialResult], reference: str = REFERENCE) -> list[Summary]:
     """All summaries, by memory, then n, then in the order of the methods.
 
     Args:
         results: of all methods.
         reference: the method that the others are compared with.
     """
-    cells: dict[tuple[str, int, str], list[RunResult]] = defaultdict(list)
+    cells: dict[tuple[str, int, str], list[TrialResult]] = defaultdict(list)
     for result in results:
         if result.method != RECORD.name:
             cells[result.memory, result.n, result.method].append(result)
@@ -58,7 +58,9 @@ def summarize(results: Sequence[RunResult], reference: str = REFERENCE) -> list[
     ]
 
 
-def _summary(results: Sequence[RunResult], reference: Sequence[RunResult], name: str) -> Summary:
+def _summary(
+    results: Sequence[TrialResult], reference: Sequence[TrialResult], name: str
+) -> Summary:
     first = results[0]
     method = METHODS.get(first.method)
     shares = [moment.share for result in results for moment in result.usage]
@@ -88,22 +90,22 @@ def _summary(results: Sequence[RunResult], reference: Sequence[RunResult], name:
     )
 
 
-def _correct(result: RunResult) -> float:
+def _correct(result: TrialResult) -> float:
     return float(result.correct)
 
 
-def _latency(result: RunResult) -> float:
+def _latency(result: TrialResult) -> float:
     return result.latency
 
 
-def _values(results: Sequence[RunResult], value: Value) -> dict[str, list[float]]:
+def _values(results: Sequence[TrialResult], value: Value) -> dict[str, list[float]]:
     found: dict[str, list[float]] = defaultdict(list)
     for result in results:
         found[result.question].append(value(result))
     return dict(found)
 
 
-def _trace_mean(results: Sequence[RunResult], name: str) -> float | None:
+def _trace_mean(results: Sequence[TrialResult], name: str) -> float | None:
     """Mean over runs of the mean over their traces."""
     values = [v for result in results if (v := result.mean(name)) is not None]
     return sum(values) / len(values) if values else None

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from step_sglang.client.http import Client
 from step_sglang.errors import ServerError
-from step_sglang.evaluation.records import Usage
+from step_sglang.evaluation.trial_result import PoolUsage
 
 INTERVAL = 0.5  # seconds
 _GAUGES = ("token_usage", "num_running_reqs", "num_queue_reqs")
@@ -38,7 +38,7 @@ class PoolWatch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._started = 0.0
-        self._found: list[Usage] = []
+        self._found: list[PoolUsage] = []
 
     def __enter__(self) -> PoolWatch:
         self._started = time.perf_counter()
@@ -57,7 +57,7 @@ class PoolWatch:
             self._thread.join()
 
     @property
-    def usage(self) -> tuple[Usage, ...]:
+    def usage(self) -> tuple[PoolUsage, ...]:
         """What was seen."""
         return tuple(self._found)
 
@@ -71,7 +71,7 @@ class PoolWatch:
                     continue  # the question itself will tell what is wrong
                 if seen:
                     self._found.append(
-                        Usage(
+                        PoolUsage(
                             round(at, 2),
                             round(seen.get("token_usage", 0.0), 4),
                             int(seen.get("num_running_reqs", 0)),

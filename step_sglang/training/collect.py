@@ -18,8 +18,8 @@ from step_sglang.errors import RequestRefused, ServerError
 from step_sglang.training.confidence import token_signals
 from step_sglang.training.grade import graded
 from step_sglang.training.prompts import Prompter
-from step_sglang.training.records import QuestionResult, Steps, StoreMeta, TraceRecord
 from step_sglang.training.store import Writer
+from step_sglang.training.stored import Steps, StoredQuestion, StoredTrace, StoreMeta
 from step_sglang.training.wire import (
     CapturedTrace,
     generate_body,
@@ -131,8 +131,8 @@ class _Run:
         result = assemble(job, captures, self._prompter, self._writer.meta, self._settings)
         self._writer.add(result)
         self._questions += 1
-        self._traces += len(result.records)
-        self._correct += sum(record.correct for record in result.records)
+        self._traces += len(result.traces)
+        self._correct += sum(trace.correct for trace in result.traces)
         self._report(CollectProgress(self._questions, self._traces, self._correct))
 
     async def _ask(self, client: AsyncClient, job: Job) -> list[CapturedTrace]:
@@ -163,13 +163,13 @@ def assemble(
     prompter: Prompter,
     meta: StoreMeta,
     settings: CollectSettings,
-) -> QuestionResult:
+) -> StoredQuestion:
     """Grade the traces of one question and cut their signals at the boundaries.
 
     Raises:
         ServerError: the captures do not fit the tokenizer.
     """
-    records: list[TraceRecord] = []
+    traces: list[StoredTrace] = []
     hidden = [torch.empty(0, meta.hidden_size)]
     for sample, capture in enumerate(captures):
         keep = prompter.keep(capture.tokens, capture.positions)
@@ -177,8 +177,8 @@ def assemble(
         signals = token_signals(capture.logprobs, capture.confidences, meta.confidence_window)
         extracted, correct = graded(capture.text, capture.finish, job.answer)
         lowest = signals.lowest_confidence
-        records.append(
-            TraceRecord(
+        traces.append(
+            StoredTrace(
                 question_id=job.id,
                 sample=sample,
                 question=job.question,
@@ -207,7 +207,7 @@ def assemble(
             f"the server's hidden states are {sorted(widths - {meta.hidden_size})} wide, "
             f"{meta.model}'s are {meta.hidden_size}: it serves another model"
         )
-    return QuestionResult(tuple(records), torch.cat(hidden))
+    return StoredQuestion(tuple(traces), torch.cat(hidden))
 
 
 def _known(values: NDArray[np.float64]) -> float | None:

@@ -33,9 +33,9 @@ class Chunks:
         row = reader.meta.hidden_size * (4 if reader.meta.dtype == "float32" else 2)
         self._max_rows = max(1, memory_bytes // row)
         self._kept: Chunk | None = None
-        records = [record for shard in shards for record in reader.records(shard)]
-        self.rows = sum(record.num_steps for record in records)
-        self.positive_rows = sum(record.num_steps for record in records if record.correct)
+        traces = [trace for shard in shards for trace in reader.traces(shard)]
+        self.rows = sum(trace.num_steps for trace in traces)
+        self.positive_rows = sum(trace.num_steps for trace in traces if trace.correct)
 
     def __iter__(self) -> Iterator[Chunk]:
         if self.rows <= self._max_rows:
@@ -51,7 +51,7 @@ class Chunks:
         group: list[int] = []
         rows = 0
         for shard in self._shards:
-            more = sum(record.num_steps for record in self._reader.records(shard))
+            more = sum(trace.num_steps for trace in self._reader.traces(shard))
             if group and rows + more > self._max_rows:
                 yield group
                 group, rows = [], 0
@@ -76,7 +76,7 @@ class Chunks:
 
 def build_labels(reader: Reader, shards: Sequence[int]) -> TraceTable:
     """The trace table of some shards."""
-    return build_table([reader.records(shard) for shard in shards])
+    return build_table([reader.traces(shard) for shard in shards])
 
 
 def score_steps(reader: Reader, shards: Sequence[int], network: torch.nn.Module) -> Floats:

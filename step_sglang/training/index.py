@@ -14,7 +14,7 @@ from pathlib import Path
 import safetensors
 
 from step_sglang.training.errors import StoreError
-from step_sglang.training.records import StoreMeta, TraceRecord
+from step_sglang.training.stored import StoredTrace, StoreMeta
 
 META = "meta.json"
 INDEX = "index.jsonl"
@@ -48,8 +48,8 @@ def read_meta(folder: Path) -> StoreMeta:
 class Scan:
     """What an index holds: complete questions, and what had to be left out."""
 
-    records: tuple[TraceRecord, ...]  # of complete questions, in file order
-    kept_lines: tuple[bytes, ...]  # one per record, newline included
+    traces: tuple[StoredTrace, ...]  # of complete questions, in file order
+    kept_lines: tuple[bytes, ...]  # one per trace, newline included
     problems: tuple[str, ...]
     size: int  # bytes of the file that was scanned
 
@@ -62,31 +62,31 @@ def scan_index(folder: Path, n: int, with_text: bool = False) -> Scan:
     file = folder / INDEX
     data = file.read_bytes() if file.is_file() else b""
     problems: list[str] = []
-    records: list[TraceRecord] = []
+    traces: list[StoredTrace] = []
     lines: list[bytes] = []
     for number, line in enumerate(data.splitlines(keepends=True), start=1):
         try:
             if not line.endswith(b"\n"):
                 raise ValueError("it is cut off")
-            record = TraceRecord.from_json(json.loads(line), with_text)
+            trace = StoredTrace.from_json(json.loads(line), with_text)
         except (KeyError, TypeError, ValueError) as error:
             problems.append(f"{file} line {number} is unreadable ({error})")
             continue
-        records.append(record)
+        traces.append(trace)
         lines.append(line)
-    complete = _complete(records, n)
-    partial = {record.question_id for record in records} - complete
+    complete = _complete(traces, n)
+    partial = {trace.question_id for trace in traces} - complete
     problems += [f"question {name} has not its {n} traces" for name in sorted(partial)]
-    kept = [i for i, record in enumerate(records) if record.question_id in complete]
+    kept = [i for i, trace in enumerate(traces) if trace.question_id in complete]
     return Scan(
-        tuple(records[i] for i in kept), tuple(lines[i] for i in kept), tuple(problems), len(data)
+        tuple(traces[i] for i in kept), tuple(lines[i] for i in kept), tuple(problems), len(data)
     )
 
 
-def _complete(records: Sequence[TraceRecord], n: int) -> set[str]:
+def _complete(traces: Sequence[StoredTrace], n: int) -> set[str]:
     samples: dict[str, list[tuple[int, int]]] = {}
-    for record in records:
-        samples.setdefault(record.question_id, []).append((record.sample, record.shard))
+    for trace in traces:
+        samples.setdefault(trace.question_id, []).append((trace.sample, trace.shard))
     return {
         name
         for name, found in samples.items()
@@ -96,18 +96,18 @@ def _complete(records: Sequence[TraceRecord], n: int) -> set[str]:
 
 
 def check_shard(
-    folder: Path, meta: StoreMeta, shard: int, records: Sequence[TraceRecord]
+    folder: Path, meta: StoreMeta, shard: int, traces: Sequence[StoredTrace]
 ) -> str | None:
-    """Check a shard's header against its records; returns what is wrong, naming the file.
+    """Check a shard's header against its traces; returns what is wrong, naming the file.
 
     Reads the header only; a file shorter than its header promises is found as well.
     """
     file = shard_path(folder, shard)
     rows = 0
-    for record in records:
-        if record.first_row != rows:
+    for trace in traces:
+        if trace.first_row != rows:
             return f"{folder / INDEX}: rows of {file} are not numbered without gaps"
-        rows += record.num_steps
+        rows += trace.num_steps
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             names = list(opened.keys())
@@ -124,9 +124,9 @@ def check_shard(
     return None
 
 
-def records_by_shard(records: Sequence[TraceRecord]) -> dict[int, tuple[TraceRecord, ...]]:
-    """The records of each shard, shards in first-seen order."""
-    found: dict[int, list[TraceRecord]] = {}
-    for record in records:
-        found.setdefault(record.shard, []).append(record)
+def traces_by_shard(traces: Sequence[StoredTrace]) -> dict[int, tuple[StoredTrace, ...]]:
+    """The traces of each shard, shards in first-seen order."""
+    found: dict[int, list[StoredTrace]] = {}
+    for trace in traces:
+        found.setdefault(trace.shard, []).append(trace)
     return {shard: tuple(theirs) for shard, theirs in found.items()}

@@ -1,4 +1,4 @@
-"""Reads a store: all records at once, hidden states one shard at a time."""
+"""Reads a store: all traces at once, hidden states one shard at a time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from step_sglang.training.index import (
     TENSOR,
     check_shard,
     read_meta,
-    records_by_shard,
     scan_index,
     shard_path,
+    traces_by_shard,
 )
-from step_sglang.training.records import StoreMeta, TraceRecord
+from step_sglang.training.stored import StoredTrace, StoreMeta
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class Shard:
     """The traces of one question."""
 
     number: int
-    records: tuple[TraceRecord, ...]
+    traces: tuple[StoredTrace, ...]
     hidden: torch.Tensor  # [rows, d] in the store's dtype
 
 
@@ -51,13 +51,13 @@ class Reader:
         self.meta: StoreMeta = read_meta(self.folder)
         scan = scan_index(self.folder, self.meta.n, with_text)
         self.problems = list(scan.problems)
-        self._shards: dict[int, tuple[TraceRecord, ...]] = {}
-        for shard, records in records_by_shard(scan.records).items():
-            problem = check_shard(self.folder, self.meta, shard, records)
+        self._shards: dict[int, tuple[StoredTrace, ...]] = {}
+        for shard, traces in traces_by_shard(scan.traces).items():
+            problem = check_shard(self.folder, self.meta, shard, traces)
             if problem is not None:
                 problem += ". Run the same `collect` again to repair the store"
             else:
-                self._shards[shard] = records
+                self._shards[shard] = traces
                 try:
                     self.load(shard)
                 except StoreError as error:
@@ -75,7 +75,7 @@ class Reader:
         """Numbers of the usable shards, one per question."""
         return tuple(self._shards)
 
-    def records(self, shard: int) -> tuple[TraceRecord, ...]:
+    def traces(self, shard: int) -> tuple[StoredTrace, ...]:
         """The traces of one shard, without their hidden states."""
         return self._shards[shard]
 

@@ -24,7 +24,7 @@ def split_questions(reader: Reader, validation: float, test: float, seed: int) -
     Raises:
         TrainError: too few questions, or a part lacks correct or wrong traces with steps.
     """
-    by_id = {reader.records(shard)[0].question_id: shard for shard in reader.shards}
+    by_id = {reader.traces(shard)[0].question_id: shard for shard in reader.shards}
     names = sorted(by_id)
     random.Random(f"split/{seed}").shuffle(names)
     shards = [by_id[name] for name in names]
@@ -47,16 +47,16 @@ def split_questions(reader: Reader, validation: float, test: float, seed: int) -
 
 def check_classes(reader: Reader, shards: tuple[int, ...], part: str) -> None:
     """Raise TrainError unless ``shards`` hold both correct and wrong traces that have steps."""
-    records = [record for shard in shards for record in reader.records(shard)]
-    scored = [record for record in records if record.num_steps]
+    traces = [trace for shard in shards for trace in reader.traces(shard)]
+    scored = [trace for trace in traces if trace.num_steps]
     where = f"the {part} questions of {reader.folder}"
     if not scored:
         shown = ", ".join(repr(text) for text in reader.meta.delimiters)
         raise TrainError(
-            f"none of the {len(records)} traces of {where} has a step: no token of theirs contains "
+            f"none of the {len(traces)} traces of {where} has a step: no token of theirs contains "
             f"a delimiter ({shown}); collect again with the --delimiter this model writes"
         )
-    correct = sum(record.correct for record in scored)
+    correct = sum(trace.correct for trace in scored)
     if correct in (0, len(scored)):
         kind = "correct" if correct else "wrong"
         raise TrainError(

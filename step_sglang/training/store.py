@@ -28,11 +28,11 @@ from step_sglang.training.index import (
     TENSOR,
     check_shard,
     read_meta,
-    records_by_shard,
     scan_index,
     shard_path,
+    traces_by_shard,
 )
-from step_sglang.training.records import DTYPES, QuestionResult, StoreMeta
+from step_sglang.training.stored import DTYPES, StoredQuestion, StoreMeta
 
 
 class Writer:
@@ -72,7 +72,7 @@ class Writer:
         """Ids of the questions that are complete."""
         return frozenset(self._done)
 
-    def add(self, result: QuestionResult) -> None:
+    def add(self, result: StoredQuestion) -> None:
         """Write all n traces of one question, or nothing.
 
         Raises:
@@ -82,24 +82,24 @@ class Writer:
         hidden = self._checked(result)
         first_row = 0
         lines: list[str] = []
-        for record in result.records:
-            placed = replace(record, shard=self._next, first_row=first_row)
+        for trace in result.traces:
+            placed = replace(trace, shard=self._next, first_row=first_row)
             lines.append(json.dumps(placed.as_json(), ensure_ascii=False, allow_nan=False) + "\n")
-            first_row += record.num_steps
+            first_row += trace.num_steps
         with self._files.writing(f"the {len(self._done)} questions in {self.folder} stay usable"):
             files.write(shard_path(self.folder, self._next), save({TENSOR: hidden}))
             self._files.append("".join(lines).encode())
-        self._done.add(result.records[0].question_id)
+        self._done.add(result.traces[0].question_id)
         self._next += 1
 
-    def _checked(self, result: QuestionResult) -> torch.Tensor:
-        names = {record.question_id for record in result.records}
-        if len(names) != 1 or sorted(r.sample for r in result.records) != list(range(self.meta.n)):
+    def _checked(self, result: StoredQuestion) -> torch.Tensor:
+        names = {trace.question_id for trace in result.traces}
+        if len(names) != 1 or sorted(r.sample for r in result.traces) != list(range(self.meta.n)):
             raise StoreError(f"a question's result must hold samples 0 to {self.meta.n - 1} once")
         name = names.pop()
         if name in self._done:
             raise StoreError(f"question {name} is in {self.folder} already")
-        rows = sum(record.num_steps for record in result.records)
+        rows = sum(trace.num_steps for trace in result.traces)
         if tuple(result.hidden.shape) != (rows, self.meta.hidden_size):
             raise StoreError(
                 f"question {name}: hidden states of shape {list(result.hidden.shape)}, expected "
@@ -122,20 +122,20 @@ class Writer:
         scan = scan_index(self.folder, self.meta.n)
         repairs = list(scan.problems)
         bad: set[int] = set()
-        for shard, records in records_by_shard(scan.records).items():
-            problem = check_shard(self.folder, self.meta, shard, records)
+        for shard, traces in traces_by_shard(scan.traces).items():
+            problem = check_shard(self.folder, self.meta, shard, traces)
             if problem:
                 bad.add(shard)
                 repairs.append(f"{problem}; its question is collected again")
-        pairs = zip(scan.records, scan.kept_lines, strict=True)
-        kept = [(record, line) for record, line in pairs if record.shard not in bad]
+        pairs = zip(scan.traces, scan.kept_lines, strict=True)
+        kept = [(trace, line) for trace, line in pairs if trace.shard not in bad]
         if sum(len(line) for _, line in kept) != scan.size:
             files.write(self.folder / INDEX, b"".join(line for _, line in kept))
-        used = {shard_path(self.folder, record.shard) for record, _ in kept}
+        used = {shard_path(self.folder, trace.shard) for trace, _ in kept}
         for file in sorted((self.folder / SHARDS).iterdir()):
             if file not in used:
                 repairs.append(f"removed {file}, which no complete question uses")
                 file.unlink()
-        self._next = max((record.shard for record, _ in kept), default=-1) + 1
-        self._done = {record.question_id for record, _ in kept}
+        self._next = max((trace.shard for trace, _ in kept), default=-1) + 1
+        self._done = {trace.question_id for trace, _ in kept}
         self.repairs = tuple(repairs)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from step_sglang.training.records import TraceRecord
+from step_sglang.training.stored import StoredTrace
 from step_sglang.voting.answers import equivalent
 
 Floats = NDArray[np.float64]
@@ -41,28 +41,28 @@ class TraceTable:
         return np.repeat(np.arange(len(self.question)), self.num_steps)
 
 
-def build_table(questions: Sequence[Sequence[TraceRecord]]) -> TraceTable:
-    """Flatten records, one inner sequence per question, keeping their order."""
-    records = [record for theirs in questions for record in theirs]
+def build_table(questions: Sequence[Sequence[StoredTrace]]) -> TraceTable:
+    """Flatten traces, one inner sequence per question, keeping their order."""
+    traces = [trace for theirs in questions for trace in theirs]
     sizes = [len(theirs) for theirs in questions]
 
     def steps(name: str) -> Floats:
-        parts = [np.asarray(getattr(r.steps, name), np.float64) for r in records]
+        parts = [np.asarray(getattr(r.steps, name), np.float64) for r in traces]
         return np.concatenate([*parts, np.zeros(0)])
 
     def finals(name: str) -> Floats:
-        return np.asarray([_nan(getattr(r, name)) for r in records], np.float64)
+        return np.asarray([_nan(getattr(r, name)) for r in traces], np.float64)
 
     return TraceTable(
         question=np.repeat(np.arange(len(sizes)), sizes),
-        correct=np.asarray([r.correct for r in records], bool),
+        correct=np.asarray([r.correct for r in traces], bool),
         answer=np.concatenate(
             [np.zeros(0, np.int64), *(answer_classes([r.extracted for r in q]) for q in questions)]
         ),
-        num_tokens=np.asarray([r.num_tokens for r in records], np.int64),
+        num_tokens=np.asarray([r.num_tokens for r in traces], np.int64),
         mean_logprob=finals("mean_logprob"),
         lowest_confidence=finals("lowest_confidence"),
-        offsets=np.concatenate([[0], np.cumsum([r.num_steps for r in records])]).astype(np.int64),
+        offsets=np.concatenate([[0], np.cumsum([r.num_steps for r in traces])]).astype(np.int64),
         positions=steps("positions").astype(np.int64),
         step_mean_logprob=steps("mean_logprob"),
         step_lowest_confidence=steps("lowest_confidence"),

@@ -167,8 +167,8 @@ def _check_test_store(reader: Reader, tested: Reader) -> None:
             f"{reader.folder} holds traces of {ours.model} (hidden size {ours.hidden_size}), "
             f"{tested.folder} of {theirs.model} ({theirs.hidden_size}): a scorer of another model"
         )
-    names = {reader.records(shard)[0].question_id for shard in reader.shards}
-    shared = names & {tested.records(shard)[0].question_id for shard in tested.shards}
+    names = {reader.traces(shard)[0].question_id for shard in reader.shards}
+    shared = names & {tested.traces(shard)[0].question_id for shard in tested.shards}
     if shared:
         raise TrainError(
             f"{len(shared)} questions are in both {reader.folder} and {tested.folder}: "

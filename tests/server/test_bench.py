@@ -21,9 +21,9 @@ import typer
 from typer.core import TyperGroup
 
 from step_sglang.cli.main import app
-from step_sglang.evaluation.records import RunResult
 from step_sglang.evaluation.results import RESULTS, load_results
 from step_sglang.evaluation.traces import load_groups
+from step_sglang.evaluation.trial_result import TrialResult
 from step_sglang.reasoner import model_path, scorer_path
 from tests.server.launch import Server, serve
 from tests.server.launch import start_command as start
@@ -91,8 +91,8 @@ def measured(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def by_method(folder: Path) -> dict[str, list[RunResult]]:
-    found: dict[str, list[RunResult]] = defaultdict(list)
+def by_method(folder: Path) -> dict[str, list[TrialResult]]:
+    found: dict[str, list[TrialResult]] = defaultdict(list)
     for result in load_results([folder]).results:
         found[result.method].append(result)
     return found

@@ -59,7 +59,7 @@ def stopped_when(process: subprocess.Popen[str], store: Path, stop: Callable[[],
 def assert_complete(store: Path) -> Reader:
     """Every question once, with its n traces, and no file that belongs to none."""
     reader = Reader(store, with_text=True)
-    counts = Counter(r.question_id for shard in reader.shards for r in reader.records(shard))
+    counts = Counter(r.question_id for shard in reader.shards for r in reader.traces(shard))
     assert not reader.problems
     assert len(counts) == QUESTIONS and set(counts.values()) == {N}
     assert len(list((store / "shards").iterdir())) == QUESTIONS
@@ -87,9 +87,9 @@ def test_a_killed_collection_goes_on(store: Path) -> None:
     reader = assert_complete(store)
     asked = {q.question: q.answer for q in questions("scorer-train", QUESTIONS)}
     for shard in reader.stream():
-        for record in shard.records:
-            assert record.answer == asked.pop(record.question, record.answer)
-            assert record.correct == (record.extracted == record.answer)
+        for trace in shard.traces:
+            assert trace.answer == asked.pop(trace.question, trace.answer)
+            assert trace.correct == (trace.extracted == trace.answer)
     assert not asked
 
 
@@ -97,12 +97,12 @@ def test_stored_states_are_those_of_the_model(store: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     checked = 0
     for shard in list(Reader(store, with_text=True).stream())[:4]:
-        for record in shard.records:
-            prompt = tokenizer(prompt_text(record.question))["input_ids"]
-            output = list(record.tokens)  # its text may be tokenized otherwise
+        for trace in shard.traces:
+            prompt = tokenizer(prompt_text(trace.question))["input_ids"]
+            output = list(trace.tokens)  # its text may be tokenized otherwise
             positions = step_positions(model_path(), output)
-            assert record.steps.positions.tolist() == positions
-            rows = shard.hidden[record.first_row : record.first_row + record.num_steps]
+            assert trace.steps.positions.tolist() == positions
+            rows = shard.hidden[trace.first_row : trace.first_row + trace.num_steps]
             expected = hidden_states(model_path(), prompt, output, positions)
             torch.testing.assert_close(rows, expected, rtol=0, atol=1e-3)
             checked += len(positions)
@@ -116,7 +116,7 @@ def test_from_traces_equals_what_was_captured_while_generating(
     file = tmp_path / "traces.jsonl"
     with file.open("w") as lines:
         for shard in collected.shards:
-            for r in collected.records(shard):
+            for r in collected.traces(shard):
                 trace = {"question": r.question, "answer": r.answer, "text": r.text}
                 trace["tokens"] = r.tokens
                 lines.write(json.dumps(trace) + "\n")
@@ -125,10 +125,10 @@ def test_from_traces_equals_what_was_captured_while_generating(
         *("collect", file, "--from-traces", "--url", server.url, "-o", again),
         *("--dtype", "float32"),
     )
-    first = {shard.records[0].question_id: shard for shard in collected.stream()}
+    first = {shard.traces[0].question_id: shard for shard in collected.stream()}
     for shard in Reader(again).stream():
-        expected = first[shard.records[0].question_id]
-        for one, other in zip(shard.records, expected.records, strict=True):
+        expected = first[shard.traces[0].question_id]
+        for one, other in zip(shard.traces, expected.traces, strict=True):
             assert one.steps.positions.tolist() == other.steps.positions.tolist()
             assert (one.correct, one.num_steps) == (other.correct, other.num_steps)
         torch.testing.assert_close(shard.hidden, expected.hidden, rtol=0, atol=1e-3)

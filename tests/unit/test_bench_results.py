@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 from step_sglang.evaluation.errors import BenchError
-from step_sglang.evaluation.records import RunResult, TraceResult, Usage
 from step_sglang.evaluation.report import accuracy_table, latex, markdown, write_report
 from step_sglang.evaluation.results import RESULTS, ResultWriter, load_results
 from step_sglang.evaluation.stats import compare, mean_of, permutation_p
 from step_sglang.evaluation.summary import summarize
+from step_sglang.evaluation.trial_result import PoolUsage, TrialResult, TrialTrace
 
 META = {"model": "m", "dataset": "d", "settings": {"window": 20}}
-FINISHED = TraceResult("finished", "5", True, 100, 0.8, None, None, 0, 0.5, 0.01, 2.0)
-PRUNED = TraceResult("pruned", None, False, 40, 0.2, None, "decode", 0, 1.5, 0.01, 1.0)
+FINISHED = TrialTrace("finished", "5", True, 100, 0.8, None, None, 0, 0.5, 0.01, 2.0)
+PRUNED = TrialTrace("pruned", None, False, 40, 0.2, None, "decode", 0, 1.5, 0.01, 1.0)
 
 
-def result(question: str = "q0", method: str = "sc", **changes: object) -> RunResult:
-    plain = RunResult(
+def result(question: str = "q0", method: str = "sc", **changes: object) -> TrialResult:
+    plain = TrialResult(
         question=question,
         method=method,
         n=2,
@@ -38,7 +38,7 @@ def result(question: str = "q0", method: str = "sc", **changes: object) -> RunRe
         threshold=None,
         started=1e9,
         traces=(FINISHED, PRUNED),
-        usage=(Usage(0.5, 0.4, 2, 0), Usage(1.0, 0.8, 1, 1)),
+        usage=(PoolUsage(0.5, 0.4, 2, 0), PoolUsage(1.0, 0.8, 1, 1)),
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -179,7 +179,7 @@ def test_comparisons_are_paired_by_question() -> None:
     assert compare({"a": [1.0]}, {"b": [1.0]}) is None
 
 
-def some_results() -> list[RunResult]:
+def some_results() -> list[TrialResult]:
     found = []
     for q in range(6):
         for repeat in range(2):

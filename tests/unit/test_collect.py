@@ -69,29 +69,29 @@ def test_what_is_asked_and_what_is_stored(
 
     reader = Reader(tmp_path, with_text=True)
     shards = list(reader.stream())
-    assert {shard.records[0].question_id for shard in shards} == {job.id for job in JOBS}
+    assert {shard.traces[0].question_id for shard in shards} == {job.id for job in JOBS}
     correct = 0
     for shard in shards:
-        for record in shard.records:
-            assert record.text is not None
-            tokens = prompter.tokenizer.encode(record.text, add_special_tokens=False)
+        for trace in shard.traces:
+            assert trace.text is not None
+            tokens = prompter.tokenizer.encode(trace.text, add_special_tokens=False)
             boundary = prompter.tokenizer.convert_tokens_to_ids("\n\n")
             end = tokens.index(prompter.think_end)
             # one more boundary comes after the thinking, and is not a step
             assert tokens[end:].count(boundary) == 1
-            assert record.steps.positions.tolist() == [
+            assert trace.steps.positions.tolist() == [
                 i for i in range(end) if tokens[i] == boundary
             ]
-            rows = shard.hidden[record.first_row : record.first_row + record.num_steps]
-            assert rows[:, 0].tolist() == record.steps.positions.tolist()
-            assert record.extracted in ("7", "8") and record.correct == (record.extracted == "7")
-            assert record.num_tokens == len(tokens) + 1
-            logprobs = [-0.25 * (i % 2) for i in range(record.num_tokens)]
-            assert record.mean_logprob == pytest.approx(np.mean(logprobs))
-            first = record.steps.positions[0]
-            assert record.steps.mean_logprob[0] == pytest.approx(np.mean(logprobs[: first + 1]))
-            assert record.steps.lowest_confidence.tolist() == [1.0] * record.num_steps
-            correct += record.correct
+            rows = shard.hidden[trace.first_row : trace.first_row + trace.num_steps]
+            assert rows[:, 0].tolist() == trace.steps.positions.tolist()
+            assert trace.extracted in ("7", "8") and trace.correct == (trace.extracted == "7")
+            assert trace.num_tokens == len(tokens) + 1
+            logprobs = [-0.25 * (i % 2) for i in range(trace.num_tokens)]
+            assert trace.mean_logprob == pytest.approx(np.mean(logprobs))
+            first = trace.steps.positions[0]
+            assert trace.steps.mean_logprob[0] == pytest.approx(np.mean(logprobs[: first + 1]))
+            assert trace.steps.lowest_confidence.tolist() == [1.0] * trace.num_steps
+            correct += trace.correct
     assert done.correct == correct == 40
 
 
@@ -106,7 +106,7 @@ def test_a_server_that_dies_in_the_middle(
     server.fail_from = None
     assert gather(server, tmp_path, prompter).questions == 6 - kept
     reader = Reader(tmp_path)
-    assert sorted(reader.records(s)[0].question_id for s in reader.shards) == sorted(
+    assert sorted(reader.traces(s)[0].question_id for s in reader.shards) == sorted(
         job.id for job in JOBS
     )
     asked = len(server.bodies)
@@ -222,11 +222,11 @@ def test_traces_that_exist_already(server: FakeServer, tmp_path: Path, prompter:
     assert prompter.tokenizer.decode(body["input_ids"]).count("<think>") == 1
     assert prompter.tokenizer.decode(body["input_ids"][:start]).endswith("<think>")
     for shard in Reader(tmp_path / "s").stream():
-        for record in shard.records:
-            assert record.num_steps == 2 and record.finish == "stop"
-            rows = shard.hidden[record.first_row : record.first_row + 2]
-            assert rows[:, 0].tolist() == record.steps.positions.tolist()
-            assert not np.isnan(record.steps.mean_logprob).any()
+        for trace in shard.traces:
+            assert trace.num_steps == 2 and trace.finish == "stop"
+            rows = shard.hidden[trace.first_row : trace.first_row + 2]
+            assert rows[:, 0].tolist() == trace.steps.positions.tolist()
+            assert not np.isnan(trace.steps.mean_logprob).any()
 
 
 def test_the_tokens_of_a_trace_win_over_its_text(
@@ -252,8 +252,8 @@ def test_the_tokens_of_a_trace_win_over_its_text(
     assert sorted(b["input_ids"][-len(usual) :] for b in server.bodies[before:]) == sorted(
         [usual, sampled]
     )
-    records = Reader(tmp_path / "s", with_text=True).records(0)
-    assert [record.tokens for record in records] == [tuple(usual), tuple(sampled)]
+    traces = Reader(tmp_path / "s", with_text=True).traces(0)
+    assert [trace.tokens for trace in traces] == [tuple(usual), tuple(sampled)]
 
 
 def test_questions(tmp_path: Path) -> None:

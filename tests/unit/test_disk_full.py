@@ -32,12 +32,12 @@ with Writer(store, meta(n=3)) as writer:
             message = str(error)
             break
         added.append(f"q{i}")
-kept = sorted({r.question_id for s in Reader(store).stream() for r in s.records})
+kept = sorted({r.question_id for s in Reader(store).stream() for r in s.traces})
 subprocess.run(["mount", "-o", "remount,size=4m", disk], check=True)
 with Writer(store, meta(n=3)) as writer:
     repairs, done = writer.repairs, sorted(writer.done)
     writer.add(question("last", rng, n=3, steps=(5, 20)))
-last = "last" in {r.question_id for s in Reader(store).stream() for r in s.records}
+last = "last" in {r.question_id for s in Reader(store).stream() for r in s.traces}
 print(json.dumps([sorted(added), message, kept, repairs, done, last]))
 """
 

@@ -18,22 +18,22 @@ from safetensors.torch import save_file
 from step_sglang.training.errors import StoreError
 from step_sglang.training.index import INDEX, META, SHARDS, TENSOR, shard_path
 from step_sglang.training.reader import Reader
-from step_sglang.training.records import QuestionResult
 from step_sglang.training.store import Writer
+from step_sglang.training.stored import StoredQuestion
 from tests.training_samples import D, meta, planted_store, question
 
 N = 3
 
 
-def results(count: int = 3) -> list[QuestionResult]:
+def results(count: int = 3) -> list[StoredQuestion]:
     rng = np.random.default_rng(1)
     return [question(f"q{i}", rng, n=N, steps=(0, 4)) for i in range(count)]
 
 
-def write_all(folder: Path, found: list[QuestionResult]) -> tuple[str, ...]:
+def write_all(folder: Path, found: list[StoredQuestion]) -> tuple[str, ...]:
     with Writer(folder, meta(n=N)) as writer:
         for result in found:
-            if result.records[0].question_id not in writer.done:
+            if result.traces[0].question_id not in writer.done:
                 writer.add(result)
         return writer.repairs
 
@@ -42,10 +42,10 @@ def content(folder: Path) -> list[Any]:
     reader = Reader(folder, with_text=True)
     found = []
     for shard in reader.stream():
-        for record in shard.records:
-            end = record.first_row + record.num_steps
-            rows = shard.hidden[record.first_row : end].tolist()
-            found.append(({**record.as_json(), "shard": 0}, rows))
+        for trace in shard.traces:
+            end = trace.first_row + trace.num_steps
+            rows = shard.hidden[trace.first_row : end].tolist()
+            found.append(({**trace.as_json(), "shard": 0}, rows))
     return sorted(found, key=lambda item: (item[0]["question_id"], item[0]["sample"]))
 
 
@@ -53,15 +53,15 @@ def content(folder: Path) -> list[Any]:
 def test_round_trip(tmp_path: Path, dtype: str) -> None:
     (result,) = results(1)
     nan = replace(
-        result.records[0],
+        result.traces[0],
         steps=replace(
-            result.records[0].steps,
-            lowest_confidence=np.full(result.records[0].num_steps, np.nan, np.float32),
+            result.traces[0].steps,
+            lowest_confidence=np.full(result.traces[0].num_steps, np.nan, np.float32),
         ),
         lowest_confidence=None,
         extracted=None,
     )
-    result = replace(result, records=(nan, *result.records[1:]))
+    result = replace(result, traces=(nan, *result.traces[1:]))
     with Writer(tmp_path, meta(n=N, dtype=dtype)) as writer:
         writer.add(result)
         assert writer.repairs == () and writer.done == {"q0"}
@@ -70,12 +70,12 @@ def test_round_trip(tmp_path: Path, dtype: str) -> None:
     (shard,) = reader.stream()
     assert shard.hidden.dtype == getattr(torch, dtype)
     assert torch.equal(shard.hidden, result.hidden.to(shard.hidden.dtype))
-    for wrote, read in zip(result.records, shard.records, strict=True):
+    for wrote, read in zip(result.traces, shard.traces, strict=True):
         assert {**read.as_json(), "first_row": 0} == {**wrote.as_json(), "first_row": 0}
-    assert [r.first_row for r in shard.records] == list(
-        np.cumsum([0] + [r.num_steps for r in result.records[:-1]])
+    assert [r.first_row for r in shard.traces] == list(
+        np.cumsum([0] + [r.num_steps for r in result.traces[:-1]])
     )
-    assert Reader(tmp_path).records(0)[0].text is None
+    assert Reader(tmp_path).traces(0)[0].text is None
 
 
 class Killed(BaseException):
@@ -199,7 +199,7 @@ def test_results_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (result,) = results(1)
     with Writer(tmp_path, meta(n=N)) as writer:
         with pytest.raises(StoreError, match="samples 0 to 2"):
-            writer.add(replace(result, records=result.records[:2]))
+            writer.add(replace(result, traces=result.traces[:2]))
         with pytest.raises(StoreError, match="running planted"):
             writer.add(replace(result, hidden=torch.zeros(len(result.hidden), D + 1)))
         with pytest.raises(StoreError, match="--dtype bfloat16"):

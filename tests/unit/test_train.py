@@ -120,7 +120,7 @@ def test_the_paper_stops_early_and_keeps_the_best_epoch(store: Path) -> None:
     figures = [0.75 * e.step_auc + 0.25 * e.step_f1 for e in fitted.history]
     assert len(figures) < 20 and len(figures) == fitted.best_epoch + 2
     assert figures[fitted.best_epoch - 1] == max(figures)
-    labels = [r.correct for s in split.train for r in reader.records(s) for _ in range(r.num_steps)]
+    labels = [r.correct for s in split.train for r in reader.traces(s) for _ in range(r.num_steps)]
     assert fitted.positive_weight == pytest.approx(labels.count(False) / labels.count(True))
 
 

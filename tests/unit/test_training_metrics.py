@@ -31,7 +31,7 @@ from tests.training_samples import question
 
 def table(questions: int = 30, **changed: Any) -> TraceTable:
     rng = np.random.default_rng(0)
-    return build_table([question(f"q{i}", rng, **changed).records for i in range(questions)])
+    return build_table([question(f"q{i}", rng, **changed).traces for i in range(questions)])
 
 
 def planted(found: TraceTable, within: float, between: float, seed: int = 0) -> Any:
@@ -86,7 +86,7 @@ def test_signals_are_cut_at_the_traces_own_steps() -> None:
 def test_recognising_hard_questions_wins_pooled_and_nothing_within() -> None:
     rng = np.random.default_rng(3)
     found = build_table(
-        [question(f"q{i}", rng, n=16, share=0.1 + 0.8 * (i % 2)).records for i in range(40)]
+        [question(f"q{i}", rng, n=16, share=0.1 + 0.8 * (i % 2)).traces for i in range(40)]
     )
     ranking = rankings(found, planted(found, 0.0, 4.0))[RUNNING_MEAN]
     for fraction in FRACTIONS:

@@ -13,9 +13,9 @@ import pytest
 from step_sglang.client import (
     ClientError,
     NoStepError,
-    Progress,
     RequestRefused,
     ServerError,
+    SolveProgress,
     TraceFate,
     VoteStatus,
     asolve,
@@ -33,7 +33,7 @@ SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 900
 
 
 def test_solve_returns_the_vote_and_every_trace(server: Server, question: Question) -> None:
-    seen: list[Progress] = []
+    seen: list[SolveProgress] = []
     result = solve(
         question.question, 8, url=server.url, early="off", sampling=SAMPLING,
         on_progress=seen.append,

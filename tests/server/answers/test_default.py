@@ -14,7 +14,7 @@ import openai
 import pytest
 import requests
 
-from step_sglang.client import Progress, ServerGoneError, TraceFate, VoteStatus, solve
+from step_sglang.client import ServerGoneError, SolveProgress, TraceFate, VoteStatus, solve
 from step_sglang.reasoner import Question, model_path, questions
 from tests.server.answers.conftest import FLAGS, wait_until_empty
 from tests.server.launch import Server, serve, stop
@@ -129,7 +129,7 @@ def test_lm_eval_harness_unmodified(voting: Server, tmp_path: Path) -> None:
 
 
 def test_a_server_that_dies_leaves_what_had_arrived(voting: Server, question: Question) -> None:
-    def kill(progress: Progress) -> None:
+    def kill(progress: SolveProgress) -> None:
         if progress.tokens > 100 and voting.process.poll() is None:
             stop(voting.process)
 

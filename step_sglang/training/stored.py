@@ -1,4 +1,7 @@
-"""What a store holds, as values: its meta data, one record per trace. Knows nothing of files."""
+"""What a store holds, as values: how it was collected, its questions and their traces.
+
+Knows nothing of files.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ class Steps:
 
 
 @dataclass(frozen=True, eq=False)
-class TraceRecord:
+class StoredTrace:
     """One line of the index."""
 
     question_id: str
@@ -99,7 +102,7 @@ class TraceRecord:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], with_text: bool = False) -> TraceRecord:
+    def from_json(cls, value: Mapping[str, Any], with_text: bool = False) -> StoredTrace:
         """The inverse of :meth:`as_json`; raises KeyError, TypeError or ValueError."""
         steps = Steps(
             np.asarray(value["positions"], np.int32),
@@ -119,14 +122,14 @@ class TraceRecord:
 
 
 @dataclass(frozen=True, eq=False)
-class QuestionResult:
+class StoredQuestion:
     """All n traces of one question: the unit of work.
 
-    ``shard`` and ``first_row`` of the records are set by the store.
+    ``shard`` and ``first_row`` of the traces are set by the store.
     """
 
-    records: tuple[TraceRecord, ...]
-    hidden: torch.Tensor  # [sum of num_steps, d], rows in the order of the records
+    traces: tuple[StoredTrace, ...]
+    hidden: torch.Tensor  # [sum of num_steps, d], rows in the order of the traces
 
 
 def _rounded(values: NDArray[np.float32]) -> list[float | None]:

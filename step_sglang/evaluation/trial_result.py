@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 
-class Key(NamedTuple):
+class TrialKey(NamedTuple):
     """Names a run: no two results of a folder have the same."""
 
     question: str  # its id
@@ -18,7 +18,7 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TraceResult:
+class TrialTrace:
     """One trace. Times in seconds, None without the server's time stamps."""
 
     fate: str  # of gather.TraceFate
@@ -34,7 +34,7 @@ class TraceResult:
     decode: float | None
 
 
-class Usage(NamedTuple):
+class PoolUsage(NamedTuple):
     """The server at one moment."""
 
     at: float  # seconds since the question was asked
@@ -44,7 +44,7 @@ class Usage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RunResult:
+class TrialResult:
     """One question answered once by one method."""
 
     question: str
@@ -60,13 +60,13 @@ class RunResult:
     phases: tuple[float, ...]  # seconds of each request, in order; DeepConf makes two
     threshold: float | None  # that DeepConf's warm-up set
     started: float  # unix seconds
-    traces: tuple[TraceResult, ...]
-    usage: tuple[Usage, ...]
+    traces: tuple[TrialTrace, ...]
+    usage: tuple[PoolUsage, ...]
 
     @property
-    def key(self) -> Key:
+    def key(self) -> TrialKey:
         """Its name."""
-        return Key(self.question, self.method, self.n, self.repeat, self.memory)
+        return TrialKey(self.question, self.method, self.n, self.repeat, self.memory)
 
     @property
     def tokens(self) -> int:
@@ -91,23 +91,23 @@ class RunResult:
     def as_json(self) -> dict[str, Any]:
         """JSON values; the traces as columns, which are much shorter than a list of objects."""
         value = asdict(self)
-        names = [f.name for f in fields(TraceResult)]
+        names = [f.name for f in fields(TrialTrace)]
         value["traces"] = {name: [getattr(t, name) for t in self.traces] for name in names}
         value["usage"] = [list(moment) for moment in self.usage]
         value["phases"] = list(self.phases)
         return value
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> RunResult:
+    def from_json(cls, value: Mapping[str, Any]) -> TrialResult:
         """The inverse of :meth:`as_json`; raises KeyError, TypeError or ValueError."""
         columns = value["traces"]
-        names = [f.name for f in fields(TraceResult)]
+        names = [f.name for f in fields(TrialTrace)]
         rows = zip(*(columns[name] for name in names), strict=True)
         return cls(
             **{
                 **value,
-                "traces": tuple(TraceResult(*row) for row in rows),
-                "usage": tuple(Usage(*moment) for moment in value["usage"]),
+                "traces": tuple(TrialTrace(*row) for row in rows),
+                "usage": tuple(PoolUsage(*moment) for moment in value["usage"]),
                 "phases": tuple(value["phases"]),
             }
         )

@@ -1,35 +1,32 @@
 """Watch STEP prune and vote, then compare it with self-consistency on the same server.
 
-Starts a real SGLang server on the CPU platform with the embedded reasoner and its scorer, in a KV
-pool that cannot hold all traces of a question. First one question is shown trace by trace; then
-both methods answer the same questions in turn. Self-consistency is what the same server does for
-a request that opts out: stock SGLang.
+Starts a real SGLang server with the embedded reasoner and its scorer, on the CPU where there is no
+GPU, in a KV pool that cannot hold all traces of a question. First one question is shown trace by
+trace; then both methods answer the same questions in turn. Self-consistency is what the same
+server does for a request that opts out: stock SGLang.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import asyncio
 import re
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from step_sglang.client.http import AsyncClient, server_info
+from step_sglang.client.launch import running_server
 from step_sglang.reasoner import Question, model_path, questions, scorer_path
 from step_sglang.voting.answers import equivalent, extract_boxed
 from step_sglang.voting.tally import Ballot, Tally, tally, weight_of
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.server.launch import serve
 
 console = Console(soft_wrap=False)
 
@@ -80,18 +77,12 @@ def is_pruned(trace: dict[str, Any]) -> bool:
     return bool(trace["meta_info"].get("step", {}).get("pruned"))
 
 
-def answer(url: str, question: Question, options: argparse.Namespace, step: bool) -> Answered:
+async def answer(
+    client: AsyncClient, question: Question, options: argparse.Namespace, step: bool
+) -> Answered:
     """Stream n traces of one question as one group, with a progress line."""
-    rendered = requests.post(
-        f"{url}/v1/tokenize",
-        json={
-            "messages": [{"role": "user", "content": question.question}],
-            "add_special_tokens": True,
-        },
-        timeout=60,
-    )
     body = {
-        "input_ids": rendered.json()["tokens"],
+        "input_ids": await client.render([{"role": "user", "content": question.question}]),
         "sampling_params": {
             "n": options.n,
             "temperature": 1.0,
@@ -99,7 +90,6 @@ def answer(url: str, question: Question, options: argparse.Namespace, step: bool
             "skip_special_tokens": False,
             **({} if step else {"custom_params": {"step": False}}),
         },
-        "stream": True,
     }
     last: dict[int, dict[str, Any]] = {}
     bar = Progress(
@@ -111,13 +101,9 @@ def answer(url: str, question: Question, options: argparse.Namespace, step: bool
         disable=not console.is_terminal,
     )
     started = time.perf_counter()
-    with bar, requests.post(f"{url}/generate", json=body, stream=True, timeout=600) as stream:
-        stream.raise_for_status()
+    with bar:
         task = bar.add_task("", total=options.n)
-        for line in stream.iter_lines():
-            if not line.startswith(b"data: {"):
-                continue
-            chunk = json.loads(line[len(b"data: ") :])
+        async for chunk in client.stream(body):
             last[chunk["index"]] = chunk
             ended = sum(t["meta_info"]["finish_reason"] is not None for t in last.values())
             pruned = sum(is_pruned(t) for t in last.values())
@@ -190,6 +176,29 @@ def waits(runs: list[Answered]) -> list[float]:
     return [info["queue_time"] for run in runs for info in run.infos]
 
 
+async def show_all(url: str, options: argparse.Namespace, log: Path | None) -> None:
+    """One question trace by trace, then both methods on several."""
+    asked = questions("test", max(1, options.questions), seed=1)
+    async with AsyncClient(url, timeout=600) as client:
+        console.print(f"\n[bold]{asked[0].question}[/bold]   (answer: {asked[0].answer})\n")
+        found = await answer(client, asked[0], options, step=True)
+        text = "" if log is None else log.read_text(errors="replace")
+        show_question(found, server_info(url)["max_total_num_tokens"], text)
+        answered: dict[str, list[Answered]] = {"self-consistency": [], "STEP": []}
+        for number, question in enumerate(asked[: options.questions]):
+            methods = list(answered) if number % 2 else list(reversed(answered))
+            for method in methods:  # in turn, so that a slow moment hits both
+                await client.flush()
+                run = await answer(client, question, options, step=method == "STEP")
+                answered[method].append(run)
+                console.print(
+                    f"question {number + 1} of {options.questions}, {method}: "
+                    f"{'right' if run.is_right else 'wrong'}, {run.seconds:.1f} s"
+                )
+    if options.questions:
+        show_comparison(answered)
+
+
 def main() -> None:
     """Run the demonstration."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -197,33 +206,23 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=2048, help="KV pool in tokens (default 2048)")
     parser.add_argument("--questions", type=int, default=6, help="to compare on (default 6)")
     parser.add_argument("--max-new-tokens", type=int, default=900)
+    parser.add_argument(
+        "--url",
+        help="a server of the embedded reasoner with --enable-metrics, instead of a new one",
+    )
     options = parser.parse_args()
-
-    asked = questions("test", max(1, options.questions), seed=1)
+    if options.url:
+        asyncio.run(show_all(options.url, options, None))
+        return
+    flags = ["--enable-step", "--step-scorer", str(scorer_path())]
+    flags += ["--max-total-tokens", str(options.pool), "--max-running-requests", "256"]
+    flags += ["--enable-metrics"]  # for the waiting times in the answers
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
-        flags = ("--enable-step", "--step-scorer", str(scorer_path()))
-        flags += ("--max-total-tokens", str(options.pool), "--max-running-requests", "256")
-        flags += ("--enable-metrics",)  # for the waiting times in the answers
         console.print("[dim]sglang serve --model-path", model_path(), *flags)
         console.print("starting the server (half a minute on an idle machine) ...")
-        with serve(model_path(), *flags, log=log) as server:
-            console.print(f"\n[bold]{asked[0].question}[/bold]   (answer: {asked[0].answer})\n")
-            found = answer(server.url, asked[0], options, step=True)
-            show_question(found, options.pool, log.read_text(errors="replace"))
-            answered: dict[str, list[Answered]] = {"self-consistency": [], "STEP": []}
-            for number, question in enumerate(asked[: options.questions]):
-                methods = list(answered) if number % 2 else list(reversed(answered))
-                for method in methods:  # in turn, so that a slow moment hits both
-                    requests.post(f"{server.url}/flush_cache", timeout=60).raise_for_status()
-                    run = answer(server.url, question, options, step=method == "STEP")
-                    answered[method].append(run)
-                    console.print(
-                        f"question {number + 1} of {options.questions}, {method}: "
-                        f"{'right' if run.is_right else 'wrong'}, {run.seconds:.1f} s"
-                    )
-            if options.questions:
-                show_comparison(answered)
+        with running_server(str(model_path()), flags, log) as url:
+            asyncio.run(show_all(url, options, log))
 
 
 if __name__ == "__main__":
