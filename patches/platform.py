@@ -37,6 +37,17 @@ class StepCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         """Attention backend that needs nothing but torch."""
         return "torch_native"
 
+    def init_backend(self) -> None:
+        """Attend to a batch at once, under the name by which SGLang knows torch's own attention.
+
+        A name of its own would not do: SGLang tells by ``torch_native`` that Triton cannot be used.
+        """
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+        from step_sglang.patches.cpu_attention import BatchedAttentionBackend
+
+        register_attention_backend("torch_native")(BatchedAttentionBackend)
+
     def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
         """There is no device to pin memory for."""
         return False
