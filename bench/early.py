@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from step_sglang.protocol import VOTES
 from step_sglang.reasoner import scorer_path
 from step_sglang.scoring.scorer import load_scorer
 from step_sglang.training.data import build_labels, score_steps
@@ -24,8 +25,6 @@ from step_sglang.training.reader import Reader
 from step_sglang.training.table import TraceTable
 from step_sglang.voting.early_stopping import cannot_change, change_probability, highest_weight
 from step_sglang.voting.tally import Ballot, Poll, weight_of
-
-VOTES = ("weighted", "majority", "best")
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ import torch
 
 from step_sglang.training.evaluate import Evaluation
 from step_sglang.training.fit import Recipe
-from step_sglang.training.metrics import RUNNING_MEAN
+from step_sglang.training.metrics import FRACTIONS, RUNNING_MEAN
 from step_sglang.training.train import Shares, train_scorer
 
-FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 LINEAR_PROBE = "logistic regression"
 
 

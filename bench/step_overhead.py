@@ -1,7 +1,7 @@
 """Decode-step time of a real CPU server: STEP off, on but unused, and on with every trace scored.
 
 The servers stand side by side and take turns within one run, in both orders, so that whatever
-else the machine does hits them alike. Prints medians and ratios, of the time and of the processor
+else the machine does hits them alike. Prints medians and ratios, of the time and of the CPU
 time of all processes of the server, which other work disturbs less; and JSON with --json.
 
     python bench/step_overhead.py --hidden 1024 --layers 4 --batch 16

@@ -1,4 +1,4 @@
-"""What can go wrong while a question is solved; each error is one message."""
+"""Errors of solving a question."""
 
 from __future__ import annotations
 

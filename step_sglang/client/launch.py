@@ -1,4 +1,4 @@
-"""Starts a server of our own and always stops it."""
+"""Starts a server as a child process, and always stops it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 def server_command(model: str, port: int, flags: Sequence[str]) -> list[str]:
-    """The launch command; of flags that contradict each other the last wins."""
+    """The launch command; of contradicting flags the last wins."""
     return [
         sys.executable, "-m", "sglang.launch_server", "--model-path", model,
         "--host", "127.0.0.1", "--port", str(port), *flags,
@@ -48,7 +48,7 @@ def capture_flags(delimiters: Sequence[str], scope_all: bool) -> list[str]:
 
 
 def plain_cpu(more: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Environment and flags that a machine without a GPU needs, unless the user chose a device."""
+    """Environment and flags for a machine without a GPU, unless the user chose a device."""
     if os.environ.get("SGLANG_PLATFORM", "step_cpu") != "step_cpu" or "--device" in more:
         return {}, []
     import torch
@@ -110,7 +110,7 @@ def wait_until_healthy(url: str, alive: Callable[[], bool], seconds: float) -> b
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server's whole process group, politely first."""
+    """End a server's whole process group: SIGTERM first, then SIGKILL."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, how)

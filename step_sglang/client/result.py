@@ -1,4 +1,4 @@
-"""What a solved question looks like: the answer, the vote, every trace, the times."""
+"""The result of a question: the answer, the vote, every trace, the times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FINISHED = "request_finished_ts"
 
 @dataclass(frozen=True)
 class Timing:
-    """Where time went; seconds.
+    """Times, in seconds.
 
     ``wait``, ``prefill`` and ``decode`` come from the server's own time stamps (``source``
     "server"), which SGLang sends with ``--enable-metrics``. Without them (``source`` "client")
@@ -32,7 +32,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class TraceResult:
-    """One trace; only a ``finished`` one votes."""
+    """One trace; only a ``finished`` trace votes."""
 
     index: int
     text: str
@@ -48,7 +48,7 @@ class TraceResult:
 
 @dataclass(frozen=True)
 class Answer:
-    """A merged answer, its weight in the vote and the traces that gave it."""
+    """One answer: its weight in the vote and the traces that gave it, however they spell it."""
 
     answer: str
     weight: float
@@ -57,7 +57,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class SolveProgress:
-    """A group while it runs."""
+    """The state of a running group."""
 
     running: int
     finished: int
@@ -93,7 +93,7 @@ class Result:
 
 
 def progress_of(session: VoteSession) -> SolveProgress:
-    """How a group stands."""
+    """The state of a group."""
     running, finished, pruned = (
         session.num(fate) for fate in (TraceFate.RUNNING, TraceFate.FINISHED, TraceFate.PRUNED)
     )
@@ -108,7 +108,7 @@ def progress_of(session: VoteSession) -> SolveProgress:
 
 
 def result_of(session: VoteSession, total: float) -> Result:
-    """The result of a group that ended; ``total`` seconds after it was asked."""
+    """The result of a group that ended ``total`` seconds after it was asked."""
     outcome = session.outcome()
     traces = tuple(_trace(trace) for trace in session.traces)
     return Result(

@@ -1,1 +1,1 @@
-"""Where questions come from: files, data sets, the benchmarks by name."""
+"""Where questions come from: files, data sets, benchmarks by name."""

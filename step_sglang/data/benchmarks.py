@@ -1,4 +1,4 @@
-"""The paper's question sets by name: where each is, and how a choice is put into words.
+"""The paper's benchmarks by name: where each is, and how multiple choice becomes a question.
 
 GPQA's authors ask that its questions are not published in plain text, so no file of it belongs in a
 repository; it comes from Hugging Face (after its terms were accepted there) or from a local file.
@@ -18,8 +18,8 @@ _ASK = "Answer with the letter of the correct choice."
 
 
 @dataclass(frozen=True)
-class Named:
-    """One set. ``file``: its JSON lines of question and answer in a folder of such files."""
+class Benchmark:
+    """A benchmark. ``file``: its JSON lines of question and answer, in a folder of such files."""
 
     file: str
     hub: str  # name on Hugging Face
@@ -30,22 +30,22 @@ class Named:
     choices: bool = False
 
 
-NAMED = {
-    "aime-25": Named("aime_2025.jsonl", "MathArena/aime_2025"),
-    "hmmt-24": Named("hmmt_2024.jsonl", "MathArena/hmmt_feb_2024"),
-    "hmmt-25": Named("hmmt_2025.jsonl", "MathArena/hmmt_feb_2025"),
-    "gpqa-diamond": Named(
+BENCHMARKS = {
+    "aime-25": Benchmark("aime_2025.jsonl", "MathArena/aime_2025"),
+    "hmmt-24": Benchmark("hmmt_2024.jsonl", "MathArena/hmmt_feb_2024"),
+    "hmmt-25": Benchmark("hmmt_2025.jsonl", "MathArena/hmmt_feb_2025"),
+    "gpqa-diamond": Benchmark(
         "gpqa_diamond.jsonl", "Idavidrein/gpqa", config="gpqa_diamond", choices=True
     ),
 }
 
 
 def with_choices(row: Any) -> Any:
-    """A row whose question lists its choices and whose answer is a letter.
+    """The row with its choices listed in the question, and a letter as the answer.
 
-    The letters are shuffled by a fixed seed and the question's text, so every run, method and
-    machine sees the same. Takes GPQA's own columns; a row that has the choices in its question
-    and a letter for an answer stays as it is.
+    The order is shuffled by a fixed seed and the question's text, so it is the same in every run,
+    for every method, on every machine. Takes GPQA's own columns; a row that has the choices in its
+    question and a letter as its answer stays as it is.
     """
     if not isinstance(row, Mapping) or _CORRECT not in row:
         return row

@@ -1,4 +1,4 @@
-"""Reads questions, or traces that exist already, from wherever they are."""
+"""Reads questions, or existing traces, from files and data sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from step_sglang.data.benchmarks import NAMED, Named, with_choices
+from step_sglang.data.benchmarks import BENCHMARKS, Benchmark, with_choices
 from step_sglang.errors import SourceError, first_line
 from step_sglang.voting.answers import extract_boxed
 
@@ -18,9 +18,9 @@ REASONER = "reasoner"
 
 
 @dataclass(frozen=True)
-class Given:
-    """A trace that exists already. ``tokens`` None: its text is tokenized, which need not give the
-    tokens that were sampled."""
+class GivenTrace:
+    """An existing trace. ``tokens`` None: its text is tokenized, which may give other tokens than
+    were sampled."""
 
     text: str
     tokens: tuple[int, ...] | None = None
@@ -28,18 +28,18 @@ class Given:
 
 @dataclass(frozen=True)
 class Job:
-    """One question to collect, with its traces when they exist already."""
+    """One question to ask, or whose existing traces to read."""
 
     id: str
     question: str
     answer: str
-    traces: tuple[Given, ...] = ()
+    traces: tuple[GivenTrace, ...] = ()
     extract: str = "boxed"  # how a trace's answer is read, see `step_sglang.voting.answers`
 
 
 @dataclass(frozen=True)
-class Source:
-    """What was read, and what had to be left out, in words."""
+class QuestionSet:
+    """The questions that were read, and a line for each that was left out."""
 
     name: str
     jobs: tuple[Job, ...]
@@ -48,7 +48,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of the members of a line or a data set row."""
+    """Names of the members of a line or of a row."""
 
     question: str = "question"
     answer: str = "answer"
@@ -64,12 +64,12 @@ def load_questions(
     fields: Fields = Fields(),
     seed: int = 0,
     data_dir: Path | None = None,
-) -> Source:
+) -> QuestionSet:
     """Questions by name.
 
     Args:
-        name: ``reasoner:SPLIT`` (the embedded reasoner's own), one of the paper's sets
-            (``aime-25``, see `named`), a JSON-lines file, or the name of a Hugging Face data set.
+        name: ``reasoner:SPLIT`` (the embedded reasoner's own), one of the paper's benchmarks
+            (``aime-25``, see `benchmarks`), a JSON-lines file, or a Hugging Face data set.
         limit: at most so many questions; 100 by default for the reasoner, whose supply is endless.
         split: of a data set.
         config: of a data set.
@@ -86,8 +86,8 @@ def load_questions(
     rows: Iterable[tuple[str, Any]]
     if name.startswith(f"{REASONER}:"):
         return _reasoner(name, limit or 100, seed)
-    if name in NAMED:
-        return _named(NAMED[name], limit, data_dir)
+    if name in BENCHMARKS:
+        return _named(BENCHMARKS[name], limit, data_dir)
     if Path(name).exists() or name.endswith((".jsonl", ".json")):
         rows = _lines(Path(name))
     else:
@@ -96,7 +96,7 @@ def load_questions(
     return _source(name, jobs, problems, f"{fields.question!r} and {fields.answer!r}")
 
 
-def load_traces(file: Path, n: int | None = None, fields: Fields = Fields()) -> Source:
+def load_traces(file: Path, n: int | None = None, fields: Fields = Fields()) -> QuestionSet:
     """Existing traces: JSON lines of question, answer and text, n lines per question.
 
     A line may also hold the trace's token ids, the prompt's not among them.
@@ -107,7 +107,7 @@ def load_traces(file: Path, n: int | None = None, fields: Fields = Fields()) -> 
     Raises:
         SourceError: the file is missing, or no question has n traces.
     """
-    traces: dict[tuple[str, str], list[Given]] = {}
+    traces: dict[tuple[str, str], list[GivenTrace]] = {}
     problems: list[str] = []
     for where, row in _lines(file):
         pair, trace = _pair(row, fields), _given(row, fields)
@@ -133,7 +133,7 @@ def load_traces(file: Path, n: int | None = None, fields: Fields = Fields()) -> 
 
 
 def question_id(question: str) -> str:
-    """A question's name in a store: the same text is the same question."""
+    """A question's id in a store; equal texts are the same question."""
     return hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
@@ -148,14 +148,14 @@ def gold_answer(answer: Any) -> str | None:
     return text.rsplit("####", 1)[-1].strip() or None
 
 
-def _source(name: str, jobs: list[Job], problems: list[str], members: str) -> Source:
+def _source(name: str, jobs: list[Job], problems: list[str], members: str) -> QuestionSet:
     if not jobs:
         shown = f" ({problems[0]})" if problems else ""
         raise SourceError(f"{name} holds nothing with {members}{shown}")
-    return Source(name, tuple(jobs), tuple(problems))
+    return QuestionSet(name, tuple(jobs), tuple(problems))
 
 
-def _named(known: Named, limit: int | None, data_dir: Path | None) -> Source:
+def _named(known: Benchmark, limit: int | None, data_dir: Path | None) -> QuestionSet:
     file = None if data_dir is None else data_dir / known.file
     rows: Iterable[tuple[str, Any]]
     if file is not None and file.exists():
@@ -179,7 +179,7 @@ def _named(known: Named, limit: int | None, data_dir: Path | None) -> Source:
     return _source(name, jobs, problems, f"{fields.question!r} and {fields.answer!r}")
 
 
-def _reasoner(name: str, count: int, seed: int) -> Source:
+def _reasoner(name: str, count: int, seed: int) -> QuestionSet:
     from step_sglang.reasoner import questions
 
     try:
@@ -187,7 +187,7 @@ def _reasoner(name: str, count: int, seed: int) -> Source:
     except ValueError as error:
         raise SourceError(f"{name}: {error}") from error
     jobs = tuple(Job(question_id(q.question), q.question, q.answer) for q in found)
-    return Source(name, jobs, ())
+    return QuestionSet(name, jobs, ())
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
@@ -230,17 +230,17 @@ def _pair(row: Any, fields: Fields) -> tuple[str, str] | None:
     return question, answer
 
 
-def _given(row: Any, fields: Fields) -> Given | None:
+def _given(row: Any, fields: Fields) -> GivenTrace | None:
     if not isinstance(row, Mapping):
         return None
     text, tokens = row.get(fields.text), row.get(fields.tokens)
     if not isinstance(text, str) or not text:
         return None
     if tokens is None:
-        return Given(text)
+        return GivenTrace(text)
     if not isinstance(tokens, list) or not tokens or not all(type(t) is int for t in tokens):
         return None
-    return Given(text, tuple(tokens))
+    return GivenTrace(text, tuple(tokens))
 
 
 def _jobs(

@@ -1,5 +1,6 @@
-"""Compares methods of answering by many traces on one engine: runs, figures, tables, plots, replay.
+"""Compares methods that answer with many traces: runs them, tabulates, plots, replays.
 
-`methods` says how each method asks and votes, `run` lets them take turns, `results` keeps what came
-back, `report` makes the tables. Nothing here knows SGLang's insides: everything goes through HTTP.
+`methods` defines how each method samples and votes, `run` runs the trials, `results` stores them,
+`report` makes the tables, `replay` evaluates policies on recorded traces. Everything goes through
+HTTP; nothing here knows SGLang's insides.
 """

@@ -1,4 +1,4 @@
-"""How long a decode step takes, fitted to recorded groups: so that decode steps become seconds."""
+"""Turns simulated decode steps into seconds: a cost model fitted to recorded groups."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from step_sglang.evaluation.traces import RecordedGroup
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of a step: a base, so much for each running trace, and for each token it attends to.
+    """Seconds of a decode step: a base, plus a cost per running trace and per attended token.
 
-    A prompt or a retracted trace is computed anew at the price of a running trace per token.
+    Prefill, also of a retracted trace, costs as much per token as a running trace per step.
     """
 
     base: float
     per_trace: float
     per_token: float
-    overhead: float  # seconds of a question besides its decode steps: the prompt, the answer
+    overhead: float  # seconds of a question outside its decode steps: prefill, HTTP
 
     def seconds(self, history: Iterable[DecodeStep], prompt_tokens: int = 0) -> float:
-        """Seconds that decode steps took; traces attend to a shared prompt as well."""
+        """Seconds that these decode steps take; every trace also attends to the shared prompt."""
         total = self.overhead
         for moment in history:
             attended = moment.tokens + moment.running * prompt_tokens
@@ -38,10 +38,10 @@ class CostModel:
 
 
 def fit_cost_model(groups: Sequence[RecordedGroup]) -> CostModel:
-    """Fit to recorded groups; least squares without negative prices.
+    """Fit to recorded groups by least squares with non-negative costs.
 
-    The tokens of one decode step were seen at the same moment, so every moment of a group is a step
-    of the traces that have a token of it, and took as long as has passed since the one before.
+    Tokens of one decode step have the same time stamp. So every time stamp in a group is a step of
+    the traces that have a token then, and it took the time since the stamp before.
 
     Raises:
         ReplayError: no group has two tokens.

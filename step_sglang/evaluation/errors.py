@@ -6,7 +6,7 @@ from step_sglang.errors import StepError
 
 
 class BenchError(StepError):
-    """What was asked contradicts itself, the folder's earlier results, or the server."""
+    """The options contradict each other, the folder's earlier results, or the server."""
 
 
 class ReplayError(StepError):

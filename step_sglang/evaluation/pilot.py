@@ -1,4 +1,4 @@
-"""Finds a KV pool that is small enough to matter, by a look at how long the traces are."""
+"""Chooses a KV pool small enough to matter, from the length of a few traces."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ PILOT = "pilot.json"
 
 @dataclass(frozen=True)
 class Lengths:
-    """Means, in tokens."""
+    """Mean lengths, in tokens."""
 
     trace: float
     prompt: float
 
     def quarter(self, n: int) -> int:
-        """KV tokens of a quarter of n traces and one prompt, which the traces share."""
+        """KV tokens of a quarter of n traces, plus the prompt that they share."""
         return max(1, round(n / 4 * self.trace + self.prompt))
 
 
 def known_lengths(profile: Profile) -> Lengths | None:
-    """What the profile knows of its model."""
+    """The lengths that the model's profile states, if it does."""
     if profile.mean_tokens is None:
         return None
     return Lengths(profile.mean_tokens, profile.prompt_tokens)
@@ -48,13 +48,13 @@ def known_lengths(profile: Profile) -> Lengths | None:
 def measured_lengths(
     model: Model, jobs: Sequence[Job], sampling: Sampling, suffix: str, folder: Path
 ) -> Lengths:
-    """Sample a few traces of the first questions; only lengths are looked at.
+    """Sample a few traces of the first questions and average their lengths.
 
-    The means are remembered in ``folder``, so that a later run has the same pool. Call it once the
-    folder is known to be this measurement's.
+    The means are stored in ``folder``, so that a later run uses the same pool. Call this only after
+    the folder's settings were checked.
 
     Raises:
-        BenchError: what is remembered is unusable, or the disk fails.
+        BenchError: the stored means are unusable, or the disk fails.
         ServerError: the server does not start or fails, or refuses all of these questions.
     """
     file = folder / PILOT

@@ -1,4 +1,4 @@
-"""How well signals rank recorded traces along their way, as `train` measures it (Fig. 5)."""
+"""How well signals rank recorded traces as they grow, measured as in `train` (paper Fig. 5)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rankings = Mapping[str, Mapping[float, Ranking]]
 
 
 def recorded_rankings(folders: Sequence[Path], window: int) -> Rankings | None:
-    """Rank with every signal that was recorded; None where no traces were.
+    """Rank by every recorded signal; None where no traces were recorded.
 
     Args:
         folders: of `bench`.

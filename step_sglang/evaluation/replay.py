@@ -1,8 +1,8 @@
 """Evaluates policies and votes on recorded traces, in a model of the server's memory.
 
-The traces are what the model wrote when nothing was pruned; a policy decides which of them would
-have been pruned in a pool of a given size, and when. What it cannot know: the reference's policy
-scores steps after the thinking too, which a record of an ordinary STEP server lacks.
+The traces were recorded without pruning; a policy decides which of them it would have pruned in a
+pool of a given size, and when. One limit: the reference's policy also scores steps after the
+thinking, which traces recorded on an ordinary STEP server lack.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LAG = 2  # a boundary token is scored when it is consumed: one token later, kno
 
 @dataclass(frozen=True)
 class ReplayOutcome:
-    """What became of one group."""
+    """The outcome of one group."""
 
     question: str
     finished: tuple[RecordedTrace, ...]
@@ -39,12 +39,12 @@ class ReplayOutcome:
     tokens: int
     steps: int  # decode steps until the last trace ended
     seconds: float
-    wait_share: float  # of the steps, that a trace waited, mean over the traces
+    wait_share: float  # share of the steps that a trace waited, mean over traces
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A policy and a vote over all groups."""
+    """The outcome of a policy and a vote over all groups."""
 
     policy: str
     vote: str
@@ -61,7 +61,7 @@ class Prediction:
 
 
 def split_groups(groups: Sequence[RecordedGroup], n: int | None) -> list[RecordedGroup]:
-    """Groups of n traces each, as many as the recorded ones give; None: as recorded.
+    """Split recorded groups into groups of n traces; None leaves them as recorded.
 
     Raises:
         ReplayError: no group is complete, or none has n traces, or they differ in size and n is
@@ -92,7 +92,7 @@ def simulate(
     page: int = 1,
     seed: int = 0,
 ) -> ReplayOutcome:
-    """What would have become of a group in a pool of that size.
+    """The outcome of a group in a pool of that size.
 
     Args:
         group: complete traces.
@@ -118,7 +118,7 @@ def simulate(
     limit = min(group.max_new_tokens, room - 2)  # as SGLang cuts it to the pool
     simulator = Simulator(room, page, config, reserve=Reserve(limit))
     requests = [
-        Request(0, 0, trace.tokens, alive, steps=_known(trace), rank=rank)
+        Request(0, 0, trace.tokens, alive, steps=_score_events(trace), rank=rank)
         for trace, rank in zip(group.traces, _ranks(policy, group, seed), strict=True)
     ]
     simulator.run(list(requests), max_steps=20 * sum(trace.tokens for trace in group.traces))
@@ -189,7 +189,7 @@ def is_right(fate: ReplayOutcome, vote: str, same: Same = equivalent) -> bool:
     return bool(tallies) and voters[tallies[0].members[0]].correct
 
 
-def _known(trace: RecordedTrace) -> list[ScoreEvent]:
+def _score_events(trace: RecordedTrace) -> list[ScoreEvent]:
     pairs = zip(trace.positions, trace.step_scores, strict=True)
     return [ScoreEvent(position + _LAG, score) for position, score in pairs]
 
@@ -197,12 +197,12 @@ def _known(trace: RecordedTrace) -> list[ScoreEvent]:
 def _ranks(policy: str, group: RecordedGroup, seed: int) -> list[Rank | None]:
     if policy == "random":
         draw = random.Random(f"{seed}/{group.question}/{group.repeat}")
-        return [_by_lot(draw.random()) for _ in group.traces]
+        return [_drawn(draw.random()) for _ in group.traces]
     return [_by_length if policy == "longest" else None] * len(group.traces)
 
 
-def _by_lot(lot: float) -> Rank:
-    return lambda request: (lot, 1)
+def _drawn(value: float) -> Rank:
+    return lambda request: (value, 1)
 
 
 def _by_length(request: Request) -> tuple[float, int]:

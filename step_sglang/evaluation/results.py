@@ -1,7 +1,7 @@
-"""The results of a folder, so that a kill at any moment loses and doubles nothing.
+"""A folder of results, written so that a kill at any moment loses and repeats nothing.
 
-meta.json        what all results of the folder have in common
-results.jsonl    one line per question, method, n, repeat and memory
+meta.json        the settings that all results of the folder share
+results.jsonl    one line per trial: question, method, n, repeat, memory
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _POOL_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Loaded:
-    """Results of one or several folders, with what they have in common."""
+    """Results of one or several folders, and the settings they share."""
 
     meta: Mapping[str, Any]
     results: tuple[TrialResult, ...]
@@ -33,15 +33,15 @@ class Loaded:
 
 
 class ResultWriter:
-    """Adds results to a folder, one writer at a time; opening repairs a torn last line."""
+    """Adds results to a folder, one writer at a time. Opening it removes a torn last line."""
 
     def __init__(self, folder: Path, meta: Mapping[str, Any]) -> None:
         """Open or create the folder.
 
         Args:
             folder: of the results.
-            meta: JSON values; two runs may share a folder only when theirs are equal. What an
-                earlier version did not write counts as equal.
+            meta: settings, as JSON values. A folder takes results of equal settings only; a setting
+                that an earlier version did not write counts as equal.
 
         Raises:
             BenchError: the folder holds other results, is in use, or cannot be written.
@@ -75,17 +75,17 @@ class ResultWriter:
 
     @property
     def done(self) -> frozenset[TrialKey]:
-        """Runs that are in the folder."""
+        """Trials that are in the folder."""
         return frozenset(self._done)
 
     def check_pool(self, memory: str, pool: int) -> None:
-        """Refuse a server whose pool is another than that of earlier results of this memory.
+        """Refuse a server whose KV pool differs from that of earlier results of this memory.
 
-        How much a share of memory, or a server that somebody else started, has is found by looking;
-        a share may give a few tokens more or less after every start.
+        The size of a pool given as a share of memory is known only once the server runs, and
+        differs by a few tokens from start to start.
 
         Raises:
-            BenchError: they differ by more than one in a hundred.
+            BenchError: they differ by more than 1 %.
         """
         known = self._pools.get(memory)
         if known is not None and abs(pool - known) > _POOL_TOLERANCE * known:
@@ -160,7 +160,7 @@ def _parse(data: bytes, folder: Path) -> tuple[list[TrialResult], list[str]]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """What all results of a folder have in common; raises BenchError."""
+    """The settings that all results of a folder share; raises BenchError."""
     try:
         return dict(json.loads((folder / META).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:

@@ -1,8 +1,8 @@
 """Lets the methods take turns on the questions, each on the kind of server that it needs.
 
-Within a repeat, all methods of one server answer a question in turn, in an order that rotates from
-question to question, each with an empty radix cache: a slow moment of the machine, or a warm cache,
-favours nobody. Methods that need another server have a block of their own in every repeat.
+Within a repeat, the methods that share a server answer each question in turn, each with an empty
+radix cache, and the order rotates from question to question: neither a slow moment of the machine
+nor a warm cache favours a method. Methods that need another server form a block of their own.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from step_sglang.voting.verifier import AnswerVerifier
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured."""
+    """What to measure."""
 
-    jobs: tuple[tuple[int, Job], ...]  # with their place among the questions of all shards
+    jobs: tuple[tuple[int, Job], ...]  # each with its place among the questions of all shards
     methods: tuple[Method, ...]
     ns: tuple[int, ...]
     repeats: int
     memories: tuple[PoolSize, ...]
     sampling: Sampling
     settings: MethodSettings = field(default_factory=MethodSettings)
-    suffix: str = ""  # of every question
+    suffix: str = ""  # appended to every question
     watch_interval: float = 0.5  # seconds; 0 = do not watch the pool
     timeout: float = 3600.0  # seconds without anything from the server
 
@@ -56,20 +56,20 @@ class Trial:
 
     @property
     def key(self) -> TrialKey:
-        """Of its result."""
+        """What identifies its result."""
         return TrialKey(self.job.id, self.method.name, self.n, self.repeat, self.memory.name)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Trials that follow each other on one server."""
+    """Trials on one server, in order."""
 
     serving: Serving
     trials: tuple[Trial, ...]
 
 
 def blocks(plan: Plan, done: frozenset[TrialKey]) -> list[Block]:
-    """What is left to do, in order. Methods that need no STEP share the server of one that does."""
+    """The trials that are left, in order. Methods without STEP share the server of one with it."""
     policies = list(dict.fromkeys(m.policy for m in plan.methods if m.policy is not None))
     home = "fair" if "fair" in policies else (policies[0] if policies else None)
     kinds: list[str | None] = [*policies] or [None]
@@ -110,7 +110,7 @@ def _sizes(method: Method, ns: Sequence[int]) -> Sequence[int]:
 
 @dataclass
 class Bench:
-    """Runs a plan. ``serve`` starts (or checks) a server of a kind; ``report`` hears of results."""
+    """Runs a plan. ``serve`` starts (or checks) a server; ``report`` is called with each result."""
 
     plan: Plan
     writer: ResultWriter
@@ -119,13 +119,13 @@ class Bench:
     verifier: AnswerVerifier = field(default_factory=AnswerVerifier)
 
     def run(self) -> tuple[str, ...]:
-        """Do everything that is left; returns what the server refused, in words.
+        """Run every trial that is left; returns a line for each that the server refused.
 
-        A question that is refused, such as one too long for the model, is left out, and asked again
-        by the next run.
+        A refused question, such as one too long for the model, has no result; the next run asks it
+        again.
 
         Raises:
-            ServerError: a server does not start, died or failed; what is written stays.
+            ServerError: a server does not start, died or failed; results written so far stay.
             BenchError: the server is not what the methods need, or the disk fails.
         """
         refused: list[str] = []

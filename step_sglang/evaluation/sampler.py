@@ -1,4 +1,4 @@
-"""Asks one server one question by one method, and grades what came back."""
+"""Samples a question's traces from a server for a method, and grades them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _NEVER = 1 << 30  # tokens
 
 @dataclass(frozen=True)
 class ServerSampler:
-    """Asks for traces of one question; see `methods.Sampler`."""
+    """Samples traces of one question; implements `methods.Sampler`."""
 
     source: TraceSource
     prompt: list[int]  # token ids
@@ -50,7 +50,8 @@ class ServerSampler:
     async def ask(self, n: int, step: Step, early: str = "off") -> Part:
         """Sample n traces in one request.
 
-        The clock stops when the last trace ended, or was cancelled; only an early end votes before.
+        The time ends with the last trace. Votes are counted meanwhile only where ``early`` asks
+        for it.
 
         Raises:
             RequestRefused: the server refused it.
@@ -90,7 +91,7 @@ class ServerSampler:
 
 @dataclass(frozen=True)
 class Graded:
-    """The vote of a question, and every trace."""
+    """The voted answer of a trial, with every trace."""
 
     answer: str | None
     correct: bool
@@ -98,7 +99,7 @@ class Graded:
 
 
 def grade(method: Method, asked: SampleResult, gold: str, verifier: AnswerVerifier) -> Graded:
-    """Vote as the method does, over the traces that finished with an answer."""
+    """Vote with the method's weights over the traces that finished with an answer."""
     right: dict[str, bool] = {}
 
     def is_right(answer: str | None) -> bool:
@@ -142,9 +143,9 @@ def _trace_result(trace: SampledTrace, correct: bool) -> TrialTrace:
 def server_times(
     info: Mapping[str, Any],
 ) -> tuple[float | None, float | None, float | None]:
-    """Seconds of waiting, prefill and decoding, by the server's own time stamps; None without them.
+    """Seconds of waiting, prefill and decoding from the server's time stamps; None without them.
 
-    A retracted trace waits again after its first token; that is no decoding.
+    A retracted trace waits again after its first token; that time is not decoding.
     """
     wait, entry, prefilled, finished = (
         info.get(key)

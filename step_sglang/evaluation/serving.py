@@ -1,4 +1,4 @@
-"""The servers that the methods need: started one after the other, or the user's own, checked."""
+"""The servers that methods need: started here one after the other, or the user's, checked."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from step_sglang.client.launch import running_server
 from step_sglang.errors import ServerError
 from step_sglang.evaluation.errors import BenchError
 
-_KEPT_BACK = 5  # tokens by which a prompt must be shorter than SGLang's longest request
+_RESERVED = 5  # tokens that SGLang subtracts from the longest request for the longest prompt
 
 
 @dataclass(frozen=True)
 class PoolSize:
-    """How large a server's KV pool is: in tokens, as a share of the device, or as it comes."""
+    """The size of a server's KV pool: in tokens, as a share of memory, or SGLang's own choice."""
 
     tokens: int | None = None
     share: float | None = None
@@ -31,14 +31,14 @@ class PoolSize:
 
     @property
     def name(self) -> str:
-        """In keys and tables."""
+        """As it stands in results and tables."""
         if self.tokens is not None:
             return f"{self.tokens} tokens"
         return "as served" if self.share is None else f"{self.share:g} of memory"
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Of the server."""
+        """The server's flags for it."""
         if self.tokens is not None:
             return ("--max-total-tokens", str(self.tokens))
         return () if self.share is None else ("--mem-fraction-static", f"{self.share:g}")
@@ -46,7 +46,7 @@ class PoolSize:
 
 @dataclass(frozen=True)
 class Serving:
-    """One kind of server. ``policy`` None: without STEP."""
+    """A kind of server. ``policy`` None: without STEP."""
 
     policy: str | None
     memory: PoolSize
@@ -58,25 +58,25 @@ class Model:
 
     path: str
     scorer: str | None
-    flags: tuple[str, ...] = ()  # the user's own, last
+    flags: tuple[str, ...] = ()  # the user's; the last, so that they win
 
 
 @dataclass(frozen=True)
 class ServerHandle:
-    """A server that answers."""
+    """A running server that was checked."""
 
     url: str
     pool: int  # KV tokens
     policy: str | None  # None: it runs without STEP
-    longest: int  # tokens that one request may have, its prompt included
+    longest: int  # tokens that one request may have, prompt included
 
 
 @contextmanager
 def served(serving: Serving, model: Model, running: int, log: Path) -> Iterator[ServerHandle]:
-    """Start such a server, and stop it at the end.
+    """Start a server of that kind; stop it at the end.
 
     Args:
-        serving: the kind.
+        serving: the kind of server.
         model: what it serves.
         running: requests that may run at the same time.
         log: file that its output is added to.
@@ -100,7 +100,7 @@ def served(serving: Serving, model: Model, running: int, log: Path) -> Iterator[
 
 
 def probe_server(url: str, policy: str | None) -> ServerHandle:
-    """Check that a running server is what is needed.
+    """Check that a running server fits.
 
     Raises:
         BenchError: it runs without STEP, with another policy, or collects training data.
@@ -111,7 +111,7 @@ def probe_server(url: str, policy: str | None) -> ServerHandle:
         state = info["internal_states"][0]
         step = state.get("step")
         pool = int(info["max_total_num_tokens"])
-        longest = int(info["max_req_input_len"]) + _KEPT_BACK
+        longest = int(info["max_req_input_len"]) + _RESERVED
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ServerError(f"{url} is no SGLang server of this version") from error
     if policy is not None and step is None:
@@ -131,7 +131,7 @@ def probe_server(url: str, policy: str | None) -> ServerHandle:
 
 
 def parse_pool_sizes(pool: str | None, share: str | None) -> tuple[PoolSize, ...]:
-    """Comma-separated pool sizes, or shares of memory; neither: the server's own choice.
+    """Pool sizes from comma-separated tokens or shares of memory; neither: SGLang's choice.
 
     Raises:
         BenchError: both are given, or one is no list of numbers.

@@ -1,8 +1,8 @@
 """A model of the scheduler: a page allocator, running and waiting requests, one token a step.
 
-It drives the real policy in the order in which the engine's hooks do: first waiting requests, by
-turn, with room made for them; then room for the next decode step. Prompts count as not shared: the
-caller takes a shared one off the pool.
+It calls the real policy in the order of the engine's hooks: first it admits waiting requests, for
+which it makes room, then it makes room for the next decode step. Prompts are not shared here: the
+caller subtracts a shared one from the pool.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from step_sglang.config import StepConfig
 from step_sglang.pruning.groups import Group
 from step_sglang.pruning.policy import Candidates, GroupView, TraceView
 
-# SGLang 0.5.23: how much of a request's possible output admission reserves, see `Reserve`.
+# SGLang 0.5.23: the share of a request's possible output that admission reserves, see `Reserve`.
 _INIT_RATIO, _MIN_RATIO, _DECAY_STEPS, _CLIP, _RETRACT_STEPS = 0.7, 0.7 * 0.14, 600, 4096, 20
 
 
 class ScoreEvent(NamedTuple):
-    """A recorded step score."""
+    """A recorded step score, and when it is known."""
 
     generated: int  # tokens that the trace must have before the score is known
     score: float
@@ -31,17 +31,17 @@ class ScoreEvent(NamedTuple):
 class DecodeStep(NamedTuple):
     """One decode step."""
 
-    running: int  # requests that decode
-    tokens: int  # that they hold
+    running: int  # requests in the batch
+    tokens: int  # KV tokens that they hold
     prefilled: int  # tokens computed for those who started just before
 
 
 @dataclass(eq=False)
 class Request:
-    """A trace, or an ordinary request (no group).
+    """A trace, or an ordinary request (without a group).
 
-    ``steps``: its step scores, in order; None: they are drawn at random. ``rank``: score sum and
-    number of steps by which it ranks; None: its step scores.
+    ``steps``: its step scores, in order; None draws them at random. ``rank`` returns the score sum
+    and the number of steps to rank it by; None ranks it by its step scores.
     """
 
     arrival: int  # step
@@ -72,17 +72,17 @@ class Request:
 
 @dataclass
 class Reserve:
-    """What SGLang's admission keeps free for the future of requests that are not pruned.
+    """The KV that SGLang's admission reserves for requests that cannot be pruned.
 
-    A share of what each may still generate; the share falls with every decode step and is set by
-    what there is when a request is retracted.
+    It is a share of what each may still generate. The share falls with every decode step; a
+    retraction sets it anew, from what the running requests have decoded.
     """
 
     max_new_tokens: int
     ratio: float = _INIT_RATIO
 
     def future(self, request: Request) -> int:
-        """Tokens that it may still generate, as far as SGLang looks ahead."""
+        """Tokens that it may still generate, up to SGLang's limit for this estimate."""
         return min(max(self.max_new_tokens - request.generated, 0), _CLIP)
 
     def decay(self) -> None:
@@ -90,14 +90,14 @@ class Reserve:
         self.ratio = max(self.ratio - (_INIT_RATIO - _MIN_RATIO) / _DECAY_STEPS, _MIN_RATIO)
 
     def retracted(self, running: Sequence[Request]) -> None:
-        """Somebody was retracted; these are left."""
+        """A request was retracted; ``running`` are left."""
         decoded = sum(r.generated + _RETRACT_STEPS for r in running)
         self.ratio = min(1.0, decoded / (self.max_new_tokens * len(running) + 1))
 
 
 @dataclass
 class Simulator:
-    """One server. ``reserve`` None: admission knows how long each request will be."""
+    """A server. ``reserve`` None: admission knows how long each request will be."""
 
     pool: int  # tokens
     page: int
@@ -129,7 +129,7 @@ class Simulator:
             self._admit()
             self._decode()
             self.now += 1
-            assert self.now < max_steps, "somebody starves"
+            assert self.now < max_steps, "a request starves"
 
     def pages(self, tokens: int) -> int:
         """Tokens in whole pages."""
@@ -137,7 +137,7 @@ class Simulator:
 
     @property
     def free(self) -> int:
-        """KV tokens that nobody holds."""
+        """Free KV tokens."""
         return self.pool - sum(self.pages(r.tokens) for r in self.running)
 
     def _views(self) -> Candidates:
@@ -164,7 +164,7 @@ class Simulator:
 
     def _prune(self, victims: list[TraceView], reason: str) -> None:
         for request in [self.running[v.handle] for v in victims]:
-            assert request.prunable, "an ordinary request, or below the minimum"
+            assert request.prunable, "an ordinary request, or one below min_survivors"
             self._end(request, "pruned")
             self.pruned[reason] += 1
 
@@ -266,7 +266,7 @@ class Simulator:
         return sum(self.page for r in self.running if r.tokens % self.page == 0)
 
     def _retract(self) -> None:
-        """As SGLang does when nothing may be pruned: somebody goes back and starts over."""
+        """As SGLang does when nothing may be pruned: a request is queued again and starts over."""
         assert len(self.running) > 1, "the pool is too small for one request"
         request = min(self.running, key=lambda r: r.generated)
         self.running.remove(request)

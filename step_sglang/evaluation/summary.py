@@ -1,4 +1,4 @@
-"""From results to the figures of the tables: one summary per method, n and memory."""
+"""Summarizes results: one row of figures per method, n and memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Value = Callable[[TrialResult], float]
 
 @dataclass(frozen=True)
 class Summary:
-    """One method with n traces on servers of one memory."""
+    """One method with n traces, in one size of KV pool."""
 
     method: str
     title: str
@@ -26,13 +26,13 @@ class Summary:
     accuracy: Mean
     tokens: Mean  # of all traces of a question
     latency: Mean  # seconds
-    wait: float | None  # seconds a trace, mean; None without the server's time stamps
+    wait: float | None  # seconds per trace, mean; None without the server's time stamps
     prefill: float | None
     decode: float | None
     longest_wait: float | None
-    pruned: float  # traces a question
-    retracted: float  # retractions a question
-    usage: float | None  # share of the pool in use, mean over the time
+    pruned: float  # traces per question
+    retracted: float  # retractions per question
+    usage: float | None  # share of the pool in use, mean over time
     peak_usage: float | None
     accuracy_gap: Paired | None  # against the reference with as many traces, in the same memory
     latency_gap: Paired | None
@@ -53,7 +53,7 @@ def summarize(results: Sequence[TrialResult], reference: str = REFERENCE) -> lis
     return [
         _summary(cells[cell], cells.get((cell[0], cell[1], reference), []), reference)
         for cell in sorted(
-            cells, key=lambda c: (_natural(c[0]), c[1], order.index(c[2]) if c[2] in order else 99)
+            cells, key=lambda c: (_by_size(c[0]), c[1], order.index(c[2]) if c[2] in order else 99)
         )
     ]
 
@@ -111,6 +111,6 @@ def _trace_mean(results: Sequence[TrialResult], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _natural(memory: str) -> tuple[float, str]:
+def _by_size(memory: str) -> tuple[float, str]:
     number = memory.split(" ", 1)[0]
     return (float(number) if number.replace(".", "", 1).isdigit() else -1.0, memory)

@@ -1,5 +1,6 @@
-"""Recorded traces: what every token cost and every step scored, one file per question, n
-and repeat.
+"""Recorded traces: the time of every token and the score of every step.
+
+One file per question, n and repeat:
 
 traces/QUESTION-N-REPEAT.jsonl.gz    a line about the question, then one line per trace
 """
@@ -26,7 +27,7 @@ TRACES = "traces"
 
 @dataclass(frozen=True)
 class RecordedTrace:
-    """One trace. T output tokens, S steps."""
+    """One trace with its timeline. T output tokens, S steps."""
 
     fate: str
     answer: str | None
@@ -40,7 +41,7 @@ class RecordedTrace:
 
     @property
     def tokens(self) -> int:
-        """Generated."""
+        """Tokens that it generated."""
         return len(self.times)
 
 
@@ -52,7 +53,7 @@ class RecordedGroup:
     repeat: int
     gold: str
     prompt_tokens: int
-    max_new_tokens: int  # that a trace could have had
+    max_new_tokens: int  # limit of each trace
     latency: float  # seconds from the request to the last trace's end
     traces: tuple[RecordedTrace, ...]
 
@@ -71,10 +72,10 @@ def recorded_group(
     asked: SampleResult,
     graded: Graded,
 ) -> RecordedGroup:
-    """What is kept of a group that was asked with ``record``.
+    """A group that was sampled with ``record``, as it is stored.
 
     Raises:
-        ServerError: the server returned no record.
+        ServerError: the server returned no timeline.
     """
     pairs = zip(asked.traces, graded.traces, strict=True)
     traces = tuple(_recorded(trace, result.correct) for trace, result in pairs)
@@ -84,21 +85,21 @@ def recorded_group(
 def _recorded(trace: SampledTrace, correct: bool) -> RecordedTrace:
     step = trace.meta_info.get(protocol.META_KEY) or {}
     try:
-        record = step[protocol.META_RECORD]
+        timeline = step[protocol.META_RECORD]
         return RecordedTrace(
             fate=trace.fate.value,
             answer=trace.answer,
             correct=correct,
             score=trace.score,
-            times=tuple(record[protocol.RECORD_TIMES]),
-            confidences=tuple(record[protocol.RECORD_CONFIDENCES]),
+            times=tuple(timeline[protocol.RECORD_TIMES]),
+            confidences=tuple(timeline[protocol.RECORD_CONFIDENCES]),
             positions=tuple(step[protocol.META_POSITIONS]),
             step_scores=tuple(step[protocol.META_STEP_SCORES]),
             text=trace.text,
         )
     except (KeyError, TypeError) as error:
         raise ServerError(
-            f"the server returned no record of a trace ({error}); is it of this version?"
+            f"the server returned no timeline of a trace ({error}); is it of this version?"
         ) from error
 
 
@@ -126,7 +127,7 @@ def load_groups(
 
     Args:
         folders: of `bench`, such as shards.
-        warn: hears of a group that is there twice; the first counts.
+        warn: is told of a group that occurs twice; the first counts.
 
     Raises:
         ReplayError: there are none, or a file is damaged.

@@ -1,4 +1,4 @@
-"""Looks at a server's metrics while a question runs: the KV pool, who runs, who waits."""
+"""Samples a server's metrics during a trial: KV pool usage, running and waiting requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GAUGES = ("token_usage", "num_running_reqs", "num_queue_reqs")
 
 
 def read_gauges(text: str) -> dict[str, float]:
-    """The three gauges of a ``/metrics`` answer; of several ranks the largest."""
+    """The three gauges in the text of ``/metrics``; with several ranks, the largest value."""
     found: dict[str, float] = {}
     try:
         for family in text_string_to_metric_families(text):
@@ -31,7 +31,7 @@ def read_gauges(text: str) -> dict[str, float]:
 
 
 class PoolWatch:
-    """Samples until it is closed; a server without ``--enable-metrics`` gives no samples."""
+    """Samples until the context ends. Without ``--enable-metrics`` there are no samples."""
 
     def __init__(self, url: str, interval: float = INTERVAL) -> None:
         self._url, self._interval = url, interval
@@ -58,7 +58,7 @@ class PoolWatch:
 
     @property
     def usage(self) -> tuple[PoolUsage, ...]:
-        """What was seen."""
+        """The samples so far."""
         return tuple(self._found)
 
     def _sample(self) -> None:

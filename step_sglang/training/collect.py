@@ -1,4 +1,4 @@
-"""Fills a store from a server: asks, grades, writes; one question is one unit of work."""
+"""Fills a store from a server: samples, grades and writes one question after the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from step_sglang.client.http import AsyncClient
 from step_sglang.client.sampling import Sampling
-from step_sglang.data.questions import Given, Job
+from step_sglang.data.questions import GivenTrace, Job
 from step_sglang.errors import RequestRefused, ServerError
 from step_sglang.training.confidence import token_signals
 from step_sglang.training.grade import graded
@@ -35,27 +35,27 @@ _REFUSALS = 8  # so many before the first success, and it is the server, not the
 
 @dataclass(frozen=True)
 class CollectSettings:
-    """How to ask."""
+    """How to sample."""
 
     sampling: Sampling
     top_logprobs: int = 20  # candidates per token for DeepConf's confidence; 0 = do not measure
     concurrency: int = 4  # questions at a time
     timeout: float = 3600.0  # seconds for one request
-    keep_text: bool = False  # and the token ids
+    keep_text: bool = False  # store the text and the token ids too
 
 
 @dataclass(frozen=True)
 class CollectProgress:
-    """One more question is in the store."""
+    """Totals of this run, after one more question."""
 
-    questions: int  # added in this run
+    questions: int  # added
     traces: int
     correct: int
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What a run added, and which questions the server refused."""
+    """What a run added, and a line for each question that the server refused."""
 
     questions: int
     traces: int
@@ -71,16 +71,16 @@ def collect(
     settings: CollectSettings,
     report: Callable[[CollectProgress], None] = lambda progress: None,
 ) -> Collected:
-    """Collect the questions that the store does not have yet.
+    """Collect every question that the store lacks.
 
     Raises:
         ServerError: the server died, or does not return what is needed; complete questions stay.
         StoreError: the disk is full or fails; complete questions stay.
     """
-    return asyncio.run(_Run(writer, prompter, settings, report).all(url, jobs))
+    return asyncio.run(_Collector(writer, prompter, settings, report).run(url, jobs))
 
 
-class _Run:
+class _Collector:
     def __init__(
         self,
         writer: Writer,
@@ -93,12 +93,12 @@ class _Run:
         self._questions = self._traces = self._correct = 0
         self._refused: list[str] = []
 
-    async def all(self, url: str, jobs: Sequence[Job]) -> Collected:
+    async def run(self, url: str, jobs: Sequence[Job]) -> Collected:
         left = iter([job for job in jobs if job.id not in self._writer.done])
 
         async def worker(client: AsyncClient) -> None:
             for job in left:  # shared: every worker takes the next
-                await self._one(client, job)
+                await self._collect(client, job)
 
         async with AsyncClient(url, self._settings.timeout) as client:
             workers = [
@@ -120,9 +120,11 @@ class _Run:
             raise ServerError(f"the server refuses every question. {self._refused[0]}")
         return Collected(self._questions, self._traces, self._correct, tuple(self._refused))
 
-    async def _one(self, client: AsyncClient, job: Job) -> None:
+    async def _collect(self, client: AsyncClient, job: Job) -> None:
         try:
-            captures = await (self._prefill(client, job) if job.traces else self._ask(client, job))
+            captures = await (
+                self._prefill(client, job) if job.traces else self._sample(client, job)
+            )
         except RequestRefused as error:  # too long for the model, for one
             self._refused.append(f"{error}: {job.question[:60]!r}")
             if len(self._refused) >= _REFUSALS and not self._questions:
@@ -135,7 +137,7 @@ class _Run:
         self._correct += sum(trace.correct for trace in result.traces)
         self._report(CollectProgress(self._questions, self._traces, self._correct))
 
-    async def _ask(self, client: AsyncClient, job: Job) -> list[CapturedTrace]:
+    async def _sample(self, client: AsyncClient, job: Job) -> list[CapturedTrace]:
         prompt, n = self._prompter.prompt(job.question), self._writer.meta.n
         sizes = [min(_SAMPLES_PER_REQUEST, n - i) for i in range(0, n, _SAMPLES_PER_REQUEST)]
         top = self._settings.top_logprobs
@@ -144,17 +146,19 @@ class _Run:
             body = generate_body(prompt, size, self._settings.sampling, top)
             return read_generated(await client.generate(body), size, top)
 
-        return [capture for found in await _all(part(size) for size in sizes) for capture in found]
+        return [
+            capture for found in await _together(part(size) for size in sizes) for capture in found
+        ]
 
     async def _prefill(self, client: AsyncClient, job: Job) -> list[CapturedTrace]:
         prompt, top = self._prompter.prompt(job.question), self._settings.top_logprobs
 
-        async def part(trace: Given) -> CapturedTrace:
+        async def part(trace: GivenTrace) -> CapturedTrace:
             output = trace.tokens or self._prompter.output(job.question, trace.text)
             answer = await client.generate(prefill_body(prompt, output, top))
             return read_prefilled(answer, trace.text, output, top)
 
-        return await _all(part(trace) for trace in job.traces)
+        return await _together(part(trace) for trace in job.traces)
 
 
 def assemble(
@@ -194,8 +198,8 @@ def assemble(
                     signals.mean_logprob[positions].astype(np.float32),
                     lowest[positions].astype(np.float32),
                 ),
-                mean_logprob=_known(signals.mean_logprob),
-                lowest_confidence=_known(lowest),
+                mean_logprob=_last(signals.mean_logprob),
+                lowest_confidence=_last(lowest),
                 text=capture.text if settings.keep_text else None,
                 tokens=capture.tokens if settings.keep_text else None,
             )
@@ -210,11 +214,11 @@ def assemble(
     return StoredQuestion(tuple(traces), torch.cat(hidden))
 
 
-def _known(values: NDArray[np.float64]) -> float | None:
+def _last(values: NDArray[np.float64]) -> float | None:
     return float(values[-1]) if len(values) and not np.isnan(values[-1]) else None
 
 
-async def _all(parts: Iterable[Coroutine[Any, Any, Part]]) -> list[Part]:
+async def _together(parts: Iterable[Coroutine[Any, Any, Part]]) -> list[Part]:
     """Await all at once; when one fails, the others are cancelled, not left running."""
     tasks = [asyncio.create_task(part) for part in parts]
     try:

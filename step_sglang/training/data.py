@@ -1,4 +1,4 @@
-"""Feeds training steps in random order under a memory limit, in the precision of the disk."""
+"""Feeds training steps in random order within a memory limit, in the dtype on disk."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Chunk:
 
 
 class Chunks:
-    """The steps of some shards as chunks of whole questions, newly mixed in every epoch."""
+    """The steps of some shards in chunks of whole questions, reshuffled every epoch."""
 
     def __init__(self, reader: Reader, shards: Sequence[int], memory_bytes: int, seed: int) -> None:
-        """Plan; nothing is loaded yet. One question is the smallest chunk."""
+        """Loads nothing yet. The smallest chunk is one question."""
         self._reader = reader
         self._shards = list(shards)
         self._rng = random.Random(seed)

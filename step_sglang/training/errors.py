@@ -1,4 +1,4 @@
-"""What can go wrong with a store or a training run; each error is one message."""
+"""Errors of stores and of training."""
 
 from __future__ import annotations
 

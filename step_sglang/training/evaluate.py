@@ -1,4 +1,4 @@
-"""All figures of a scorer on some questions, as one value."""
+"""Every figure of a scorer on a set of questions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Evaluation:
     questions: int
     mixed_questions: int  # those with both a correct and a wrong trace that has steps
     traces: int
-    traces_without_steps: int  # take no part in rankings
+    traces_without_steps: int  # left out of rankings
     steps: int
     accuracy: float  # of a single trace
     step_auc: float

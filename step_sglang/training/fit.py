@@ -57,7 +57,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch gave on the validation questions."""
+    """One epoch's figures on the validation questions."""
 
     loss: float  # mean training loss
     step_auc: float
@@ -195,12 +195,12 @@ def validation_epoch(table: TraceTable, scores: Floats, loss: float) -> Epoch:
 
 
 def fit_scale(network: ScorerNetwork, table: TraceTable, scores: Floats) -> None:
-    """Give the logits a scale and a centre on the validation steps, inside the last layer.
+    """Rescale and centre the logits on the validation steps, inside the last layer.
 
-    A ranking loss leaves the centre open and overfits the scale, but a running mean of sigmoids
-    and a vote weighted by it need both. The scale comes from pairs within questions, as between
-    questions a ranking loss promises nothing; the centre is the mean logit. The order of step
-    scores never changes.
+    A ranking loss leaves the centre undetermined and overfits the scale, but a running mean of
+    sigmoids, and a vote weighted by it, depend on both. The scale is fitted to pairs within
+    questions, because a ranking loss says nothing across questions; the centre is the mean logit.
+    The order of step scores does not change.
     """
     sampler = PairSampler(table)
     clipped = np.clip(scores, 1e-9, 1 - 1e-9)

@@ -1,4 +1,4 @@
-"""Tells whether a trace's answer is the gold answer, within a time limit."""
+"""Grades a trace's answer against the gold answer, within a time limit."""
 
 from __future__ import annotations
 

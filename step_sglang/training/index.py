@@ -1,4 +1,4 @@
-"""Reads a store's folder: meta data, index lines and shard headers; finds what is damaged.
+"""Reads a store's settings, index and shard headers; finds what is damaged.
 
 Writes nothing; :mod:`store` repairs, :mod:`reader` loads.
 """
@@ -46,7 +46,7 @@ def read_meta(folder: Path) -> StoreMeta:
 
 @dataclass(frozen=True)
 class Scan:
-    """What an index holds: complete questions, and what had to be left out."""
+    """The complete questions of an index, and a line for each problem."""
 
     traces: tuple[StoredTrace, ...]  # of complete questions, in file order
     kept_lines: tuple[bytes, ...]  # one per trace, newline included
@@ -98,9 +98,9 @@ def _complete(traces: Sequence[StoredTrace], n: int) -> set[str]:
 def check_shard(
     folder: Path, meta: StoreMeta, shard: int, traces: Sequence[StoredTrace]
 ) -> str | None:
-    """Check a shard's header against its traces; returns what is wrong, naming the file.
+    """Check a shard's header against its traces; returns the problem, with the file's name.
 
-    Reads the header only; a file shorter than its header promises is found as well.
+    Reads the header only, which also reveals a truncated file.
     """
     file = shard_path(folder, shard)
     rows = 0

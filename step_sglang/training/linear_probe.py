@@ -1,4 +1,4 @@
-"""A logistic regression on the same hidden states: what a scorer has to beat to be worth it."""
+"""A logistic regression on the same hidden states: the baseline a scorer has to beat."""
 
 from __future__ import annotations
 

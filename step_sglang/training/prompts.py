@@ -1,4 +1,4 @@
-"""The model's tokenizer as the collector needs it: prompts, boundaries, the end of thinking."""
+"""The model's tokenizer for collecting: prompts, boundary tokens, the think-end token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OPEN_THINK = re.compile(r"<think>\s*$")
 
 @dataclass(frozen=True)
 class Prompter:
-    """A tokenizer with what was found in it."""
+    """A tokenizer, with its boundary tokens and its think-end token."""
 
     tokenizer: Any  # of transformers
     hidden_size: int

@@ -1,6 +1,6 @@
-"""Votes on collected traces, with and without pruning the worse half at the halfway point.
+"""Votes on collected traces, with and without pruning the worse half halfway.
 
-Trace selection only: no engine, no memory. Knows nothing of files.
+Selects traces only: no engine, no memory model, no files.
 """
 
 from __future__ import annotations

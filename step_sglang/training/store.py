@@ -1,11 +1,11 @@
-"""Writes collected traces to a folder so that a kill at any moment loses and doubles nothing.
+"""Writes collected traces to a folder so that a kill at any moment loses and repeats nothing.
 
     meta.json                     how it was collected
     index.jsonl                   one line per trace
     shards/000042.safetensors     `hidden` [rows, d], one row per step, one shard per question
 
-A question's shard is written first, its n index lines then in one append: a shard without lines is
-an orphan of a kill, and a question without all its lines does not count.
+A question's shard is written first, then its n index lines in one append. A shard without lines is
+what a kill left and is removed; a question without all its lines does not count.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from step_sglang.training.stored import DTYPES, StoredQuestion, StoreMeta
 
 
 class Writer:
-    """Adds questions to a store, one writer at a time; opening repairs what a kill left behind."""
+    """Adds questions to a store, one writer at a time. Opening it repairs what a kill left."""
 
     def __init__(self, folder: Path, meta: StoreMeta) -> None:
         """Open or create the store.

@@ -19,7 +19,7 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 @dataclass(frozen=True)
 class StoreMeta:
-    """How a store was collected. Two runs may share a folder only when theirs are equal."""
+    """How a store was collected. A folder takes traces of equal settings only."""
 
     model: str
     hidden_size: int
@@ -67,7 +67,7 @@ class Steps:
 
 @dataclass(frozen=True, eq=False)
 class StoredTrace:
-    """One line of the index."""
+    """One trace: a line of the index."""
 
     question_id: str
     sample: int  # 0 to n - 1
@@ -123,9 +123,9 @@ class StoredTrace:
 
 @dataclass(frozen=True, eq=False)
 class StoredQuestion:
-    """All n traces of one question: the unit of work.
+    """All n traces of one question, which are written together.
 
-    ``shard`` and ``first_row`` of the traces are set by the store.
+    The store sets ``shard`` and ``first_row`` of the traces.
     """
 
     traces: tuple[StoredTrace, ...]

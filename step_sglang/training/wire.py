@@ -1,4 +1,4 @@
-"""The HTTP form of a capture: request bodies, and what the answer must hold. Sends nothing.
+"""Requests for captured traces, and how their answers are read. Sends nothing.
 
     request   sampling_params.custom_params = {"step": {"hidden_states": true, "step_scores": true}}
     answer    meta_info["step"]["hidden_states"] = {"dtype", "shape": [S, d], "data": base64}
@@ -54,7 +54,7 @@ def generate_body(
 
 
 def prefill_body(prompt: Sequence[int], output: Sequence[int], top_logprobs: int) -> dict[str, Any]:
-    """POST /generate: read an existing trace, sample nothing worth keeping."""
+    """POST /generate: prefill an existing trace; the one token it samples is ignored."""
     step = {protocol.HIDDEN_STATES: True, protocol.PROMPT_TOKENS: len(prompt)}
     return {
         "input_ids": [*prompt, *output],

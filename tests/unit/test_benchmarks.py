@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from step_sglang.cli.bench import _QUESTION_SEED
-from step_sglang.data.benchmarks import NAMED, with_choices
+from step_sglang.data.benchmarks import BENCHMARKS, with_choices
 from step_sglang.data.questions import load_questions
 from step_sglang.errors import SourceError
 from step_sglang.reasoner import questions
@@ -28,9 +28,9 @@ GPQA = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n, known in NAMED.items() if not known.choices])
+@pytest.mark.parametrize("name", [n for n, known in BENCHMARKS.items() if not known.choices])
 def test_questions_from_local_files(name: str) -> None:
-    if not (DATA / NAMED[name].file).exists():
+    if not (DATA / BENCHMARKS[name].file).exists():
         pytest.skip("a public checkout has no question files beside it")
     found = load_questions(name, data_dir=DATA)
     assert len(found.jobs) == 30 and not found.problems
