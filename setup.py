@@ -26,6 +26,8 @@ DEFAULT_ARCHS = "80;90;100"
 # The oldest torch whose stable ABI has all the op uses (a stream's native handle): 2.13.
 TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020d000000000000"
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# By file: one library holds all variants and picks one at run time; -march=native would bind it to
+# the machine that built it.
 ISA_FLAGS = {
     "cpu_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "cpu_avx512.cpp": [

@@ -287,7 +287,7 @@ class StepHostOutput:
             _step_unscored()
             return
         # Summed here: the device's sum would hold steps whose results were lost.
-        trace.record(score, trace.score_sum + score, position)
+        trace.add_step(score, trace.score_sum + score, position)
         if _active is not None and _active.metrics is not None:
             with guard(protocol.IN_METRICS):
                 _active.metrics.step_scored(score)

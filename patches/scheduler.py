@@ -24,7 +24,7 @@ from step_sglang.patches.state import SchedulerStep, set_state, set_trace, state
 from step_sglang.pruning.groups import GroupRegistry, TraceStatus
 from step_sglang.pruning.metrics import StepMetrics
 from step_sglang.pruning.request import StepRequest, parse_request
-from step_sglang.pruning.timeline import Recording
+from step_sglang.pruning.timeline import Timeline
 from step_sglang.scoring.boundary import bitmap
 from step_sglang.scoring.capture import Capture, boundary_positions
 from step_sglang.scoring.op import MAX_ROWS
@@ -107,7 +107,7 @@ def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -
         capture=capture,
         baseline=step_request.baseline,
         context=state.context,
-        recording=Recording() if step_request.record else None,
+        timeline=Timeline() if step_request.record else None,
     )
     set_trace(req, trace)
 

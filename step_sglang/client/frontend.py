@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from step_sglang import protocol
-from step_sglang.client.http import server_url
+from step_sglang.client.http import known_key, server_url
 from step_sglang.voting.answers import Extractor, extract_boxed
 from step_sglang.voting.tally import Ballot, Same, Tally, check_vote, share_of, tally, weight_of
 from step_sglang.voting.verifier import AnswerVerifier
@@ -43,12 +43,13 @@ def endpoint(url: str, **options: Any) -> Any:
     of their own. A fork that fails or is pruned ends by itself and leaves its siblings alone.
 
     Args:
-        url: a server started with ``--enable-step``.
+        url: a server started with ``--enable-step``; with or without a trailing ``/v1``.
         options: of SGLang's ``RuntimeEndpoint`` (``api_key``, ``verify``, ``chat_template_name``).
     """
     # Late, because this package itself never imports the engine.
     from step_sglang.patches.frontend import StepEndpoint
 
+    options["api_key"] = known_key(options.get("api_key"))
     return StepEndpoint(server_url(url), **options)
 
 

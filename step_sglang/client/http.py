@@ -30,6 +30,11 @@ def server_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
+def known_key(api_key: str | None) -> str | None:
+    """The key that was given, else that of the environment, else None."""
+    return (os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key) or None
+
+
 def no_response_error(url: str, error: Exception) -> ServerError:
     """What to raise for a server that did not answer; ``error`` is httpx's."""
     if isinstance(error, httpx.ReadTimeout):
@@ -44,7 +49,7 @@ class _Connection:
 
     def __init__(self, url: str, timeout: float, api_key: str | None) -> None:
         self.url = server_url(url)
-        key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
+        key = known_key(api_key)
         self._options: dict[str, Any] = {
             "timeout": httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),
             "headers": {"Authorization": f"Bearer {key}"} if key else {},

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 from step_sglang import protocol
 from step_sglang.baselines.base import DEFAULT_TOP_K, Baseline, EngineContext, Signal
-from step_sglang.pruning.timeline import Recording
+from step_sglang.pruning.timeline import Timeline
 from step_sglang.scoring.capture import Capture
 
 MAX_NAMED = 65536  # named traces whose score is kept for a continuation
@@ -74,7 +74,7 @@ class Trace:
     name: str | None = None  # within its group, for requests that continue it
     prompt_tokens: int = 0  # of its first request
     signal: Signal | None = None  # of its group's baseline
-    recording: Recording | None = None
+    timeline: Timeline | None = None
     ending: bool = False  # its group's baseline ends it
     reason: str | None = None  # why it was pruned
 
@@ -91,15 +91,13 @@ class Trace:
     @property
     def watches_tokens(self) -> bool:
         """Whether somebody wants to see its output tokens as they come."""
-        return self.recording is not None or (
-            self.signal is not None and self.signal.watches_tokens
-        )
+        return self.timeline is not None or (self.signal is not None and self.signal.watches_tokens)
 
     @property
     def top_k(self) -> int:
         """Candidates of the token confidence that somebody wants; 0: nobody does."""
         wanted = 0 if self.signal is None else self.signal.top_k
-        return wanted or (0 if self.recording is None else DEFAULT_TOP_K)
+        return wanted or (0 if self.timeline is None else DEFAULT_TOP_K)
 
     def token(self, token: int, now: float, confidence: float) -> Trace | None:
         """Show an output token to those who want it; returns a trace that is to end for it.
@@ -109,8 +107,8 @@ class Trace:
             now: unix seconds.
             confidence: over ``top_k`` candidates, nats; NaN when ``top_k`` is 0.
         """
-        if self.recording is not None:
-            self.recording.token(now, confidence)
+        if self.timeline is not None:
+            self.timeline.token(now, confidence)
         if self.signal is None or not self.signal.watches_tokens:
             return None
         # A signal returns one of the traces that it was given.
@@ -121,7 +119,7 @@ class Trace:
         """Running mean of the step scores; None until the first step."""
         return self.score_sum / self.num_steps if self.num_steps else None
 
-    def record(self, step_score: float, score_sum: float, position: int) -> None:
+    def add_step(self, step_score: float, score_sum: float, position: int) -> None:
         """Take over one scored step as the device computed it; NaN means no step ended."""
         if math.isnan(step_score):
             return
@@ -156,8 +154,8 @@ class Trace:
             return info
         if self.fate is TraceStatus.PRUNED:
             info[protocol.META_REASON] = self.reason
-        if self.recording is not None:
-            info[protocol.META_RECORD] = self.recording.as_json()
+        if self.timeline is not None:
+            info[protocol.META_RECORD] = self.timeline.as_json()
         if self.step_scores is not None:
             info[protocol.META_STEP_SCORES] = list(self.step_scores)
         if self.positions is not None:
@@ -211,7 +209,7 @@ class GroupRegistry:
         capture: Capture | None = None,
         baseline: Baseline | None = None,
         context: EngineContext | None = None,
-        recording: Recording | None = None,
+        timeline: Timeline | None = None,
     ) -> Trace:
         """Add a live trace to a group, which begins with it when it is new.
 
@@ -230,7 +228,7 @@ class GroupRegistry:
             capture=capture,
             name=name,
             prompt_tokens=prompt_tokens,
-            recording=recording,
+            timeline=timeline,
         )
         if group.baseline is not None and context is not None:
             trace.signal = group.baseline.signal(trace, group.joined + 1, context)

@@ -10,7 +10,7 @@ from step_sglang import protocol
 
 
 @dataclass(slots=True, eq=False)
-class Recording:
+class Timeline:
     """One entry per output token, in order."""
 
     times: list[float] = field(default_factory=list)  # unix seconds, when the scheduler saw it

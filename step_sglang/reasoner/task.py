@@ -83,7 +83,7 @@ class Question:
         return split_of(self.question)
 
     def as_dict(self) -> dict[str, str]:
-        """The record that question files hold, one per line."""
+        """A line of a question file."""
         return {"question": self.question, "answer": self.answer}
 
 

@@ -3,6 +3,9 @@
 Every ranking figure exists twice. *Pooled* compares traces of all questions, which a signal can win
 by recognising hard questions. *Within* compares a correct with a wrong trace of the same question,
 the only comparison that pruning makes.
+
+The bootstrap is our own: it resamples questions, and a pooled pair belongs to two of them, which
+scipy's bootstrap of independent observations cannot say.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from step_sglang.config import StepConfig
 from step_sglang.errors import ConfigError, RequestError
 from step_sglang.pruning.groups import GroupRegistry, Trace, TraceStatus
 from step_sglang.pruning.policy import Candidates, GroupView, TraceView
-from step_sglang.pruning.timeline import Recording
+from step_sglang.pruning.timeline import Timeline
 from step_sglang.scoring.confidence import token_confidences
 from step_sglang.training.confidence import token_signals
 
@@ -142,11 +142,11 @@ def test_ending_spares_the_minimum() -> None:
 
 def test_who_watches_tokens() -> None:
     groups = GroupRegistry()
-    plain, recorded = join(groups, None), join(groups, None, recording=Recording())
+    plain, recorded = join(groups, None), join(groups, None, timeline=Timeline())
     assert not plain.watches_tokens and groups.watched == {20: 1}
     groups.end(recorded, TraceStatus.FINISHED)
     assert not groups.watched
-    confident = groups.join("h", baseline=DeepConf(top_k=7), context=CONTEXT, recording=Recording())
+    confident = groups.join("h", baseline=DeepConf(top_k=7), context=CONTEXT, timeline=Timeline())
     thinking = groups.join("i", baseline=SlimSC(), context=CONTEXT)
     assert groups.watched == {7: 1, 0: 1}
     confident.token(3, 12.34567, 1.5)

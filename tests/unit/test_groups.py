@@ -46,7 +46,7 @@ def test_thousands_of_groups_leave_nothing_behind() -> None:
         for i in range(count):
             traces = [groups.join(f"group {i}") for _ in range(8)]
             for j, trace in enumerate(traces):
-                trace.record(0.5, 0.5, j)
+                trace.add_step(0.5, 0.5, j)
                 groups.end(trace, list(TraceStatus)[1 + j % 3])
 
     serve(10)
@@ -74,9 +74,9 @@ def test_a_trace_costs_less_than_a_kibibyte() -> None:
 def test_score_is_the_running_mean() -> None:
     trace = GroupRegistry().join("q", step_scores=True)
     assert trace.score is None and trace.meta()["score"] is None
-    trace.record(0.25, 0.25, 4)
-    trace.record(math.nan, 99.0, 5)
-    trace.record(0.75, 1.0, 9)
+    trace.add_step(0.25, 0.25, 4)
+    trace.add_step(math.nan, 99.0, 5)
+    trace.add_step(0.75, 1.0, 9)
     assert trace.score == 0.5 and trace.num_steps == 2
     assert "step_scores" not in trace.meta()
     trace.fate, trace.reason = TraceStatus.PRUNED, "decode"
@@ -105,8 +105,8 @@ def test_a_named_trace_is_continued_with_its_score_and_counts_once() -> None:
     registry = GroupRegistry()
     other = registry.join("g")
     first = registry.join("g", name="fork 1", prompt_tokens=7)
-    first.record(0.5, 0.5, 3)
-    first.record(0.25, 0.75, 9)
+    first.add_step(0.5, 0.5, 3)
+    first.add_step(0.25, 0.75, 9)
     registry.end(first, TraceStatus.FINISHED)
     assert other.group.survivors == 2
     again = registry.join("g", name="fork 1", prompt_tokens=99)
@@ -126,7 +126,7 @@ def test_only_so_many_named_traces_are_kept(monkeypatch: pytest.MonkeyPatch) -> 
     registry = GroupRegistry()
     for name in "abc":
         trace = registry.join("g", name=name)
-        trace.record(0.5, 0.5, 0)
+        trace.add_step(0.5, 0.5, 0)
         registry.end(trace, TraceStatus.FINISHED)
     assert [registry.join("g", name=name).num_steps for name in "abc"] == [0, 1, 1]
 
