@@ -10,8 +10,6 @@ from typing import Any
 from step_sglang import protocol
 from step_sglang.voting.session import SampledTrace, TraceFate, VoteSession, VoteStatus
 
-_FINISHED = "request_finished_ts"
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -159,19 +157,34 @@ def _trace(trace: SampledTrace) -> TraceResult:
     )
 
 
-def _times(trace: SampledTrace) -> Timing:
-    info = trace.meta_info
-    total = trace.ended or 0.0
+def server_times(
+    info: Mapping[str, Any],
+) -> tuple[float | None, float | None, float | None]:
+    """Seconds of waiting, prefill and decoding from the server's time stamps; None without them.
+
+    A retracted trace waits again after its first token; that time is not decoding.
+    """
     wait, entry, prefilled, finished = (
         info.get(key)
-        for key in ("queue_time", "forward_entry_time", "prefill_finished_time", _FINISHED)
-    )
-    if wait is not None and entry is not None and prefilled is not None and finished is not None:
-        return Timing(
-            total, trace.first_chunk, wait, prefilled - entry, finished - prefilled, "server"
+        for key in (
+            "queue_time", "forward_entry_time", "prefill_finished_time", "request_finished_ts",
         )
-    decode = None if trace.first_chunk is None else total - trace.first_chunk
-    return Timing(total, trace.first_chunk, None, None, decode, "client")
+    )  # fmt: skip
+    if wait is None or entry is None or prefilled is None or finished is None:
+        return None, None, None
+    again = 0.0
+    dispatched = info.get("api_server_dispatch_finish_ts")
+    if info.get("num_retractions") and dispatched is not None:
+        again = max(0.0, wait - max(0.0, entry - dispatched))
+    return wait, prefilled - entry, max(0.0, finished - prefilled - again)
+
+
+def _times(trace: SampledTrace) -> Timing:
+    total, first = trace.ended or 0.0, trace.first_chunk
+    wait, prefill, decode = server_times(trace.meta_info)
+    if decode is not None:
+        return Timing(total, first, wait, prefill, decode, "server")
+    return Timing(total, first, None, None, None if first is None else total - first, "client")
 
 
 def _mean(times: list[Timing], total: float) -> Timing:

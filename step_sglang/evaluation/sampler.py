@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from step_sglang import protocol
+from step_sglang.client.result import server_times
 from step_sglang.client.sampling import Sampling
 from step_sglang.client.source import TraceSource, reading_chunks
 from step_sglang.evaluation.methods import (
@@ -138,25 +137,3 @@ def _trace_result(trace: SampledTrace, correct: bool) -> TrialTrace:
         prefill=prefill,
         decode=decode,
     )
-
-
-def server_times(
-    info: Mapping[str, Any],
-) -> tuple[float | None, float | None, float | None]:
-    """Seconds of waiting, prefill and decoding from the server's time stamps; None without them.
-
-    A retracted trace waits again after its first token; that time is not decoding.
-    """
-    wait, entry, prefilled, finished = (
-        info.get(key)
-        for key in (
-            "queue_time", "forward_entry_time", "prefill_finished_time", "request_finished_ts",
-        )
-    )  # fmt: skip
-    if wait is None or entry is None or prefilled is None or finished is None:
-        return None, None, None
-    again = 0.0
-    dispatched = info.get("api_server_dispatch_finish_ts")
-    if info.get("num_retractions") and dispatched is not None:
-        again = max(0.0, wait - max(0.0, entry - dispatched))
-    return wait, prefilled - entry, max(0.0, finished - prefilled - again)

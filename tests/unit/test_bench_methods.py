@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from step_sglang.client.result import server_times
 from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Job
 from step_sglang.evaluation.errors import BenchError
@@ -21,7 +22,7 @@ from step_sglang.evaluation.methods import (
     stop_threshold,
 )
 from step_sglang.evaluation.run import Plan, blocks
-from step_sglang.evaluation.sampler import ServerSampler, grade, server_times
+from step_sglang.evaluation.sampler import ServerSampler, grade
 from step_sglang.evaluation.serving import PoolSize, Serving, parse_pool_sizes
 from step_sglang.evaluation.watch import read_gauges
 from step_sglang.voting.answers import extract_boxed
