@@ -1,8 +1,8 @@
-"""The methods: how each asks for its traces and how they vote.
+"""The methods: how each samples its traces and weighs their votes.
 
-A method is a name, a way to ask and a way to weigh the traces that finished; another one is a few
-lines in :data:`METHODS`. What the engine must do for it stands in the request
-(``custom_params.step.baseline``), except for the reference's policy, which is a server's.
+A method is a name, a function that samples and one that weighs the traces that finished; adding one
+takes a few lines in :data:`METHODS`. The request tells the engine what to do
+(``custom_params.step.baseline``); only the reference's policy is a setting of the server.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Step = bool | Mapping[str, Any]  # custom_params.step
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What the methods may be told; the defaults are their papers'.
+    """Parameters of the methods; the defaults are those of their papers.
 
     DeepConf (arXiv 2508.15260): groups of 2,048 tokens and the 20 most likely candidates
     (section 4.1), 16 warm-up traces (its online algorithm). Slim-SC (arXiv 2509.13990): similarity
@@ -38,7 +38,7 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class Part:
-    """What one request brought."""
+    """The traces of one request."""
 
     traces: tuple[SampledTrace, ...]
     seconds: float
@@ -49,7 +49,7 @@ class Sampler(Protocol):
 
     @property
     def settings(self) -> MethodSettings:
-        """What the method may be told."""
+        """Parameters of the method."""
         ...
 
     async def ask(self, n: int, step: Step, early: str = "off") -> Part:
@@ -59,7 +59,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class SampleResult:
-    """All traces of a question, in the order in which they were asked for."""
+    """All traces of a question, in the order of their requests."""
 
     parts: tuple[Part, ...]
     threshold: float | None = None
@@ -112,7 +112,7 @@ def _one_request(step: Step | Callable[[MethodSettings], Step], early: str = "of
 
 
 def _deepconf(keep: float) -> Ask:
-    """Warm-up traces run to their end and set the threshold; the others are stopped below it."""
+    """Warm-up traces run to their end and set the threshold; the engine stops the others below."""
 
     async def ask(sampler: Sampler, n: int) -> SampleResult:
         settings = sampler.settings
@@ -194,8 +194,8 @@ async def _record(sampler: Sampler, n: int) -> SampleResult:
     return SampleResult((await sampler.ask(n, step),))
 
 
-# Not a method to compare: every trace runs to its end, and is kept with what the policies that
-# `replay` knows go by.
+# Not a method to compare: every trace runs to its end, and is stored with the data that `replay`
+# needs for its policies.
 RECORD = Method("record", "recorded", _record, _by_score, ample=True)
 ALIASES = {"slim-sc": "slim-sc-diversity", "deepconf": "deepconf-low"}
 REFERENCE = "sc"  # what the others are compared with

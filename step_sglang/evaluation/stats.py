@@ -1,9 +1,9 @@
-"""Honest statistics of methods that answered the same questions. Pure numbers.
+"""Statistics of methods that answered the same questions. Pure numbers.
 
-The unit is the question: its repeats are averaged first, because the answers to one question are
+The unit is the question: its repeats are averaged first, because answers to the same question are
 not independent. Differences are paired by question. Intervals are percentile bootstraps over
-questions; the p-value is that of a paired permutation test (the signs of the questions' differences
-are flipped at random, all flips of equal chance under the hypothesis of no difference).
+questions; the p-value is that of a paired permutation test: the signs of the questions' differences
+are flipped, and without a real difference all flips are equally likely.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def compare(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Paired | None:
-    """Compare values per question and repeat; questions that only one has are left out.
+    """Compare values per question and repeat; questions that only one method answered are left out.
 
     Returns:
         The comparison, or None without a common question.

@@ -1,1 +1,1 @@
-"""What a hidden state is worth: boundary tokens, the scorer, the fused op and its slots."""
+"""Scores steps from hidden states: boundary tokens, the scorer, the fused op, per-slot state."""

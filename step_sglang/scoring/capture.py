@@ -12,7 +12,7 @@ import torch
 
 @dataclass(slots=True, eq=False)
 class Capture:
-    """What one trace captures.
+    """The hidden states that one trace captures.
 
     ``prompt_tokens`` None: its own generated steps. P: those of the trace that its input holds
     from token P on, taken while the input is prefilled, at the positions ``wanted``.

@@ -35,7 +35,7 @@ _REFERENCE_NAMES = {
 
 @dataclass(frozen=True)
 class ScorerInfo:
-    """What a scorer file says of itself; every part may be unknown."""
+    """What a scorer file states about itself; any part may be unknown."""
 
     model: str | None = None
     delimiters: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ def load_scorer(path: str | os.PathLike[str]) -> Scorer:
 
 
 def blank_scorer(hidden_size: int) -> Scorer:
-    """A scorer that says 0.5 of every step, for a server that only captures hidden states."""
+    """A scorer that gives every step 0.5, for a server that only captures hidden states."""
     return Scorer(
         w1=torch.zeros(HIDDEN_UNITS, hidden_size),
         b1=torch.zeros(HIDDEN_UNITS),

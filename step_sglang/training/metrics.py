@@ -1,8 +1,8 @@
 """How well a signal ranks correct traces above wrong ones. Pure numbers: no files, no torch.
 
-Every ranking figure exists twice. *Pooled* compares traces of all questions, which a signal can win
-by recognising hard questions. *Within* compares a correct with a wrong trace of the same question,
-the only comparison that pruning makes.
+Every ranking figure comes in two forms. *Pooled* compares traces of all questions; a signal can do
+well there just by recognising hard questions. *Within* compares a correct with a wrong trace of the
+same question, the only comparison that pruning makes.
 
 The bootstrap is our own: it resamples questions, and a pooled pair belongs to two of them, which
 scipy's bootstrap of independent observations cannot say.

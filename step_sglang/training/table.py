@@ -1,4 +1,4 @@
-"""All traces of some questions as flat arrays: what the metrics read. Knows nothing of files."""
+"""The traces of some questions as flat arrays, the input of the metrics. Knows no files."""
 
 from __future__ import annotations
 
