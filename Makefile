@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 # an environment may be shared by checkouts.
 DEPS := $(VENV)/.deps-$(shell $(PYTHON) .ci/key.py)
 NATIVE := $(wildcard csrc/* tests/simt/*.cpp tests/simt/include/*)
+# Tests that share a server are a group, which one worker runs.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
 SERVER := SGLANG_PLATFORM=step_cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: env test test-unit test-slow test-gpu lint format demo check clean
+.PHONY: env test test-all test-unit test-slow test-gpu lint format demo check clean
 
 env: $(DEPS)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
@@ -29,13 +31,16 @@ lint: env
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) -m 'not slow and not gpu' --hypothesis-profile full
 
 test-unit: env
-	$(BIN)/python -m pytest tests/unit tests/simt
+	$(PYTEST) tests/unit tests/simt
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu tests/gpu

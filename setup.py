@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -191,6 +192,10 @@ def extensions() -> list[Extension]:
         for name, sources in names.items()
     ]
 
+
+# Of an editable installation setuptools warns that a folder of the package's name could be imported
+# in its place: that folder is the package.
+warnings.filterwarnings("ignore", "Editable installation")
 
 setup(
     ext_modules=extensions(),

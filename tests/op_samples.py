@@ -1,5 +1,6 @@
 """Random calls of the op, shared by the CPU, CUDA and emulation tests."""
 
+import itertools
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -9,6 +10,11 @@ from step_sglang.scoring import op, reference
 from step_sglang.scoring.op import NUM_STEPS, SCORE_FROM, SCORE_SUM, THINKING
 
 NEVER = 2**31 - 1
+DTYPES = list(
+    itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -178,3 +184,16 @@ def assert_matches(got: Sample, want: Sample, tolerance: float = 2e-5) -> None:
     torch.testing.assert_close(
         got.out.double(), want.out, rtol=tolerance, atol=tolerance, equal_nan=True
     )
+
+
+def active_rows(count: int, *, dim: int, units: int, extra_stride: int = 0) -> Sample:
+    """A batch in which every row ends a scored step."""
+    sample = make_sample(
+        0, rows=count, dim=dim, units=units, extra_stride=extra_stride, think_end=False
+    )
+    sample.slot_ids.copy_(torch.arange(count))
+    sample.score_from.zero_()
+    sample.input_ids.fill_(
+        int(sample.boundary[0]).bit_length() - 1 if sample.boundary[0] > 0 else 31
+    )
+    return sample

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from step_sglang.scoring import op
-from tests.op_samples import Sample, assert_matches, make_sample, run_reference
-from tests.simt.test_op_simt import DTYPES, active_rows
+from tests.op_samples import DTYPES, Sample, active_rows, assert_matches, make_sample, run_reference
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,6 +13,20 @@ from tests.server.launch import Server
 LEAK = re.compile(r"memory leak detected|Mem Leak")
 
 
+def step_state(server: Server) -> dict[str, Any]:
+    """What STEP says of itself in the server's information."""
+    return dict(server.info()["internal_states"][0]["step"])
+
+
+def idle_free_tokens(server: Server) -> int:
+    """Wait until no trace lives, then as :func:`free_tokens`."""
+    deadline = time.monotonic() + 120
+    while step_state(server)["live_traces"]:
+        assert time.monotonic() < deadline, "traces live on"
+        time.sleep(0.05)
+    return free_tokens(server)
+
+
 def free_tokens(server: Server, seconds: float = 180) -> int:
     """Wait until every KV token is free or only cached, then empty the cache.
 

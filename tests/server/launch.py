@@ -124,20 +124,19 @@ def serve(
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server and every process it started."""
+    """End a server and every process it started, at once: its own way to end takes ten seconds."""
     try:
         children = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         children = []
-    process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(children, timeout=10)
-    for child in alive:
-        child.kill()
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    process.kill()
+    process.wait()
+    for child in children:
+        # Python's tracker frees what the others leave in shared memory, and ends by itself.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                child.kill()
+    psutil.wait_procs(children, timeout=10)
     # Whoever is left has lost its parent: a server is a process group of its own.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -153,5 +152,5 @@ def _wait_until_ready(server: Server) -> None:
                 return
         except requests.RequestException:
             pass
-        time.sleep(0.5)
+        time.sleep(0.2)
     raise TimeoutError(f"server not ready after {START_TIMEOUT} s\n{server.tail()}")

@@ -39,7 +39,11 @@ for path, body in (("/step/abort_group", {"group": "q"}), ("/abort_request", {"r
 """
 
 
-@pytest.mark.parametrize("admin", ["admin", ""], ids=["admin key", "API key alone"])
+@pytest.mark.parametrize(
+    "admin",
+    ["admin", pytest.param("", marks=pytest.mark.full)],
+    ids=["admin key", "API key alone"],
+)
 def test_aborting_a_group_needs_the_key_that_aborting_a_request_needs(admin: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, admin],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import requests
 
 from tests.server.expected import assert_scores
-from tests.server.launch import Server, serve
+from tests.server.launch import Server
 
 pytestmark = pytest.mark.server
 
@@ -24,15 +23,8 @@ PARAMS = {"temperature": 1.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def server(
-    models: dict[str, Path], scorer: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    with serve(
-        models["qwen3"],
-        *("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", "8192"),
-        log=tmp_path_factory.mktemp("log") / "api.log",
-    ) as running:
-        yield running
+def server(roomy: Server) -> Server:
+    return roomy
 
 
 def ask(server: Server, step: Any = None, **params: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
@@ -18,27 +17,21 @@ from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
 from step_sglang.patches.tokenizer import _check_baseline
 from step_sglang.pruning.request import StepRequest
-from step_sglang.reasoner import model_path, questions, scorer_path
+from step_sglang.reasoner import questions
 from step_sglang.reasoner.tokenizer import prompt_text
 from step_sglang.training.confidence import token_signals
-from tests.server.launch import Server, serve
-from tests.server.test_groups import idle_free_tokens
+from tests.server.idle import idle_free_tokens
+from tests.server.launch import Server
 
 pytestmark = pytest.mark.server
 
-POOL, N = 1024, 24
+N = 24
 QUESTION = questions("test", 1, seed=7)[0].question
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serve(
-        model_path(),
-        *("--enable-step", "--step-scorer", str(scorer_path()), "--max-total-tokens", str(POOL)),
-        *("--max-running-requests", "256", "--enable-metrics"),
-        log=tmp_path_factory.mktemp("log") / "baselines.log",
-    ) as running:
-        yield running
+def server(reasoner: Server) -> Server:
+    return reasoner
 
 
 def sample(server: Server, n: int, step: dict[str, Any], **more: Any) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from statistics import mean, median, variance
@@ -24,8 +23,7 @@ from step_sglang.cli.main import app
 from step_sglang.evaluation.results import RESULTS, load_results
 from step_sglang.evaluation.traces import load_groups
 from step_sglang.evaluation.trial_result import TrialResult
-from step_sglang.reasoner import model_path, scorer_path
-from tests.server.launch import Server, serve
+from tests.server.launch import Server
 from tests.server.launch import start_command as start
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(1200)]  # of a loaded machine
@@ -40,12 +38,8 @@ PRUNING = ("random", "longest", "step", "step-early")  # in a pool this small
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("log") / "bench.log"
-    flags = ("--enable-step", "--step-scorer", str(scorer_path()), "--enable-metrics")
-    flags += ("--max-total-tokens", str(POOL), "--decode-log-interval", "10")
-    with serve(model_path(), *flags, log=log) as running:
-        yield running
+def server(reasoner: Server) -> Server:
+    return reasoner
 
 
 def run(*arguments: object, status: int = 0) -> str:
@@ -190,6 +184,7 @@ def test_what_a_server_cannot_do_is_refused(server: Server, tmp_path: Path) -> N
     assert "not --url" in message
 
 
+@pytest.mark.full
 def test_its_own_server_with_the_papers_policy_dies_in_the_middle(tmp_path: Path) -> None:
     folder = tmp_path / "results"
     process = start(*arguments(folder, "step-paper", 40), "--pool", POOL)
@@ -230,6 +225,7 @@ def paper_commands() -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("model", "kind"),
     [

@@ -12,7 +12,7 @@ from step_sglang.scoring.capture import decode
 from tests.server.expected import hidden_states, step_positions
 from tests.server.launch import Server, serve
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 PROMPT = list(range(40, 80))
 

@@ -150,6 +150,7 @@ def test_a_scorer_is_trained_on_it(store: Path, tmp_path: Path) -> None:
     assert "running mean" in shown
 
 
+@pytest.mark.full
 def test_its_own_server_dies_in_the_middle(tmp_path: Path) -> None:
     folder = tmp_path / "store"
     process = start(

@@ -31,7 +31,7 @@ from tests.server.pruned import (
     start,
 )
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 LONG = 1000  # tokens of a trace, so that its group outlives what is done to the server meanwhile
 

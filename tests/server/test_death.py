@@ -9,7 +9,7 @@ import pytest
 from tests.server.death import kill_while_pruning
 from tests.server.launch import serve
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 
 @pytest.mark.timeout(1200)

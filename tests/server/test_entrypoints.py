@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.server.launch import LAUNCH_SERVER, SGLANG_SERVE, environment, serve
@@ -60,7 +62,7 @@ def test_engine(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None:
     assert 0 < pruned <= 35
 
 
-def test_serve_with_a_configuration_file(
+def test_serve_with_a_configuration_file_and_its_end(
     models: dict[str, Path], scorer: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "server.yaml"
@@ -77,6 +79,11 @@ def test_serve_with_a_configuration_file(
         answers = server.generate(
             text="So", sampling_params={"n": 40, "max_new_tokens": 150, "ignore_eos": True}
         )
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.terminate()
+        assert server.process.wait(timeout=60) in (0, -signal.SIGTERM)
+        gone, alive = psutil.wait_procs(children, timeout=30)
+        assert gone and not alive
     assert any(answer["meta_info"]["step"]["pruned"] for answer in answers)
 
 

@@ -15,8 +15,7 @@ from tests.server.expected import step_positions, step_scores
 from tests.server.faults import Fault, plant
 from tests.server.idle import free_tokens
 from tests.server.launch import Server, one_core_each, serve
-from tests.server.test_pruning import PROMPT, TRACES, sample
-from tests.server.test_ranks import assert_same_victims
+from tests.server.traces import PROMPT, TRACES, assert_same_victims, sample
 
 pytestmark = pytest.mark.server
 
@@ -138,6 +137,7 @@ def test_sigkill_of_the_scheduler(faulty: Server) -> None:
     kill_while_pruning(faulty, "sglang::scheduler")
 
 
+@pytest.mark.full
 def test_ranks_stay_together_when_one_of_them_fails(
     models: dict[str, Path], scorer: Path, tmp_path: Path
 ) -> None:

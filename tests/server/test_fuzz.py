@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from step_sglang import protocol
-from tests.server.launch import Server, serve
+from tests.server.launch import Server
 
 pytestmark = pytest.mark.server
 
-EXAMPLES = 70  # bodies to each endpoint
+EXAMPLES = 70 if settings.get_current_profile_name() == "full" else 20  # bodies to an endpoint
 PROMPT = list(range(40, 60))
 
 scalars = (
@@ -57,13 +55,8 @@ counts = st.sampled_from([1, 1, 2, 3])  # stock SGLang itself answers a malforme
 
 
 @pytest.fixture(scope="module")
-def server(
-    models: dict[str, Path], scorer: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("log") / "fuzz.log"
-    flags = ("--enable-step", "--step-scorer", str(scorer), "--enable-metrics")
-    with serve(models["qwen3"], *flags, log=log) as running:
-        yield running
+def server(roomy: Server) -> Server:
+    return roomy
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +134,7 @@ def test_other_bodies(
 def test_the_server_is_unharmed(server: Server, statuses: Counter[int]) -> None:
     if not statuses:
         pytest.skip("nothing was sent before it")
-    assert statuses[200] >= 20 and statuses[400] + statuses[422] >= 50, statuses
+    assert statuses[200] >= 20 and statuses[400] + statuses[422] >= EXAMPLES // 2, statuses
     answers = server.generate(
         input_ids=PROMPT, sampling_params={"n": 8, "max_new_tokens": 50, "ignore_eos": True}
     )

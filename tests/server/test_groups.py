@@ -19,7 +19,7 @@ from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError, ServerError
 from step_sglang.evaluation.simulator import Request, Simulator
 from step_sglang.pruning.groups import Group
-from tests.server.idle import free_tokens
+from tests.server.idle import idle_free_tokens, step_state
 from tests.server.launch import Server, serve
 from tests.server.pruned import wait_until
 
@@ -72,15 +72,6 @@ def ordinary(server: Server, prompt: list[int], tokens: int) -> dict:
 
 def finished(answers: list[dict]) -> int:
     return sum(a["meta_info"]["finish_reason"]["type"] == "length" for a in answers)
-
-
-def step_state(server: Server) -> dict[str, Any]:
-    return server.info()["internal_states"][0]["step"]
-
-
-def idle_free_tokens(server: Server) -> int:
-    wait_until(lambda: step_state(server)["live_traces"] == 0)
-    return free_tokens(server)
 
 
 def pruned(server: Server, reason: str) -> int:

@@ -22,7 +22,7 @@ from tests.server.death import kill_while_pruning
 from tests.server.expected import step_positions, step_scores
 from tests.server.launch import Server, serve
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 PROMPT = list(range(40, 80))
 CONTEXT = 32768

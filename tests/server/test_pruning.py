@@ -11,11 +11,10 @@ import pytest
 from tests.server.expected import assert_scores
 from tests.server.idle import free_tokens
 from tests.server.launch import Server, serve
+from tests.server.traces import NEW_TOKENS, PROMPT, TRACES, sample
 
 pytestmark = pytest.mark.server
 
-PROMPT = list(range(40, 80))
-TRACES, NEW_TOKENS = 64, 200
 POOL = (len(PROMPT) + TRACES * NEW_TOKENS) // 4 // 16 * 16  # a quarter of the demand, whole pages
 
 CONFIGURATIONS = {
@@ -40,7 +39,17 @@ CONFIGURATIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(CONFIGURATIONS))
+# The plain one, and the one that differs most from it.
+QUICK = ("qwen3-plain", "phi3-page16-no-overlap-queue")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.full)
+        for name in CONFIGURATIONS
+    ],
+)
 def running(
     request: pytest.FixtureRequest,
     models: dict[str, Path],
@@ -56,21 +65,6 @@ def running(
         **env,
     ) as server:
         yield request.param, models[kind], server
-
-
-def sample(server: Server, n: int = TRACES, new_tokens: int = NEW_TOKENS, **params) -> list[dict]:
-    answers = server.generate(
-        input_ids=PROMPT,
-        sampling_params={
-            "n": n,
-            "temperature": 1.0,
-            "max_new_tokens": new_tokens,
-            "ignore_eos": True,
-            "custom_params": {"step": {"step_scores": True}},
-            **params,
-        },
-    )
-    return answers if isinstance(answers, list) else [answers]
 
 
 def test_prunes_instead_of_retracting(running, scorer: Path) -> None:
@@ -107,7 +101,7 @@ def test_prunes_instead_of_retracting(running, scorer: Path) -> None:
 
 def test_nothing_is_pruned_while_memory_lasts(running) -> None:
     name, _, server = running
-    infos = [answer["meta_info"] for answer in sample(server, n=8, new_tokens=50)]
+    infos = [answer["meta_info"] for answer in sample(server, n=8, tokens=50)]
     assert [info["step"]["pruned"] for info in infos] == [False] * 8
     if not name.endswith("retract"):
         assert sum(info["num_retractions"] for info in infos) == 0

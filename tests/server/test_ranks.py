@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from step_sglang.client.abort import abort_group
 from tests.server.expected import assert_scores
 from tests.server.launch import Server, one_core_each, serve
+from tests.server.traces import PROMPT, assert_same_victims, sample, victims
 
 pytestmark = pytest.mark.server
-
-PROMPT = list(range(40, 80))
-
-
-def sample(server: Server, n: int, tokens: int, **step: Any) -> list[dict]:
-    answers: list[dict] = server.generate(
-        input_ids=PROMPT,
-        sampling_params={
-            "n": n,
-            "temperature": 1.0,
-            "max_new_tokens": tokens,
-            "ignore_eos": True,
-            "custom_params": {"step": {"step_scores": True, **step}},
-        },
-    )
-    assert len(answers) == n
-    return answers
-
-
-def victims(server: Server) -> dict[int, list[str]]:
-    """Who was pruned and why, in order, by rank."""
-    text = server.log_text()
-    return {
-        rank: re.findall(rf"TP{rank}\] STEP pruned rid=('\w+' .*?reason=\w+)", text)
-        for rank in (0, 1)
-    }
-
-
-def assert_same_victims(server: Server, at_least: int) -> None:
-    first, second = (
-        [(line.split()[0], line.split("reason=")[1]) for line in lines]
-        for lines in victims(server).values()
-    )
-    assert len(first) >= at_least
-    assert first == second
 
 
 @pytest.fixture(scope="module")

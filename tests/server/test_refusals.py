@@ -133,7 +133,9 @@ def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None
         assert name == "good" or said[name].startswith("step-sglang: ")
 
 
-@pytest.mark.parametrize("entry", [LAUNCH_SERVER, SGLANG_SERVE])
+@pytest.mark.parametrize(
+    "entry", [LAUNCH_SERVER, pytest.param(SGLANG_SERVE, marks=pytest.mark.full)]
+)
 def test_a_refused_server_exits_non_zero_with_the_message_last(
     models: dict[str, Path], entry: tuple[str, ...], tmp_path: Path
 ) -> None:

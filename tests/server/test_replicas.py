@@ -11,7 +11,7 @@ import pytest
 
 from step_sglang.client.abort import abort_group
 from tests.server.launch import Server, one_core_each, serve
-from tests.server.test_ranks import PROMPT, sample
+from tests.server.traces import PROMPT, sample
 
 pytestmark = pytest.mark.server
 

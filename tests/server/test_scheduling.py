@@ -20,7 +20,7 @@ from tests.server.pruned import (
     start,
 )
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 
 @pytest.fixture

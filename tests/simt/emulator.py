@@ -1,23 +1,28 @@
 """Builds the device code against the emulation headers and runs calls of the op on it."""
 
+import functools
 import hashlib
 import os
 import struct
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from tests.op_samples import Sample, make_slots
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-BUILD = HERE.parent.parent / "build" / "simt"
+# With the environment, so that a new checkout finds what an earlier one compiled.
+BUILD = Path(sys.prefix) / "step-simt"
+COMPILER = os.environ.get("CXX", "g++")
 ASCENDING, DESCENDING, RANDOM = range(3)
 
 # name: (flags of the device code, flags of the engine)
@@ -57,35 +62,57 @@ def build(variant: str, kernel_source: str | None = None) -> Path:
     device_flags, engine_flags = VARIANTS[variant]
     rest = [*sorted(CSRC.glob("*.h")), *sorted(HERE.glob("*.cpp")), *sorted(HERE.glob("include/*"))]
     text = kernel + variant + repr(VARIANTS[variant]) + "".join(p.read_text() for p in rest)
-    target = BUILD / f"{variant}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    if target.exists():
-        return target
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        work = Path(folder)
+
+    def make(work: Path) -> Path:
         (work / "step_score.cu").write_text(kernel)
         common = ["-std=c++17", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
         common += [f"-I{HERE / 'include'}", f"-I{CSRC}"]
-        compiler = os.environ.get("CXX", "g++")
 
-        def compile_(source: Path, flags: list[str]) -> Path:
+        def compiled(source: Path, flags: list[str]) -> Path:
             obj = work / f"{source.stem}.o"
             language = ["-x", "c++"] if source.suffix == ".cu" else []
-            _run([compiler, *common, *flags, *language, "-c", str(source), "-o", str(obj)])
+            run([COMPILER, *common, *flags, *language, "-c", str(source), "-o", str(obj)])
             return obj
 
         objects = [
-            compile_(work / "step_score.cu", device_flags),
-            compile_(HERE / "driver.cpp", device_flags),
-            compile_(HERE / "simt.cpp", ["-O2", *engine_flags]),
+            compiled(work / "step_score.cu", device_flags),
+            compiled(HERE / "driver.cpp", device_flags),
+            compiled(HERE / "simt.cpp", ["-O2", *engine_flags]),
         ]
         program = work / "driver"
-        _run([compiler, *device_flags, *map(str, objects), "-o", str(program), "-lpthread"])
-        program.replace(target)  # in one step: two test processes may build at once
+        run([COMPILER, *device_flags, *map(str, objects), "-o", str(program), "-lpthread"])
+        return program
+
+    return built(variant, text, make)
+
+
+@functools.cache
+def _compiler() -> str:
+    """Which one it is: its sanitizers are those of its version."""
+    command = [COMPILER, "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def built(name: str, text: str, make: Callable[[Path], Path]) -> Path:
+    """The program of these sources, made once: another test process may want it too.
+
+    Args:
+        name: what its name begins with.
+        text: all that decides what it is.
+        make: compiles it in a folder and returns its path there.
+    """
+    digest = hashlib.sha256((_compiler() + text).encode()).hexdigest()[:16]
+    target = BUILD / f"{name}-{digest}"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+                make(Path(folder)).replace(target)
     return target
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
+    """Run a compiler; its messages are the error's."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import ast
-import hashlib
-import os
 import platform
-import subprocess
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.simt.emulator import BUILD, CSRC, HERE
+from tests.simt.emulator import COMPILER, CSRC, HERE, built, run
 
 FLAGS = [
     "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-fno-omit-frame-pointer", "-DSTEP_CPU",
@@ -36,29 +32,20 @@ def build(edited: Mapping[str, str] | None = None) -> Path:
     files = {p.name: p.read_text() for p in CSRC.iterdir() if p.suffix in (".h", ".inl", ".cpp")}
     files = {**files, **(edited or {}), "driver.cpp": (HERE / "driver.cpp").read_text()}
     text = repr(sorted(files.items())) + repr(isa) + repr(FLAGS)
-    target = BUILD / f"cpu-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    if target.exists():
-        return target
-    BUILD.mkdir(parents=True, exist_ok=True)
-    compiler = os.environ.get("CXX", "g++")
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        work = Path(folder)
+
+    def make(work: Path) -> Path:
         for name, content in files.items():
             (work / name).write_text(content)
 
         def compiled(name: str) -> str:
             obj = work / f"{name}.o"
-            _run([compiler, *FLAGS, *isa.get(name, []), "-c", str(work / name), "-o", str(obj)])
+            run([COMPILER, *FLAGS, *isa.get(name, []), "-c", str(work / name), "-o", str(obj)])
             return str(obj)
 
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compiled, [*wanted, "driver.cpp"]))
         program = work / "driver"
-        _run([compiler, *FLAGS, *objects, "-o", str(program)])
-        program.replace(target)  # in one step: two test processes may build at once
-    return target
+        run([COMPILER, *FLAGS, *objects, "-o", str(program)])
+        return program
 
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"
+    return built("cpu", text, make)

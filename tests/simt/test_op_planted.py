@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.op_samples import assert_matches, run_reference
+from tests.op_samples import active_rows, assert_matches, run_reference
 from tests.simt import emulator
 from tests.simt.emulator import DESCENDING, EmulationError, Schedule, emulate
-from tests.simt.test_op_simt import active_rows
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation is x86-64")
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.op_samples import Sample, assert_matches, make_sample, run_reference
+from tests.op_samples import DTYPES, Sample, assert_matches, make_sample, run_reference
 from tests.simt import emulator, sanitized
 from tests.simt.emulator import EmulationError, Schedule, emulate
-from tests.simt.test_op_simt import DTYPES
 
 HAS = {
     "avx512_bf16": "avx512_bf16",

@@ -10,17 +10,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.op_samples import Sample, assert_matches, make_sample, run_reference
+from tests.op_samples import (
+    DTYPES,
+    Sample,
+    active_rows,
+    assert_matches,
+    make_sample,
+    run_reference,
+)
 from tests.simt import emulator
 from tests.simt.emulator import ASCENDING, DESCENDING, RANDOM, Schedule, emulate
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation is x86-64")
 
-DTYPES = list(
-    itertools.product(
-        (torch.float32, torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)
-    )
-)
 UNITS_PER_BLOCK = 4
 
 
@@ -124,19 +126,6 @@ def test_races(tsan: Path, rows: int) -> None:
 @given(sample=samples.filter(lambda s: s.units <= 16))
 def test_races_at_random_shapes(tsan: Path, sample: Sample) -> None:
     check(tsan, sample, [Schedule(None), Schedule(None, DESCENDING), Schedule(None, RANDOM, 3)])
-
-
-def active_rows(count: int, *, dim: int, units: int, extra_stride: int = 0) -> Sample:
-    """A batch in which every row ends a scored step."""
-    sample = make_sample(
-        0, rows=count, dim=dim, units=units, extra_stride=extra_stride, think_end=False
-    )
-    sample.slot_ids.copy_(torch.arange(count))
-    sample.score_from.zero_()
-    sample.input_ids.fill_(
-        int(sample.boundary[0]).bit_length() - 1 if sample.boundary[0] > 0 else 31
-    )
-    return sample
 
 
 def test_every_block_order(plain: Path) -> None:

@@ -154,6 +154,7 @@ def test_bad_input_is_one_clear_error(
     assert solve("1;A+1", 1, url=server.url, sampling=SAMPLING).traces
 
 
+@pytest.mark.full
 def test_a_server_without_step_is_refused(tmp_path: Path) -> None:
     with serve(model_path(), log=tmp_path / "stock.log") as stock:
         for n in (1, 3):
@@ -183,6 +184,7 @@ if __name__ == "__main__":
 """ % json.dumps(SAMPLING)  # noqa: UP031
 
 
+@pytest.mark.full
 def test_engine_in_the_same_process(question: Question, tmp_path: Path) -> None:
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
