@@ -76,11 +76,29 @@ LAUNCH_SUBPROCESSES = Target(
 )  # fmt: skip
 
 # The tokenizer manager's process.
-HANDLE_BATCH_REQUEST = Target(
-    f"{_TOKENIZER}._handle_batch_request",
-    ("self", "obj", "request", "request_states"),
+INIT_REQ_STATE = Target(
+    f"{_TOKENIZER}._init_req_state",
+    ("self", "obj", "request"),
     why="marks the n samples of one prompt as one group",
     until="parallel samples carry the id of their request",
+)
+ABORT_REQUEST = Target(
+    f"{_TOKENIZER}.abort_request",
+    ("self", "rid", "abort_all"),
+    why="ends the group of a voted request with that request",
+    until="parallel samples end with the id of their request",
+)
+OPEN_SESSION = Target(
+    f"{_TOKENIZER}.open_session",
+    ("self", "obj", "request"),
+    why="learns which sessions are streaming ones, whose turns are not voted",
+    until="a request can ask what its session allows",
+)
+CLOSE_SESSION = Target(
+    f"{_TOKENIZER}.close_session",
+    ("self", "obj", "request"),
+    why="forgets which traces answered the session's voted turns",
+    until="parallel samples of a session's turn can be one turn",
 )
 CREATE_TOKENIZED_OBJECT = Target(
     f"{_TOKENIZER}._create_tokenized_object",
@@ -121,6 +139,19 @@ GENERATE_COMPLETION_STREAM = Target(
     ("self", "adapted_request", "request", "raw_request"),
     why="sends the progress of a vote while a completion streams",
     until="streams may carry comments of a plugin",
+)
+ANSWER_CHAT = Target(
+    "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._handle_non_streaming_request",
+    ("self", "adapted_request", "request", "raw_request"),
+    why="leaves pruned choices out of chat answers, and counts them in the usage",
+    until="the number of choices may be less than n",
+)
+ANSWER_COMPLETION = Target(
+    "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion"
+    "._handle_non_streaming_request",
+    ("self", "adapted_request", "request", "raw_request"),
+    why="leaves pruned choices out of text completions, and counts them in the usage",
+    until="the number of choices may be less than n",
 )
 
 # The scheduler's process.
@@ -214,13 +245,18 @@ HOOKED = (
     ADD_CLI_ARGS,
     FROM_CLI_ARGS,
     LAUNCH_SUBPROCESSES,
-    HANDLE_BATCH_REQUEST,
+    INIT_REQ_STATE,
+    ABORT_REQUEST,
+    OPEN_SESSION,
+    CLOSE_SESSION,
     CREATE_TOKENIZED_OBJECT,
     UPDATE_REQUEST_META_INFO,
     GENERATE_REQUEST,
     SERVE_GENERATE_REQUEST,
     GENERATE_CHAT_STREAM,
     GENERATE_COMPLETION_STREAM,
+    ANSWER_CHAT,
+    ANSWER_COMPLETION,
     INIT_ALL_CUDA_GRAPHS,
     CREATE_GENERATION_REQ,
     UPDATE_RUNNING_BATCH,
@@ -261,7 +297,7 @@ USED = (
     Target(f"{_ADDER}.rem_total_tokens"),
     Target("sglang.srt.managers.schedule_policy.AddReqResult.NO_TOKEN"),
     Target("sglang.srt.managers.schedule_policy.CLIP_MAX_NEW_TOKENS"),
-    Target(f"{_TOKENIZER}.abort_request", ("self", "rid", "abort_all")),
+    Target(f"{_TOKENIZER}._handle_abort_req", ("self", "recv_obj")),
     Target("sglang.srt.managers.io_struct.TokenizedGenerateReqInput.routed_dp_rank"),
     Target("sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.queue_duration_s"),
     Target("sglang.srt.utils.auth.auth_level", ("level",)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
@@ -13,6 +12,7 @@ from fastapi.responses import JSONResponse
 
 from step_sglang import protocol
 from step_sglang.errors import RequestError
+from step_sglang.patches.parsed import parsed_of
 from step_sglang.pruning.request import check_group_id
 
 _SERVER = "sglang.srt.entrypoints.http_server"
@@ -62,10 +62,5 @@ def _members(manager: Any, group: str) -> set[str]:
 
 def _group(obj: Any, rid: str) -> str | None:
     """The group of a request that the tokenizer manager holds; its own id if it named none."""
-    params = getattr(obj, "sampling_params", None)
-    custom = params.get("custom_params") if isinstance(params, Mapping) else None
-    value = custom.get(protocol.REQUEST_KEY) if isinstance(custom, Mapping) else None
-    if value is None or value is False:
-        return None
-    named = value.get(protocol.GROUP) if isinstance(value, Mapping) else None
-    return rid if named is None else named
+    trace = parsed_of(obj).trace
+    return None if trace is None else trace.group or rid

@@ -91,7 +91,8 @@ class StepEndpoint(RuntimeEndpoint):  # type: ignore[misc]
 def _note(s: Any, info: dict[str, Any]) -> None:
     """Remember that a fork was pruned or aborted."""
     reason = info.get("finish_reason") or {}
-    if reason.get("type") == "abort":
+    pruned = (info.get(protocol.META_KEY) or {}).get(protocol.META_PRUNED)
+    if pruned or reason.get("type") == "abort":
         setattr(s, _ENDED, info)
         s.error_ = RuntimeError(reason.get("message", "aborted"))
 

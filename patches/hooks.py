@@ -37,15 +37,20 @@ FLAGS = (
 )
 TOKENIZER = (
     Hook(contract.LAUNCH_SUBPROCESSES, HookType.BEFORE, "preflight:launch_subprocesses"),
-    Hook(contract.HANDLE_BATCH_REQUEST, HookType.BEFORE, "tokenizer:handle_batch_request"),
+    Hook(contract.INIT_REQ_STATE, HookType.BEFORE, "parsed:init_req_state"),
+    Hook(contract.ABORT_REQUEST, HookType.AFTER, "aborts:abort_request"),
+    Hook(contract.OPEN_SESSION, HookType.AROUND, "sessions:open_session"),
+    Hook(contract.CLOSE_SESSION, HookType.BEFORE, "sessions:close_session"),
     Hook(contract.CREATE_TOKENIZED_OBJECT, HookType.AFTER, "tokenizer:create_tokenized_object"),
     Hook(contract.UPDATE_REQUEST_META_INFO, HookType.AROUND, "tokenizer:update_request_meta_info"),
     Hook(contract.GENERATE_REQUEST, HookType.AROUND, "voting:generate_request"),
 )
 HTTP = (
-    Hook(contract.SERVE_GENERATE_REQUEST, HookType.AROUND, "voting:serve_generate_request"),
-    Hook(contract.GENERATE_CHAT_STREAM, HookType.AROUND, "voting:generate_stream"),
-    Hook(contract.GENERATE_COMPLETION_STREAM, HookType.AROUND, "voting:generate_stream"),
+    Hook(contract.SERVE_GENERATE_REQUEST, HookType.AROUND, "http:serve_generate_request"),
+    Hook(contract.GENERATE_CHAT_STREAM, HookType.AROUND, "http:generate_stream"),
+    Hook(contract.GENERATE_COMPLETION_STREAM, HookType.AROUND, "http:generate_stream"),
+    Hook(contract.ANSWER_CHAT, HookType.AROUND, "http:answer_whole"),
+    Hook(contract.ANSWER_COMPLETION, HookType.AROUND, "http:answer_whole"),
 )
 SCHEDULER = (
     Hook(contract.INIT_ALL_CUDA_GRAPHS, HookType.BEFORE, "scheduler:init_all_cuda_graphs"),

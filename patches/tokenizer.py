@@ -1,57 +1,29 @@
-"""Hooks in the tokenizer manager: one group per parallel sample, validation, response fields."""
+"""Hooks in the tokenizer manager: what the server refuses, and the response's fields."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from step_sglang import protocol
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
 from step_sglang.patches.guard import guard
+from step_sglang.patches.parsed import parsed_of, pruned_mode
 from step_sglang.patches.record import config_of
-from step_sglang.pruning.affinity import GroupIds, replica_of
-from step_sglang.pruning.request import (
-    StepRequest,
-    check_group_size,
-    declined,
-    parse_request,
-    with_group,
-)
+from step_sglang.pruning.affinity import replica_of
+from step_sglang.pruning.request import StepRequest, check_group_size
 
 
-def handle_batch_request(manager: Any, obj: Any, request: Any, request_states: Any) -> None:
-    """BEFORE ``TokenizerManager._handle_batch_request``: mark the samples of one prompt.
-
-    The manager turns n > 1 into n requests with fresh ids; nothing else ties them together.
-    """
-    if config_of(manager.server_args) is None or getattr(obj, "parallel_sample_num", 1) == 1:
-        return
-    for i in range(obj.batch_size):
-        item = obj[i]  # cached by the request object, so that the samples are copies of this one
-        params = dict(item.sampling_params or {})
-        if not declined(params.get("custom_params")):
-            params["custom_params"] = with_group(
-                params.get("custom_params"), _group_ids(manager.server_args.dp_size).new()
-            )
-            item.sampling_params = params
-
-
-@lru_cache
-def _group_ids(replicas: int) -> GroupIds:
-    return GroupIds(replicas)
-
-
-def create_tokenized_object(result: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
+def create_tokenized_object(result: Any, manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``_create_tokenized_object``: a ValueError here is answered with status 400."""
     config = config_of(manager.server_args)
     if config is None:
         return
-    params = result.sampling_params
-    step_request = parse_request(getattr(params, "custom_params", None))
+    step_request = parsed_of(obj).trace
     if step_request is None:
         return
+    params = result.sampling_params
     check_group_size(step_request, params.n)
     if (params.beam_width or 1) > 1:
         raise RequestError("custom_params.step does not work with beam search: drop one of them")
@@ -100,5 +72,19 @@ def update_request_meta_info(
     original(manager, meta_info, state, others, index, finish_reason)
     with guard(protocol.IN_RESPONSES):
         step = customized_info.get(protocol.META_KEY)
-        if step is not None and step[index] is not None:
-            meta_info[protocol.META_KEY] = step[index]
+        if step is None or step[index] is None:
+            return
+        meta_info[protocol.META_KEY] = step[index]
+        if step[index][protocol.META_PRUNED] and finish_reason is not None:
+            meta_info["finish_reason"] = _reported(manager, state.obj, meta_info, finish_reason)
+
+
+def _reported(
+    manager: Any, obj: Any, meta_info: Mapping[str, Any], finish_reason: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The finish reason that the request, or else the server, wants of a pruned trace."""
+    config, trace = config_of(manager.server_args), parsed_of(obj).trace
+    if config is None or pruned_mode(trace, config) == protocol.PRUNED_ABORT:
+        return finish_reason
+    tokens = meta_info["completion_tokens"]
+    return {"type": "length", "length": tokens, "message": finish_reason["message"]}

@@ -1,29 +1,26 @@
-"""Hooks for one-choice answers: a request becomes a group inside the tokenizer manager."""
+"""The hook that votes: a request becomes a group inside the tokenizer manager."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
+from step_sglang.patches import sessions
+from step_sglang.patches.aborts import LiveVote, abort_reason, live_votes
+from step_sglang.patches.choices import PROGRESS, leaves_out, without_pruned
+from step_sglang.patches.parsed import hand_out, parse_prompts, parsed_of, set_parsed, takes_part
 from step_sglang.patches.record import config_of
-from step_sglang.voting.one_choice import (
-    VoteProgress,
-    VoteRequest,
-    kept_alive,
-    one_choice,
-    parse_vote,
-    run,
-    session_of,
-    trace_params,
-)
+from step_sglang.pruning.request import StepRequest
+from step_sglang.voting.one_choice import VoteProgress, not_voted, one_choice, run, session_of
+from step_sglang.voting.request import ParsedRequest, VoteRequest, trace_params, without_vote
 from step_sglang.voting.verifier import AnswerVerifier
 
-_PROGRESS = "step_progress"  # on the request object, which its HTTP handler holds too
 _verifier = AnswerVerifier()  # starts nothing until an answer needs it
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
@@ -32,79 +29,120 @@ Generate = Callable[..., AsyncGenerator[Any, None]]
 def generate_request(original: Generate, manager: Any, obj: Any, request: Any = None) -> Any:
     """AROUND ``TokenizerManager.generate_request``, an asynchronous generator."""
     config = config_of(manager.server_args)
-    if config is None or not _wishes(obj, config):
+    if config is None or not takes_part(obj):
         return original(manager, obj, request)
-    setattr(obj, _PROGRESS, VoteProgress())
+    voted = any(parsed.vote is not None for parsed in parse_prompts(obj, config))
+    sessions.lead_to_trace(manager, obj)
+    if not voted:
+        chunks = original(manager, obj, request)
+        if leaves_out(obj, config):
+            return without_pruned(chunks, obj, manager.incremental_streaming_output)
+        return chunks
+    why = sessions.why_unvoted(manager, obj)
+    if why is not None:
+        _take_no_vote(obj, config)
+        return not_voted(original(manager, obj, request), why)
+    setattr(obj, PROGRESS, VoteProgress())
     return _answers(original, manager, obj, request, config)
 
 
-def _wishes(obj: Any, config: StepConfig) -> bool:
-    """Whether any request of a batch is to be voted; raises RequestError."""
-    from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
-    from sglang.srt.managers.io_struct import GenerateReqInput
+def _take_no_vote(obj: Any, config: StepConfig) -> None:
+    """Make a request an ordinary one, or a trace if it said so."""
+    parsed = parse_prompts(obj, config)
+    set_parsed(obj, *(replace(one, vote=None) for one in parsed))
 
-    if not isinstance(obj, GenerateReqInput):
-        return False
-    if isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX):
-        return False
+    def ordinary(params: dict[str, Any]) -> dict[str, Any]:
+        if "custom_params" not in params:
+            return params
+        return {**params, "custom_params": without_vote(params["custom_params"])}
+
     params = obj.sampling_params
-    every = params if isinstance(params, list) else [params or {}]
-    return any([parse_vote(each, config) is not None for each in every])
+    if isinstance(params, list):
+        obj.sampling_params = [ordinary(one) for one in params]
+    elif params is not None:
+        obj.sampling_params = ordinary(params)
 
 
 async def _answers(
     original: Generate, manager: Any, obj: Any, request: Any, config: StepConfig
 ) -> AsyncGenerator[Any, None]:
     obj.normalize_batch_and_arguments()
-    items = [obj] if obj.is_single else [obj[i] for i in range(obj.batch_size)]
-    tasks = [
-        asyncio.ensure_future(_answer(original, manager, item, request, config, obj))
-        for item in items
-    ]
-    try:
-        if not obj.stream:
-            answers = await asyncio.gather(*tasks)
-            yield answers[0] if obj.is_single else answers
-            return
-        for done in asyncio.as_completed(tasks):
-            answer = await done
-            if not obj.is_single:
-                answer["index"] = obj.rid.index(answer["meta_info"]["id"])
-            yield answer
-    finally:
-        # One that failed ends the others: cancelled, each closes its own group.
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    items = hand_out(obj)
+    voted = [item for item in items if parsed_of(item).vote is not None]
+    with live_votes(manager, voted, request) as votes:
+        tasks = [
+            asyncio.ensure_future(
+                _answer(original, manager, item, request, config, obj, votes[item.rid])
+                if item.rid in votes
+                else _unvoted_answer(original, manager, item, request)
+            )
+            for item in items
+        ]
+        try:
+            if not obj.stream:
+                answers = await asyncio.gather(*tasks)
+                yield answers[0] if obj.is_single else answers
+                return
+            for done in asyncio.as_completed(tasks):
+                answer = await done
+                if not obj.is_single:
+                    answer["index"] = obj.rid.index(answer["meta_info"]["id"])
+                yield answer
+        finally:
+            # One that failed ends the others: cancelled, each closes its own group.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _unvoted_answer(
+    original: Generate, manager: Any, item: Any, request: Any
+) -> dict[str, Any]:
+    """The answer to a prompt of a batch in which others are voted."""
+    inner = copy.copy(item)
+    inner.stream = False
+    return dict(await anext(original(manager, inner, request)))
 
 
 async def _answer(
-    original: Generate, manager: Any, item: Any, request: Any, config: StepConfig, whole: Any
+    original: Generate,
+    manager: Any,
+    item: Any,
+    request: Any,
+    config: StepConfig,
+    whole: Any,
+    live: LiveVote,
 ) -> dict[str, Any]:
-    """One prompt's answer in the form of a request without a vote."""
-    wish = parse_vote(item.sampling_params, config)
-    inner = copy.copy(item)
-    inner.__dict__.pop("_sub_obj_cache", None)
-    inner.regenerate_rid()
-    if wish is None:
-        inner.stream = False
-        answer = await anext(original(manager, inner, request))
-        answer["meta_info"]["id"] = item.rid
-        return dict(answer)
+    """One prompt's voted answer in the form of a request without a vote."""
+    parsed = parsed_of(item)
+    wish = parsed.vote
+    assert wish is not None
     if item.return_logprob and manager.incremental_streaming_output:
         raise RequestError(
             "log-probabilities of a voted answer need a server without "
             "--incremental-streaming-output"
         )
+    inner = copy.copy(item)
+    inner.__dict__.pop("_sub_obj_cache", None)
+    inner.regenerate_rid()
     inner.stream = True
     inner.sampling_params = trace_params(item.sampling_params, wish, config)
+    set_parsed(inner, ParsedRequest(parsed.trace or StepRequest()))
     session = session_of(wish, _verifier.same, _length_limit(wish, inner))
-    getattr(whole, _PROGRESS).sessions.append(session)
+    getattr(whole, PROGRESS).sessions.append(session)
     chunks = original(manager, inner, request)
     connected = None if request is None else _connection(request, item.rid)
     check = partial(_raise_errors, whole.stream)
-    last = await run(chunks, session, check, connected)
-    return one_choice(session, last, item.rid)
+    try:
+        last = await run(chunks, session, check, connected, live.is_aborted)
+    finally:
+        best = session.outcome().best
+        if best is not None:
+            sessions.answered(manager, item, session.traces[best].meta_info["id"])
+    aborted = abort_reason() if live.aborted else None
+    return one_choice(
+        session, last, item.rid, aborted=aborted, before_start=live.answer_before_start
+    )
 
 
 def _length_limit(wish: VoteRequest, inner: Any) -> int | None:
@@ -134,39 +172,3 @@ def _raise_errors(stream: bool, chunk: dict[str, Any]) -> None:
     if stream or status == 400:
         raise ValueError(reason["message"])
     raise HTTPException(status_code=status, detail=reason["message"])
-
-
-def generate_stream(
-    original: Generate, serving: Any, adapted_request: Any, request: Any, raw_request: Any
-) -> AsyncGenerator[str, None]:
-    """AROUND the generators behind streamed chat and text completions."""
-    chunks = original(serving, adapted_request, request, raw_request)
-    if not _is_voted(serving.tokenizer_manager, adapted_request):
-        return chunks
-    return kept_alive(chunks, partial(_comment, adapted_request), str)
-
-
-async def serve_generate_request(original: Callable[..., Any], obj: Any, request: Any) -> Any:
-    """AROUND ``serve_generate_request``, the handler of ``/generate``."""
-    from sglang.srt.entrypoints import http_server
-
-    voted = obj.stream and _is_voted(http_server._global_state.tokenizer_manager, obj)
-    response = await original(obj, request)
-    if voted:
-        response.body_iterator = kept_alive(
-            response.body_iterator, partial(_comment, obj), str.encode
-        )
-    return response
-
-
-def _is_voted(manager: Any, obj: Any) -> bool:
-    config = config_of(manager.server_args)
-    try:
-        return config is not None and _wishes(obj, config)
-    except RequestError:
-        return False  # the request itself will be refused for it
-
-
-def _comment(obj: Any) -> str | None:
-    progress = getattr(obj, _PROGRESS, None)
-    return None if progress is None else progress.comment()

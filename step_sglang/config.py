@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from step_sglang.errors import ConfigError
-from step_sglang.protocol import EXTRACTORS, NGRAMS, VOTES
+from step_sglang.protocol import EXTRACTORS, NGRAMS, PRUNED_ABORT, PRUNED_MODES, VOTES
 
 POLICIES = ("fair", "paper")
 SCOPES = ("thinking", "all")
@@ -104,6 +104,15 @@ class StepConfig:
             "help": "Where a trace's answer is: in \\boxed{}, a choice's letter, the last number.",
         },
     )
+    pruned: str = field(
+        default=PRUNED_ABORT,
+        metadata={
+            "choices": PRUNED_MODES,
+            "help": "How pruned traces are reported where a request does not say: with "
+            "finish_reason abort; with length, which clients with types accept; or omit, which is "
+            "length and leaves them out of chat and text completions of one prompt.",
+        },
+    )
     temperature: float = field(
         default=0.6,
         metadata={
@@ -160,6 +169,7 @@ class StepConfig:
             )
         _check_choice("--step-vote", self.vote, VOTES)
         _check_choice("--step-extract", self.extract, EXTRACTORS)
+        _check_choice("--step-pruned", self.pruned, PRUNED_MODES)
         if not isinstance(self.embedding, str) or not self.embedding:
             raise ConfigError(f"--step-embedding must be a name, not {self.embedding!r}")
         if not isinstance(self.temperature, int | float) or not 0 < self.temperature < 100:

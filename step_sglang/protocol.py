@@ -14,10 +14,17 @@ PROMPT_TOKENS = "prompt_tokens"
 TRACE = "trace"
 BASELINE = "baseline"
 RECORD = "record"
+PRUNED = "pruned"
 REQUEST_MEMBERS = (
     GROUP, TRACE, WEIGHT, MIN_SURVIVORS, STEP_SCORES, HIDDEN_STATES, PROMPT_TOKENS, BASELINE,
-    RECORD,
+    RECORD, PRUNED,
 )  # fmt: skip
+
+# How a pruned trace is reported: the values of PRUNED.
+PRUNED_ABORT = "abort"  # with `finish_reason` abort
+PRUNED_LENGTH = "length"  # with `finish_reason` length, which typed clients know
+PRUNED_OMIT = "omit"  # like that, and not at all in an OpenAI answer of several choices
+PRUNED_MODES = (PRUNED_ABORT, PRUNED_LENGTH, PRUNED_OMIT)
 
 # Members that ask for one voted answer instead; they never reach the scheduler.
 TRACES = "traces"
@@ -64,6 +71,7 @@ ABORT_GROUP_PATH = "/step/abort_group"
 ABORTED = "aborted"
 # What an answer to `traces` says of its vote, under `meta_info["step"]["vote"]`.
 META_VOTE = "vote"
+NOT_VOTED = "not_voted"  # the vote's status where none was taken although one was asked for
 
 # Where STEP itself failed while the server went on, in the log line, metrics and `/server_info`.
 IN_SCORING = "scoring"

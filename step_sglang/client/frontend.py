@@ -110,4 +110,6 @@ def _problem(info: dict[str, Any] | None) -> str:
     if info is None:
         return "it generated nothing"
     reason = info.get("finish_reason") or {}
-    return str(reason.get("message", "aborted")) if reason.get("type") == "abort" else ""
+    pruned = (info.get(protocol.META_KEY) or {}).get(protocol.META_PRUNED)
+    ended = pruned or reason.get("type") == "abort"
+    return str(reason.get("message", "aborted")) if ended else ""

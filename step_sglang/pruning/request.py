@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from step_sglang import protocol
@@ -24,6 +24,9 @@ class StepRequest:
     ``baseline``: another method than STEP judges the group's traces. ``record``: the final response
     says when each token came, and its confidence.
 
+    ``pruned``: how a pruned trace is reported, one of ``protocol.PRUNED_MODES``; None: as the
+    server does.
+
     ``prompt_tokens`` P: the input already holds a trace from token P on, whose hidden states are
     wanted (only with ``hidden_states``, on a server that captures).
     """
@@ -37,6 +40,7 @@ class StepRequest:
     trace: str | None = None
     baseline: Baseline | None = None
     record: bool = False
+    pruned: str | None = None
 
 
 def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None:
@@ -89,6 +93,7 @@ def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None
         prompt_tokens=prompt_tokens,
         baseline=_baseline(value),
         record=_flag(value, protocol.RECORD),
+        pruned=_pruned(value),
     )
     if prompt_tokens is not None and not step_request.hidden_states:
         raise RequestError("custom_params.step.prompt_tokens needs hidden_states: true beside it")
@@ -159,6 +164,16 @@ def _min_survivors(value: Mapping[str, Any]) -> int | None:
     return minimum
 
 
+def _pruned(value: Mapping[str, Any]) -> str | None:
+    mode = value.get(protocol.PRUNED)
+    if mode is None or (isinstance(mode, str) and mode in protocol.PRUNED_MODES):
+        return mode
+    raise RequestError(
+        f"custom_params.step.pruned must be one of {', '.join(protocol.PRUNED_MODES)}, "
+        f"not {safe_repr(mode)}"
+    )
+
+
 def _baseline(value: Mapping[str, Any]) -> Baseline | None:
     baseline = value.get(protocol.BASELINE)
     return None if baseline is None else parse_baseline(baseline)
@@ -186,18 +201,23 @@ def declined(custom_params: Mapping[str, Any] | None) -> bool:
     )
 
 
-def with_group(custom_params: Mapping[str, Any] | None, group: str) -> dict[str, Any]:
-    """Copy of ``custom_params`` that names ``group``, unless the request named one itself.
+def as_sample(step_request: StepRequest | None, new_group: Callable[[], str]) -> StepRequest:
+    """What each of several samples of a prompt is: in a new group, unless the request named one.
 
     Raises:
-        RequestError: it is malformed, or names a trace, which only one sample can be.
+        RequestError: the request names a trace, which only one sample can be.
     """
-    step_request = parse_request(custom_params) or StepRequest()
+    step_request = step_request or StepRequest()
     if step_request.trace is not None:
         raise RequestError("custom_params.step.trace names one trace: it needs n = 1")
+    if step_request.group is not None:
+        return step_request
+    return replace(step_request, group=new_group())
+
+
+def with_group(custom_params: Mapping[str, Any] | None, group: str) -> dict[str, Any]:
+    """Copy of checked ``custom_params`` that names ``group``, as the scheduler will read it."""
     params = dict(custom_params or {})
-    if step_request.group is None:
-        value = params.get(protocol.REQUEST_KEY)
-        members = value if isinstance(value, Mapping) else {}
-        params[protocol.REQUEST_KEY] = {**members, protocol.GROUP: group}
-    return params
+    value = params.get(protocol.REQUEST_KEY)
+    members = value if isinstance(value, Mapping) else {}
+    return {**params, protocol.REQUEST_KEY: {**members, protocol.GROUP: group}}

@@ -1,7 +1,7 @@
 """One-choice answers: a request that asks for a vote becomes a group, and one trace answers it.
 
-Reads what the request says (``custom_params.step.traces`` and its companions), runs the group on a
-stream of chunks that the caller gives, and forms the one answer. Knows nothing of SGLang.
+Runs the group of such a request on a stream of chunks that the caller gives, and forms the one
+answer. Knows nothing of SGLang.
 """
 
 from __future__ import annotations
@@ -14,101 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from step_sglang import protocol
-from step_sglang.config import StepConfig
-from step_sglang.errors import RequestError, VoteError, safe_repr
 from step_sglang.voting.answers import extractor_named
-from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
-from step_sglang.voting.session import (
-    STREAM_INTERVAL,
-    SampledTrace,
-    TraceFate,
-    VoteRules,
-    VoteSession,
-)
+from step_sglang.voting.request import VoteRequest
+from step_sglang.voting.session import SampledTrace, TraceFate, VoteOutcome, VoteSession
 from step_sglang.voting.tally import Same
 
-MAX_TRACES = 4096
 _POLL = 0.25  # seconds between two looks at a connection, or at a silent group
 KEEP_ALIVE = 1.0  # seconds between two comments of a streamed answer
-
-
-@dataclass(frozen=True)
-class VoteRequest:
-    """A request's wish for one voted answer."""
-
-    traces: int
-    rules: VoteRules
-    extract: str = "boxed"
-    by_default: bool = False  # asked for by the server's configuration
-
-
-def parse_vote(params: Mapping[str, Any], config: StepConfig) -> VoteRequest | None:
-    """What a request's sampling parameters, and the server's default, say of a vote.
-
-    The default applies to ordinary requests alone: one sample that generates something and says
-    nothing else of STEP.
-
-    Raises:
-        RequestError: a member has a wrong type or value, or contradicts another.
-    """
-    step = _step(params)
-    given = {} if step is None else {key: step[key] for key in protocol.VOTE_MEMBERS if key in step}
-    by_default = protocol.TRACES not in given
-    if by_default:
-        ordinary = (
-            config.traces > 1
-            and params.get("n", 1) in (1, None)
-            and (params.get("beam_width") or 1) == 1
-            and params.get("max_new_tokens", 1) != 0
-            and set(step or ()) <= set(protocol.VOTE_MEMBERS)
-            and (_value(params) is None or step is not None)
-        )
-        if not ordinary:
-            if given:
-                raise RequestError(
-                    f"custom_params.step.{next(iter(given))} needs traces beside it, the number "
-                    "of traces to vote"
-                )
-            return None
-    elif params.get("n", 1) not in (1, None):
-        raise RequestError("custom_params.step.traces returns one choice: it needs n = 1")
-    traces = given.get(protocol.TRACES, config.traces)
-    if not isinstance(traces, int) or isinstance(traces, bool) or not 1 <= traces <= MAX_TRACES:
-        raise RequestError(
-            f"custom_params.step.traces must be an integer from 1 to {MAX_TRACES}, "
-            f"not {safe_repr(traces)}"
-        )
-    if not by_default and traces > 1 and params.get("temperature") == 0:
-        raise RequestError(
-            "custom_params.step.traces needs a temperature above 0: at 0 all traces are the same"
-        )
-    extract = given.get(protocol.EXTRACT, config.extract)
-    try:
-        extractor_named(extract)
-        rules = VoteRules(
-            vote=given.get(protocol.VOTE, config.vote),
-            early=given.get(protocol.EARLY, "exact"),
-            threshold=given.get(protocol.THRESHOLD, DEFAULT_THRESHOLD),
-        )
-    except VoteError as error:
-        raise RequestError(f"custom_params.step: {error}") from error
-    return VoteRequest(traces, rules, extract, by_default)
-
-
-def trace_params(
-    params: Mapping[str, Any], wish: VoteRequest, config: StepConfig
-) -> dict[str, Any]:
-    """Sampling parameters of the group that such a request becomes."""
-    step = _step(params) or {}
-    rest = {key: value for key, value in step.items() if key not in protocol.VOTE_MEMBERS}
-    changed: dict[str, Any] = {
-        "n": wish.traces,
-        "stream_interval": STREAM_INTERVAL,
-        "custom_params": {**(params.get("custom_params") or {}), protocol.REQUEST_KEY: rest},
-    }
-    if wish.by_default and params.get("temperature") == 0:
-        changed["temperature"] = config.temperature
-    return {**params, **changed}
 
 
 @dataclass
@@ -133,14 +45,16 @@ async def run(
     session: VoteSession,
     check: Callable[[dict[str, Any]], None],
     connected: Callable[[], Any] | None,
+    is_aborted: Callable[[], bool] = lambda: False,
 ) -> dict[int, dict[str, Any]]:
-    """Consume a group until its vote is decided; closing ``chunks`` cancels the rest.
+    """Consume a group until it is decided or aborted; closing ``chunks`` cancels the rest.
 
     Args:
         chunks: of a streamed ``/generate`` answer.
         session: takes them over.
         check: raises for a chunk that is an error.
         connected: awaited now and then; raises when the client is gone.
+        is_aborted: whether the group is to end now.
 
     Returns:
         The last chunk of every trace that sent one.
@@ -150,6 +64,8 @@ async def run(
     # Closed in the other order: the ticks first, which wait for a chunk.
     async with aclosing(chunks), aclosing(_with_ticks(chunks)) as ticks:
         async for chunk in ticks:
+            if is_aborted():
+                break
             if connected is not None and time.monotonic() - looked > _POLL:
                 looked = time.monotonic()
                 await connected()
@@ -166,18 +82,46 @@ async def run(
     return last
 
 
-def one_choice(session: VoteSession, last: dict[int, dict[str, Any]], rid: str) -> dict[str, Any]:
-    """The answer to the request: the best trace of the winning answer, with the usage of all."""
+def one_choice(
+    session: VoteSession,
+    last: Mapping[int, dict[str, Any]],
+    rid: str,
+    *,
+    aborted: Mapping[str, Any] | None = None,
+    before_start: Callable[[], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The answer to the request: the best trace of the winning answer, with the usage of all.
+
+    Args:
+        session: the group, at its end.
+        last: the last chunk of every trace that sent one.
+        rid: the request's id.
+        aborted: the finish reason of a request that was aborted.
+        before_start: makes the answer where no trace sent anything.
+    """
     outcome = session.outcome()
-    assert outcome.best is not None
-    trace = session.traces[outcome.best]
-    chunk = {key: value for key, value in last[outcome.best].items() if key != "index"}
-    info = {**chunk["meta_info"], **_usage(session, last), "id": rid}
-    if info.get("finish_reason") is None:
-        info["finish_reason"] = {"type": "abort", "message": "no trace finished"}
-    info["e2e_latency"] = time.perf_counter() - session.started
+    if outcome.best is None:
+        assert before_start is not None
+        chunk = before_start()
+        info = chunk["meta_info"]
+    else:
+        trace = session.traces[outcome.best]
+        chunk = {key: value for key, value in last[outcome.best].items() if key != "index"}
+        chunk["text"], chunk["output_ids"] = trace.text, list(trace.output_ids)
+        info = {**chunk["meta_info"], **_usage(session), "id": rid}
+        if aborted is not None:
+            info["finish_reason"] = dict(aborted)
+        elif info.get("finish_reason") is None:
+            info["finish_reason"] = {"type": "abort", "message": "no trace finished"}
+        info["e2e_latency"] = time.perf_counter() - session.started
     step = dict(info.get(protocol.META_KEY) or {})
-    step[protocol.META_VOTE] = {
+    step[protocol.META_VOTE] = _vote_info(session, outcome)
+    info[protocol.META_KEY] = step
+    return {**chunk, "meta_info": info}
+
+
+def _vote_info(session: VoteSession, outcome: VoteOutcome) -> dict[str, Any]:
+    return {
         "status": outcome.status.value,
         "answer": outcome.answer,
         "share": outcome.share,
@@ -188,9 +132,20 @@ def one_choice(session: VoteSession, last: dict[int, dict[str, Any]], rid: str) 
             {"answer": t.answer, "weight": t.weight, "count": t.count} for t in outcome.tallies
         ],
     }
-    info[protocol.META_KEY] = step
-    ids = list(trace.output_ids)
-    return {**chunk, "text": trace.text, "output_ids": ids, "meta_info": info}
+
+
+async def not_voted(chunks: AsyncGenerator[Any, None], why: str) -> AsyncGenerator[Any, None]:
+    """The answers to a request that could not be voted, each with a note that says why."""
+    note = {
+        "status": protocol.NOT_VOTED, "message": f"not voted: {why}",
+        "answer": None, "share": 0.0, "traces": 1,
+    }  # fmt: skip
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            for answer in chunk if isinstance(chunk, list) else [chunk]:
+                step = answer["meta_info"].get(protocol.META_KEY) or {}
+                answer["meta_info"][protocol.META_KEY] = {**step, protocol.META_VOTE: note}
+            yield chunk
 
 
 async def kept_alive(
@@ -241,7 +196,7 @@ def session_of(wish: VoteRequest, same: Same, max_new_tokens: int | None) -> Vot
     return VoteSession(wish.traces, wish.rules, same, extract, max_new_tokens)
 
 
-def _usage(session: VoteSession, last: dict[int, dict[str, Any]]) -> dict[str, int]:
+def _usage(session: VoteSession) -> dict[str, int]:
     """Generated tokens of all traces, as far as reported; the prompt counts once."""
 
     def tokens(trace: SampledTrace) -> int:
@@ -251,14 +206,3 @@ def _usage(session: VoteSession, last: dict[int, dict[str, Any]]) -> dict[str, i
         "completion_tokens": sum(trace.tokens for trace in session.traces),
         "reasoning_tokens": sum(tokens(trace) for trace in session.traces),
     }
-
-
-def _value(params: Mapping[str, Any]) -> Any:
-    custom = params.get("custom_params")
-    return custom.get(protocol.REQUEST_KEY) if isinstance(custom, Mapping) else custom
-
-
-def _step(params: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """``custom_params.step`` when it is an object; what else it may be is checked elsewhere."""
-    value = _value(params)
-    return value if isinstance(value, Mapping) else None

@@ -142,10 +142,11 @@ class VoteSession:
         if reason is None:
             return False
         trace.ended = now
-        if reason["type"] != "abort":
-            trace.fate = TraceFate.FINISHED
-        elif step is not None and step[protocol.META_PRUNED]:
+        # First: what the finish reason says of a pruned trace is the server's choice.
+        if step is not None and step[protocol.META_PRUNED]:
             trace.fate = TraceFate.PRUNED
+        elif reason["type"] != "abort":
+            trace.fate = TraceFate.FINISHED
         else:
             trace.fate = TraceFate.ABORTED
         self._uncounted.append(trace)

@@ -23,6 +23,7 @@ from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError, ScorerError
 from step_sglang.pruning.request import (
     StepRequest,
+    as_sample,
     check_group_id,
     check_group_size,
     declined,
@@ -30,7 +31,7 @@ from step_sglang.pruning.request import (
     with_group,
 )
 from step_sglang.scoring.scorer import load_scorer
-from step_sglang.voting.one_choice import parse_vote, trace_params
+from step_sglang.voting.request import parse, trace_params
 
 HERE = Path(__file__).parent
 MAX_BYTES = 4096  # of one input; what is larger in a scorer is only more numbers
@@ -120,7 +121,8 @@ def request(data: bytes) -> str:
     outcome = []
     for config in configs():
         try:
-            wish = parse_vote(params, config)
+            parsed = parse(params, config)
+            wish = parsed.vote
         except RequestError as error:
             outcome.append(_printable(error))
             continue
@@ -132,10 +134,11 @@ def request(data: bytes) -> str:
         assert step_request is None or isinstance(step_request, StepRequest)
         if step_request is not None:
             check_group_size(step_request, 4)
-        named = with_group(custom, "g")[protocol.REQUEST_KEY]
-        again = parse_request({protocol.REQUEST_KEY: named})
-        assert again is not None and again.group
-        json.dumps(check_group_id(again.group, "group")).encode()
+        sample = as_sample(step_request, lambda: "g")
+        assert sample.group is not None
+        again = parse_request(with_group(custom, sample.group))
+        assert again == sample
+        json.dumps(check_group_id(sample.group, "group")).encode()
         outcome.append("not STEP's" if step_request is None else "a trace")
     except RequestError as error:
         outcome.append(_printable(error))

@@ -8,8 +8,9 @@ import pytest
 
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
-from step_sglang.pruning.request import StepRequest, parse_request, with_group
-from step_sglang.voting.one_choice import kept_alive, one_choice, parse_vote, run, trace_params
+from step_sglang.pruning.request import StepRequest, as_sample, parse_request
+from step_sglang.voting.one_choice import kept_alive, not_voted, one_choice, run
+from step_sglang.voting.request import ParsedRequest, parse, parse_vote, trace_params
 from step_sglang.voting.session import TraceFate, VoteRules, VoteSession, VoteStatus
 
 OFF = StepConfig(scorer="s")
@@ -63,6 +64,28 @@ def test_the_group_says_nothing_of_the_vote() -> None:
     assert trace_params({"temperature": 0}, default, DEFAULT)["temperature"] == 0.7
 
 
+def test_a_request_is_read_once_and_whole() -> None:
+    params = {"custom_params": {"step": {"traces": 3, "group": "g", "pruned": "length"}}}
+    parsed = parse(params, OFF)
+    assert parsed.vote is not None and parsed.vote.traces == 3 and not parsed.declined
+    assert parsed.trace == StepRequest("g", pruned="length")
+    # What the scheduler reads is the same trace.
+    assert parse_request(trace_params(params, parsed.vote, OFF)["custom_params"]) == parsed.trace
+    assert parse({}, OFF) == ParsedRequest()
+    assert parse({"custom_params": {"step": False}}, DEFAULT) == ParsedRequest(declined=True)
+    assert parse({"n": 4, "custom_params": {"step": True}}, OFF).trace == StepRequest()
+    for nothing in ({}, {"custom_params": {"step": None}}, {"custom_params": None}):
+        default = parse(nothing, DEFAULT)
+        assert default.vote is not None and default.trace is None
+        inner = trace_params(nothing, default.vote, DEFAULT)["custom_params"]
+        assert inner == {"step": {}}
+    # Saying how pruned traces are reported does not opt out of the server's vote.
+    assert parse({"custom_params": {"step": {"pruned": "omit"}}}, DEFAULT).vote is not None
+    for step in ({"traces": 2, "colour": 1}, {"traces": 2, "group": ""}, {"pruned": "keep"}, 7):
+        with pytest.raises(RequestError):
+            parse({"custom_params": {"step": step}}, DEFAULT)
+
+
 def test_trace_names() -> None:
     named = {"step": {"group": "g", "trace": "t"}}
     assert parse_request(named) == StepRequest("g", trace="t")
@@ -71,7 +94,7 @@ def test_trace_names() -> None:
     with pytest.raises(RequestError, match=r"step\.trace must be a string"):
         parse_request({"step": {"group": "g", "trace": 3}})
     with pytest.raises(RequestError, match="needs n = 1"):
-        with_group(named, "other")
+        as_sample(parse_request(named), lambda: "other")
 
 
 def chunk(index: int, text: str, tokens: int, score: float, end: str | None = None) -> dict:
@@ -126,6 +149,14 @@ def test_one_choice_is_the_best_trace_of_the_winner() -> None:
     assert (vote["finished"], vote["pruned"], vote["cancelled"]) == (3, 1, 0)
 
 
+def test_a_pruned_trace_does_not_vote_however_it_is_reported() -> None:
+    pruned = chunk(1, BOX % 8, 12, 0.9, "abort")
+    pruned["meta_info"]["finish_reason"] = {"type": "length", "length": 12}
+    session, last, _ = gather([chunk(0, BOX % 7, 10, 0.4, "stop"), pruned], 2)
+    assert session.num(TraceFate.PRUNED) == 1
+    assert one_choice(session, last, "outer")["meta_info"]["step"]["vote"]["answer"] == "7"
+
+
 def test_a_decided_group_is_left_and_a_silent_one_has_a_partial_answer() -> None:
     decided = [chunk(i, BOX % 7, 10, 0.9, "stop") for i in range(6)]
     session, _, sent = gather(decided, 6)
@@ -134,6 +165,47 @@ def test_a_decided_group_is_left_and_a_silent_one_has_a_partial_answer() -> None
     assert session.outcome().status is VoteStatus.NO_FINISHED_TRACE
     answer = one_choice(session, last, "outer")
     assert answer["text"] == "long" and answer["meta_info"]["finish_reason"]["type"] == "abort"
+
+
+def test_an_aborted_group_ends_at_once_and_says_so() -> None:
+    session = VoteSession(3, VoteRules(early="off"), lambda a, b: a == b)
+    sent: list[int] = []
+
+    async def stream() -> AsyncIterator[dict]:
+        for item in (chunk(0, BOX % 7, 5, 0.5, "stop"), chunk(1, "so", 2, 0.4)):
+            sent.append(item["index"])
+            yield item
+        await asyncio.sleep(60)
+
+    last = asyncio.run(
+        run(stream(), session, lambda chunk: None, None, lambda: len(sent) == 2)  # type: ignore[arg-type]
+    )
+    assert session.num(TraceFate.CANCELLED) == 2
+    reason = {"type": "abort", "message": "Aborted"}
+    answer = one_choice(session, last, "outer", aborted=reason)
+    assert answer["text"] == BOX % 7 and answer["meta_info"]["finish_reason"] == reason
+    assert answer["meta_info"]["step"]["vote"]["answer"] == "7"
+    untouched = VoteSession(2, VoteRules(), lambda a, b: a == b)
+    untouched.cancel()
+    stock = {"text": "", "output_ids": [], "meta_info": {"id": "outer", "finish_reason": reason}}
+    answer = one_choice(untouched, {}, "outer", aborted=reason, before_start=lambda: dict(stock))
+    assert answer["text"] == "" and answer["meta_info"]["finish_reason"] == reason
+    assert answer["meta_info"]["step"]["vote"]["cancelled"] == 2
+
+
+def test_an_answer_that_was_not_voted_says_why() -> None:
+    async def answers() -> AsyncIterator[Any]:
+        yield {"meta_info": {"id": "a"}}
+        yield [{"meta_info": {"step": {"score": 0.5}}}, {"meta_info": {}}]
+
+    async def collect() -> list[Any]:
+        return [one async for one in not_voted(answers(), "no room")]  # type: ignore[arg-type]
+
+    single, batch = asyncio.run(collect())
+    for answer in (single, *batch):
+        vote = answer["meta_info"]["step"]["vote"]
+        assert vote["status"] == "not_voted" and vote["message"] == "not voted: no room"
+    assert batch[0]["meta_info"]["step"]["score"] == 0.5
 
 
 def test_incremental_chunks_are_put_together() -> None:

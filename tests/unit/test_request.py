@@ -12,6 +12,7 @@ from step_sglang import protocol
 from step_sglang.errors import RequestError
 from step_sglang.pruning.request import (
     StepRequest,
+    as_sample,
     check_group_size,
     declined,
     parse_request,
@@ -36,6 +37,8 @@ from step_sglang.pruning.request import (
             StepRequest(hidden_states=True, prompt_tokens=7),
         ),
         ({"step": {"weight": 2}}, StepRequest(weight=2.0)),
+        ({"step": {"pruned": "omit"}}, StepRequest(pruned="omit")),
+        ({"step": {"pruned": None}}, StepRequest()),
         ({"step": {"weight": None, "min_survivors": 3}}, StepRequest(min_survivors=3)),
     ],
 )
@@ -49,6 +52,7 @@ def test_accepted(params: Any, expected: StepRequest | None) -> None:
         *(("weight", v) for v in (0, -1, -0.5, True, "2", [1], 1e-9, 1e9, 10**400)),
         *(("weight", float(v)) for v in ("nan", "inf", "-inf")),
         *(("min_survivors", v) for v in (0, -1, True, 1.5, "2", [], -(10**400))),
+        *(("pruned", v) for v in ("", "Length", "keep", True, 1, [], ["omit"], {})),
         *(("group", v) for v in (1, [], {}, True, "", "x" * 257, "x" * 2**20, "\ud800")),
     ],
 )
@@ -105,12 +109,24 @@ def test_any_json_value_is_read_or_refused(value: Any) -> None:
         assert parsed is None or isinstance(parsed, StepRequest)
 
 
-def test_stamping_a_group() -> None:
-    assert (
-        with_group(None, "g")["step"] == with_group({"step": True}, "g")["step"] == {"group": "g"}
-    )
-    named = {"step": {"group": "mine"}, "other": 1}
-    assert with_group(named, "g") == named
+def test_samples_of_a_prompt_are_in_one_group() -> None:
+    drawn: list[str] = []
+
+    def draw() -> str:
+        drawn.append(f"new {len(drawn)}")
+        return drawn[-1]
+
+    assert as_sample(None, draw) == as_sample(None, lambda: "new 0") == StepRequest("new 0")
+    scored = StepRequest(step_scores=True, pruned="omit")
+    assert as_sample(scored, draw) == StepRequest("new 1", step_scores=True, pruned="omit")
+    assert as_sample(StepRequest("mine"), draw) == StepRequest("mine") and len(drawn) == 2
+    with pytest.raises(RequestError, match="needs n = 1"):
+        as_sample(StepRequest("mine", trace="t"), draw)
+
+
+def test_the_scheduler_reads_the_group() -> None:
+    for custom in (None, {}, {"step": None}, {"step": True}, {"step": {}}):
+        assert with_group(custom, "g") == {"step": {"group": "g"}}
     kept = with_group({"step": {"step_scores": True}, "other": 1}, "g")
     assert parse_request(kept) == StepRequest("g", True) and kept["other"] == 1
 

@@ -16,7 +16,9 @@ FLAGS = ("--enable-step", "--step-scorer", str(scorer_path()), "--max-running-re
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "answers.log"
-    with serve(model_path(), *FLAGS, "--enable-metrics", log=log) as running:
+    with serve(
+        model_path(), *FLAGS, "--enable-metrics", "--enable-streaming-session", log=log
+    ) as running:
         yield running
 
 

@@ -27,7 +27,13 @@ HARNESS = "lm-eval[api]==0.4.13"
 
 @pytest.fixture(scope="module")
 def voting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    flags = ("--step-traces", str(TRACES), "--step-temperature", "1.0")
+    flags = (
+        "--step-traces",
+        str(TRACES),
+        "--step-temperature",
+        "1.0",
+        "--enable-streaming-session",
+    )
     with serve(model_path(), *FLAGS, *flags, log=tmp_path_factory.mktemp("log") / "v.log") as it:
         yield it
 
@@ -64,6 +70,36 @@ def test_what_says_otherwise_is_not_voted(voting: Server) -> None:
     assert ask(step={"vote": "best"})[0]["meta_info"]["step"]["vote"]["vote"] == "best"
     assert requests.get(f"{voting.url}/health_generate", timeout=60).status_code == 200
     assert voting.info()["internal_states"][0]["step"]["traces"] == TRACES
+    wait_until_empty(voting)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sessions_of_unmodified_clients(voting: Server, streaming: bool) -> None:
+    """A plain session goes on from the trace that won; a streaming one is not voted."""
+    opened = {"capacity_of_str_len": 4096, "streaming": streaming}
+    session = voting.post("/open_session", opened).json()
+    history: list[int] = []
+    before = None
+    for new in ([20, 21, 22, 23], [24, 25], [26]):
+        answer = voting.generate(
+            input_ids=new,
+            session_params={"id": session, "rid": None if streaming else before},
+            sampling_params={"max_new_tokens": 8, "ignore_eos": True},
+        )
+        history += new
+        info = answer["meta_info"]
+        before = info["id"]
+        assert info["prompt_tokens"] == len(history)
+        assert info["step"]["vote"]["status"] == ("not_voted" if streaming else "no_answer")
+        history += answer["output_ids"]
+    declined = voting.generate(
+        input_ids=[26],
+        session_params={"id": session, "rid": None if streaming else before},
+        sampling_params={"max_new_tokens": 8, "custom_params": {"step": False}},
+    )
+    assert declined["meta_info"]["prompt_tokens"] == len(history) + 1
+    assert "step" not in declined["meta_info"]
+    assert voting.post("/close_session", {"session_id": session}).status_code == 200
     wait_until_empty(voting)
 
 

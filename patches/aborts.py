@@ -1,0 +1,87 @@
+"""Live voted requests by their ids, so that SGLang's aborts and its refusal of a second id hold.
+
+The traces of such a request run under ids of their own. SGLang's table of requests holds its id
+too, as it does for an ordinary request; what an abort of it means is kept here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+_VOTES = "step_votes"  # on the tokenizer manager
+
+
+@dataclass
+class LiveVote:
+    """A voted request that is not answered yet."""
+
+    manager: Any
+    rid: str
+    state: Any  # SGLang's, which never gets an output from the scheduler
+    aborted: bool = False
+
+    def is_aborted(self) -> bool:
+        """Whether its client, or whoever may abort requests, wants it to end."""
+        return self.aborted
+
+    def answer_before_start(self) -> dict[str, Any]:
+        """SGLang's own answer to a request that is aborted before anything of it ran."""
+        from sglang.srt.managers.io_struct import AbortReq
+
+        self.manager._handle_abort_req(AbortReq(rid=self.rid))
+        return dict(self.state.out_list[-1])
+
+
+def abort_reason() -> dict[str, Any]:
+    """The ``finish_reason`` of a request that was aborted while it ran."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    return dict(FINISH_ABORT().to_json())
+
+
+def _votes(manager: Any) -> dict[str, LiveVote]:
+    votes: dict[str, LiveVote] | None = getattr(manager, _VOTES, None)
+    if votes is None:
+        votes = {}
+        setattr(manager, _VOTES, votes)
+    return votes
+
+
+@contextmanager
+def live_votes(manager: Any, items: list[Any], request: Any) -> Iterator[dict[str, LiveVote]]:
+    """Hold the ids of voted requests while they live; refuses one that lives already.
+
+    Raises:
+        ValueError: SGLang's, for an id in use.
+    """
+    votes = _votes(manager)
+    mine: dict[str, LiveVote] = {}
+    try:
+        for item in items:
+            manager._init_req_state(item, request)
+            state = manager.rid_to_state[item.rid]
+            state.lora_released = True  # the adapter is held by the traces alone
+            votes[item.rid] = mine[item.rid] = LiveVote(manager, item.rid, state)
+        yield mine
+    finally:
+        for rid, vote in mine.items():
+            if votes.get(rid) is vote:
+                del votes[rid]
+            if manager.rid_to_state.get(rid) is vote.state:
+                del manager.rid_to_state[rid]
+            vote.state.time_stats.set_finished_time()
+
+
+def abort_request(result: None, manager: Any, rid: str = "", abort_all: bool = False) -> None:
+    """AFTER ``TokenizerManager.abort_request``, which ignores the id of no live request.
+
+    The scheduler then ends every request whose id begins with that, and so does this.
+    """
+    votes = _votes(manager)
+    if votes and (abort_all or (rid and rid in manager.rid_to_state)):
+        for name, vote in votes.items():
+            if abort_all or name.startswith(rid):
+                vote.aborted = True

@@ -1,0 +1,73 @@
+"""Hooks on SGLang's HTTP endpoints, around the answers that ``voting`` and ``choices`` form."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from step_sglang.errors import RequestError
+from step_sglang.patches.choices import PROGRESS, add_usage, for_openai, leaves_out
+from step_sglang.patches.parsed import parse_prompts, takes_part
+from step_sglang.patches.record import config_of
+from step_sglang.voting.one_choice import kept_alive
+
+
+def generate_stream(
+    original: Callable[..., AsyncGenerator[str, None]],
+    serving: Any,
+    adapted_request: Any,
+    request: Any,
+    raw_request: Any,
+) -> AsyncGenerator[str, None]:
+    """AROUND the generators behind streamed chat and text completions."""
+    for_openai(adapted_request)
+    chunks = original(serving, adapted_request, request, raw_request)
+    if not _keeps_client_waiting(serving.tokenizer_manager, adapted_request):
+        return chunks
+    return kept_alive(chunks, partial(_comment, adapted_request), str)
+
+
+async def answer_whole(
+    original: Callable[..., Awaitable[Any]],
+    serving: Any,
+    adapted_request: Any,
+    request: Any,
+    raw_request: Any,
+) -> Any:
+    """AROUND the handlers of chat and text completions that are not streamed."""
+    for_openai(adapted_request)
+    response = await original(serving, adapted_request, request, raw_request)
+    add_usage(response, adapted_request)
+    return response
+
+
+async def serve_generate_request(original: Callable[..., Any], obj: Any, request: Any) -> Any:
+    """AROUND ``serve_generate_request``, the handler of ``/generate``."""
+    from sglang.srt.entrypoints import http_server
+
+    manager = http_server._global_state.tokenizer_manager
+    waits = obj.stream and _keeps_client_waiting(manager, obj)
+    response = await original(obj, request)
+    if waits:
+        response.body_iterator = kept_alive(
+            response.body_iterator, partial(_comment, obj), str.encode
+        )
+    return response
+
+
+def _keeps_client_waiting(manager: Any, obj: Any) -> bool:
+    """Whether a stream holds text back, so that comments have to keep its connection alive."""
+    config = config_of(manager.server_args)
+    if config is None or not takes_part(obj):
+        return False
+    try:
+        parsed = parse_prompts(obj, config)
+    except RequestError:
+        return False  # the request itself will be refused for it
+    return any(one.vote is not None for one in parsed) or leaves_out(obj, config)
+
+
+def _comment(obj: Any) -> str | None:
+    progress = getattr(obj, PROGRESS, None)
+    return None if progress is None else progress.comment()

@@ -1,0 +1,105 @@
+"""What a request says of STEP, kept on SGLang's request object: read and checked once.
+
+Holds for the tokenizer manager's process. The scheduler reads what crosses to it when it creates
+its own request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+from step_sglang.config import StepConfig
+from step_sglang.patches.record import config_of
+from step_sglang.pruning.affinity import GroupIds
+from step_sglang.pruning.request import StepRequest, as_sample, with_group
+from step_sglang.voting.request import ParsedRequest, parse
+
+_PARSED = "step_parsed"  # one for all prompts of the request, or one for each
+_NOTHING = ParsedRequest()
+
+
+def parse_prompts(obj: Any, config: StepConfig) -> tuple[ParsedRequest, ...]:
+    """What a request says, parsed at the first call: one for all of its prompts, or one for each.
+
+    Raises:
+        RequestError: it is malformed.
+    """
+    known: tuple[ParsedRequest, ...] | None = getattr(obj, _PARSED, None)
+    if known is None:
+        params = obj.sampling_params
+        every = params if isinstance(params, list) else [params]
+        # SGLang says itself what is wrong with parameters that are no object.
+        known = tuple(parse(one if isinstance(one, Mapping) else {}, config) for one in every)
+        set_parsed(obj, *known)
+    return known
+
+
+def parsed_of(obj: Any) -> ParsedRequest:
+    """What a request of one prompt said; nothing, for one that STEP does not look at."""
+    known: tuple[ParsedRequest, ...] = getattr(obj, _PARSED, (_NOTHING,))
+    return known[0]
+
+
+def set_parsed(obj: Any, *parsed: ParsedRequest) -> None:
+    """Let a request say this."""
+    setattr(obj, _PARSED, parsed)
+
+
+def pruned_mode(trace: StepRequest | None, config: StepConfig) -> str:
+    """How a trace that was pruned is reported."""
+    return (None if trace is None else trace.pruned) or config.pruned
+
+
+def takes_part(obj: Any) -> bool:
+    """Whether it is a request whose ``custom_params.step`` counts."""
+    from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    if not isinstance(obj, GenerateReqInput):
+        return False
+    return not (isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX))
+
+
+def hand_out(obj: Any) -> list[Any]:
+    """Tell each prompt of a normalized request what it said; returns these prompts' requests."""
+    if obj.is_single:
+        return [obj]
+    known = getattr(obj, _PARSED, (_NOTHING,))
+    items = [obj[i] for i in range(obj.batch_size)]  # cached by the request object
+    for i, item in enumerate(items):
+        set_parsed(item, known[i % len(known)])
+    return items
+
+
+def init_req_state(manager: Any, obj: Any, request: Any = None) -> None:
+    """BEFORE ``TokenizerManager._init_req_state``: the request is normalized, and has no state yet.
+
+    The manager turns n > 1 into n requests with fresh ids, copies of its prompts' requests; nothing
+    else ties them together than the group that these are given here.
+    """
+    # Those copies come here too, but were never normalized by themselves.
+    if config_of(manager.server_args) is None or getattr(obj, "is_single", True):
+        return
+    if not hasattr(obj, _PARSED):
+        return
+    items = hand_out(obj)
+    if getattr(obj, "parallel_sample_num", 1) == 1:
+        return
+    for item in items:
+        parsed = parsed_of(item)
+        if parsed.declined:
+            continue
+        trace = as_sample(parsed.trace, _group_ids(manager.server_args.dp_size).new)
+        assert trace.group is not None
+        params = dict(item.sampling_params or {})
+        params["custom_params"] = with_group(params.get("custom_params"), trace.group)
+        item.sampling_params = params
+        set_parsed(item, replace(parsed, trace=trace))
+
+
+@lru_cache
+def _group_ids(replicas: int) -> GroupIds:
+    return GroupIds(replicas)
