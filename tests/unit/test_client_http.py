@@ -91,7 +91,12 @@ def server() -> Iterator[StandIn]:
                 info = {
                     "completion_tokens": 3,
                     "finish_reason": {"type": "stop"},
-                    "step": {"score": 0.5, "num_steps": 1, "step_scores": [0.5]},
+                    "step": {
+                        "score": 0.5,
+                        "num_steps": 1,
+                        "step_scores": [0.5],
+                        "pruned": False,
+                    },
                 }
                 chunks = [
                     {"index": i, "text": "\\boxed{2}", "meta_info": info}
