@@ -12,6 +12,7 @@ from step_sglang.pruning.request import StepRequest, as_sample, parse_request
 from step_sglang.voting.one_choice import kept_alive, not_voted, one_choice, run
 from step_sglang.voting.request import ParsedRequest, parse, parse_vote, trace_params
 from step_sglang.voting.session import TraceFate, VoteRules, VoteSession, VoteStatus
+from step_sglang.voting.verifier import AnswerVerifier
 
 OFF = StepConfig(scorer="s")
 DEFAULT = StepConfig(scorer="s", traces=16, vote="majority", extract="number", temperature=0.7)
@@ -115,7 +116,8 @@ def chunk(index: int, text: str, tokens: int, score: float, end: str | None = No
 
 
 def gather(chunks: list[dict], n: int, early: str = "exact") -> tuple[VoteSession, dict, list]:
-    session = VoteSession(n, VoteRules(early=early), lambda a, b: a == b, max_new_tokens=100)
+    session = VoteSession(n, VoteRules(early=early), max_new_tokens=100)
+    verifier = AnswerVerifier()  # not needed for numbers
     sent: list[int] = []
 
     async def stream() -> AsyncIterator[dict]:
@@ -123,7 +125,8 @@ def gather(chunks: list[dict], n: int, early: str = "exact") -> tuple[VoteSessio
             sent.append(item["index"])
             yield item
 
-    last = asyncio.run(run(stream(), session, lambda chunk: None, None))  # type: ignore[arg-type]
+    taken = run(stream(), session, lambda chunk: None, None, verifier.comparison())  # type: ignore[arg-type]
+    last = asyncio.run(taken)
     return session, last, sent
 
 
@@ -168,7 +171,7 @@ def test_a_decided_group_is_left_and_a_silent_one_has_a_partial_answer() -> None
 
 
 def test_an_aborted_group_ends_at_once_and_says_so() -> None:
-    session = VoteSession(3, VoteRules(early="off"), lambda a, b: a == b)
+    session = VoteSession(3, VoteRules(early="off"))
     sent: list[int] = []
 
     async def stream() -> AsyncIterator[dict]:
@@ -177,15 +180,16 @@ def test_an_aborted_group_ends_at_once_and_says_so() -> None:
             yield item
         await asyncio.sleep(60)
 
+    compare = AnswerVerifier().comparison()
     last = asyncio.run(
-        run(stream(), session, lambda chunk: None, None, lambda: len(sent) == 2)  # type: ignore[arg-type]
+        run(stream(), session, lambda chunk: None, None, compare, lambda: len(sent) == 2)  # type: ignore[arg-type]
     )
     assert session.num(TraceFate.CANCELLED) == 2
     reason = {"type": "abort", "message": "Aborted"}
     answer = one_choice(session, last, "outer", aborted=reason)
     assert answer["text"] == BOX % 7 and answer["meta_info"]["finish_reason"] == reason
     assert answer["meta_info"]["step"]["vote"]["answer"] == "7"
-    untouched = VoteSession(2, VoteRules(), lambda a, b: a == b)
+    untouched = VoteSession(2, VoteRules())
     untouched.cancel()
     stock = {"text": "", "output_ids": [], "meta_info": {"id": "outer", "finish_reason": reason}}
     answer = one_choice(untouched, {}, "outer", aborted=reason, before_start=lambda: dict(stock))
