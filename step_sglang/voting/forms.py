@@ -26,7 +26,8 @@ _CELL = 1e-4  # wide enough for a collection of 25 elements, each of them _NEAR
 _MOST_ELEMENTS = 25
 _DIGITS = 30
 _EXACT_BELOW = 1e60  # larger numbers are not written out
-_MAX_EXACT = 200  # characters
+_MAX_BITS = 600
+_MAX_SPELLED = 300  # characters
 _INFINITY = 7919.0  # stands for an infinite end of an interval
 
 
@@ -39,7 +40,7 @@ class Form:
     """
 
     kind: str = "text"  # number, value, name, relation, inequality, collection, matrix, unknown
-    text: str = ""  # math-verify's normal text
+    text: str = ""  # math-verify's normal text; of equal texts no more is asked
     exact: str = ""  # a rational number, "p/q"
     value: tuple[str, str] | None = None  # real and imaginary part, in decimal digits
     listed: tuple[str, ...] = ()
@@ -98,9 +99,9 @@ def plain_form(answer: str) -> Form | None:
     same = f"plain {'-' if number < 0 else ''}{spelled}"
     digits = (f"{number:f}", "0")
     if "." in answer:
-        return _form("number", answer, "", digits, [same], cells, "decimal")
+        return _form("number", same, "", digits, [same], cells, "decimal")
     exact = f"{int(number)}/1"
-    return _form("number", answer, exact, digits, [same, exact], cells, "exact")
+    return _form("number", same, exact, digits, [same, exact], cells, "exact")
 
 
 def form_of(answer: str) -> Form:
@@ -216,7 +217,7 @@ def _scalar(expression: Any) -> Form:
     from sympy import Float, nan, oo, zoo
 
     name = _name(expression)
-    spelled = list({f"name {text}": 0 for text in (str(expression).lower(), name) if text})
+    spelled = list({f"name {text}": 0 for text in (_spelled(expression), name) if text})
     if expression in (oo, -oo, zoo, nan):
         return Form("name", listed=(*spelled, "any"), sought=(*spelled, "wild"))
     percent = get_pct_val(expression)
@@ -240,8 +241,22 @@ def _scalar(expression: Any) -> Form:
 def _exact(number: Any) -> str:
     if not number.is_Rational:
         return ""
-    digits = f"{number.p}/{number.q}"
-    return digits if len(digits) <= _MAX_EXACT else hashlib.sha256(digits.encode()).hexdigest()
+    p, q = int(number.p), int(number.q)
+    if p.bit_length() + q.bit_length() > _MAX_BITS:  # Python may refuse to print it
+        return _digest(f"{p:x}/{q:x}")
+    return f"{p}/{q}"
+
+
+def _spelled(expression: Any) -> str:
+    try:
+        text = str(expression).lower()
+    except ValueError:  # Python does not print integers of thousands of digits
+        return ""
+    return text if len(text) <= _MAX_SPELLED else _digest(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _name(expression: Any) -> str | None:

@@ -9,6 +9,7 @@ limit. No question waits for more than a minute.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import subprocess
@@ -22,6 +23,8 @@ from contextlib import suppress
 
 from step_sglang.voting.classes import FormQuestion, Question, Reply
 from step_sglang.voting.comparer import READY, decode, encode
+
+logger = logging.getLogger(__name__)
 
 START_LIMIT = 60.0  # seconds until a child is ready: it imports math-verify
 SHORT_LIMIT = 1.0  # seconds of processor time at the first attempt
@@ -205,7 +208,13 @@ class Pool:
             if child is None:
                 ticket.settle(None)
                 continue
-            if not self._serve(ticket, child):
+            try:
+                usable = self._serve(ticket, child)
+            except Exception:  # a thread that ended would leave all others waiting
+                logger.exception("STEP could not compare an answer")
+                ticket.settle(None)
+                usable = False
+            if not usable:
                 child.kill()
                 child = None
 
