@@ -228,6 +228,8 @@ def _scalar(expression: Any) -> Form:
     if percent is not None:  # 9% is both 9 and 0.09
         cells += () if (number := _value(percent)) is None else _cells(_place(*number))
         return _form("percent", "", "", value, spelled, cells)
+    if expression.is_Symbol:
+        cells = []  # math-verify compares what it is called
     if name is not None or expression.free_symbols:
         return _form("value" if name is None else "name", "", "", value, spelled, cells)
     exact = ""
