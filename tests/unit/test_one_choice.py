@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -237,3 +238,53 @@ def test_comments_only_while_nothing_comes_and_errors_pass() -> None:
         return seen
 
     assert asyncio.run(collect()) == [b": step\n\n", "data", "late"]
+
+
+ENDLESS = "12^{9^{9^9}}"  # math-verify would compute it
+
+
+@pytest.mark.parametrize("how", ["left", "aborted", "cancelled"])
+def test_a_comparison_ends_with_the_wish_for_it(how: str) -> None:
+    """A client that leaves, an abort, a cancelled task: none waits for the answer's own end."""
+    patient = AnswerVerifier(time_limit=500.0, budget=1000.0)
+    session = VoteSession(2, VoteRules(early="off"))
+    begun: list[float] = []
+
+    async def stream() -> AsyncIterator[dict]:
+        for index in range(2):
+            yield chunk(index, BOX % ENDLESS.replace("2", str(index + 2)), 5, 0.5, "stop")
+
+    def comparing() -> bool:
+        if patient.counts["forms"] and not begun:
+            begun.append(time.monotonic())
+        return bool(begun) and time.monotonic() - begun[0] > 1
+
+    async def connected() -> None:
+        if how == "left" and comparing():
+            raise ValueError("left")
+
+    async def vote() -> Any:
+        comparison = patient.comparison()
+        going = run(
+            stream(), session, lambda chunk: None, connected, comparison,
+            lambda: how == "aborted" and comparing(),
+        )  # type: ignore[arg-type]  # fmt: skip
+        task = asyncio.ensure_future(going)
+        while how == "cancelled" and not comparing():
+            await asyncio.sleep(0.05)
+        if how == "cancelled":
+            task.cancel()
+        return await task
+
+    try:
+        if how == "aborted":
+            last = asyncio.run(vote())
+            said = one_choice(session, last, "outer")["meta_info"]["step"]["vote"]
+            assert said["text_only"] == len(said["answers"]) == 1 and said["cancelled"] == 1
+        else:
+            with pytest.raises(ValueError if how == "left" else asyncio.CancelledError):
+                asyncio.run(vote())
+        assert time.monotonic() - begun[0] < 60  # of 500
+        assert patient.same("x+1", "1+x")  # by a child that is free
+    finally:
+        patient.close()
