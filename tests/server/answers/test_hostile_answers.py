@@ -21,7 +21,7 @@ from tests.server.launch import Server, serve
 pytestmark = [pytest.mark.server, pytest.mark.timeout(900)]
 
 ATTACKERS, TRACES = 8, 4
-TOWER = r"\\boxed\{[0-9]{2}\^\{9\^\{9\^9\}\}\}"  # math-verify would compute it
+TOWER = r"\\boxed\{[1-9][0-9]\^\{9\^\{9\^9\}\}\}"  # math-verify would compute it
 
 
 def start(log: Path) -> AbstractContextManager[Server]:
@@ -73,7 +73,7 @@ def is_verifier(child: psutil.Process) -> bool:
 
 def busy(child: psutil.Process) -> bool:
     try:
-        return child.cpu_percent(0.3) > 20 and child.cpu_times().user > 2
+        return child.cpu_percent(0.3) > 20 and child.cpu_times().user > 1.3  # more than its start
     except psutil.Error:
         return False
 
@@ -103,7 +103,7 @@ def test_others_are_answered_and_the_attackers_too(server: Server) -> None:
 
 def test_the_work_ends_when_the_clients_leave(server: Server) -> None:
     with ThreadPoolExecutor(ATTACKERS) as pool:
-        for attacker in attack(server, pool, 8):
+        for attacker in attack(server, pool, 45):
             with pytest.raises(requests.Timeout):
                 attacker.result()
         deadline = time.monotonic() + 30
