@@ -19,9 +19,10 @@ from step_sglang.patches.record import config_of
 from step_sglang.pruning.request import StepRequest
 from step_sglang.voting.one_choice import VoteProgress, not_voted, one_choice, run, session_of
 from step_sglang.voting.request import ParsedRequest, VoteRequest, trace_params, without_vote
-from step_sglang.voting.verifier import AnswerVerifier
+from step_sglang.voting.verifier import SERVER_BUDGET, AnswerVerifier, Comparison
 
-_verifier = AnswerVerifier()  # starts nothing until an answer needs it
+# Starts nothing until an answer needs it.
+_verifier = AnswerVerifier(budget=SERVER_BUDGET, children=2, spare=True)
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
 
@@ -128,13 +129,14 @@ async def _answer(
     inner.stream = True
     inner.sampling_params = trace_params(item.sampling_params, wish, config)
     set_parsed(inner, ParsedRequest(parsed.trace or StepRequest()))
-    session = session_of(wish, _verifier.same, _length_limit(wish, inner))
+    session = session_of(wish, _length_limit(wish, inner))
+    comparison = _verifier.comparison()
     getattr(whole, PROGRESS).sessions.append(session)
     chunks = original(manager, inner, request)
-    connected = None if request is None else _connection(request, item.rid)
+    connected = None if request is None else _connection(manager, request, item.rid, comparison)
     check = partial(_raise_errors, whole.stream)
     try:
-        last = await run(chunks, session, check, connected, live.is_aborted)
+        last = await run(chunks, session, check, connected, comparison, live.is_aborted)
     finally:
         best = session.outcome().best
         if best is not None:
@@ -150,8 +152,10 @@ def _length_limit(wish: VoteRequest, inner: Any) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
-def _connection(request: Any, rid: str) -> Callable[[], Any]:
+def _connection(manager: Any, request: Any, rid: str, comparison: Comparison) -> Callable[[], Any]:
     async def connected() -> None:
+        if manager.gracefully_exit:
+            comparison.stop()
         if await request.is_disconnected():
             raise ValueError(f"Request is disconnected from the client side. Abort request {rid=}")
 

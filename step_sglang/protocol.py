@@ -36,6 +36,7 @@ VOTE_MEMBERS = (TRACES, VOTE, EARLY, THRESHOLD, EXTRACT)
 
 # Choices by name, in requests and flags.
 VOTES = ("weighted", "majority", "best")
+EARLY_RULES = ("exact", "posterior", "off")
 EXTRACTORS = ("boxed", "choice", "number")  # who reads a trace's answer
 NGRAMS = "ngrams"  # the embedding of a step that needs no model
 

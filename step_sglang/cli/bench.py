@@ -243,7 +243,7 @@ def replay(
         found = list(
             predict(
                 groups, _names(policies), _names(votes), _numbers("--pool", pool), cost_model,
-                page, verifier.same,
+                page, verifier,
             )
         )  # fmt: skip
     finally:

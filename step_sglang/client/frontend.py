@@ -19,7 +19,8 @@ from typing import Any
 from step_sglang import protocol
 from step_sglang.client.http import known_key, server_url
 from step_sglang.voting.answers import Extractor, extract_boxed
-from step_sglang.voting.tally import Ballot, Same, Tally, check_vote, share_of, tally, weight_of
+from step_sglang.voting.classes import Same
+from step_sglang.voting.tally import Ballot, Tally, check_vote, share_of, tallying, weight_of
 from step_sglang.voting.verifier import AnswerVerifier
 
 _verifier = AnswerVerifier()
@@ -98,7 +99,7 @@ def vote(
         voters.append(index)
     answers = tuple(
         Tally(t.answer, t.weight, tuple(voters[i] for i in t.members))
-        for t in tally(ballots, same or _verifier.same, vote)
+        for t in _verifier.comparison().run(tallying(ballots, vote, same))
     )
     if not answers:
         return ForkVote(None, 0.0, None, (), errors)

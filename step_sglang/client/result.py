@@ -82,6 +82,7 @@ class Result:
     best: TraceResult | None
     timing: Timing
     early: bool  # ended before the last trace, because the vote was decided
+    text_only: int = 0  # answers that were compared as text alone, as math-verify took too long
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON values; ``best`` is the position of the trace."""
@@ -119,6 +120,7 @@ def result_of(session: VoteSession, total: float) -> Result:
         best=None if outcome.best is None else traces[outcome.best],
         timing=_mean([trace.times for trace in traces], total),
         early=session.num(TraceFate.CANCELLED) > 0,
+        text_only=outcome.text_only,
     )
 
 

@@ -17,10 +17,10 @@ from step_sglang.client.result import Result, SolveProgress, progress_of, result
 from step_sglang.client.sampling import Sampling
 from step_sglang.client.source import Messages, TraceSource, reading_chunks
 from step_sglang.voting.answers import Extractor, extractor_named
+from step_sglang.voting.classes import Same
 from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
 from step_sglang.voting.session import STREAM_INTERVAL, VoteRules, VoteSession
-from step_sglang.voting.tally import Same
-from step_sglang.voting.verifier import AnswerVerifier
+from step_sglang.voting.verifier import AnswerVerifier, Comparison
 
 DEFAULT_N = 64
 DEFAULT_TIMEOUT = 600.0
@@ -87,8 +87,10 @@ async def asolve(
     try:
         params = {**DEFAULT_SAMPLING, **(sampling or {})}
         body = await _body(source, question, chat, n, params, group)
-        session = VoteSession(n, rules, same or verifier.same, extractor, params["max_new_tokens"])
-        await _gather(source, body, session, started, on_progress)
+        session = VoteSession(n, rules, extractor, params["max_new_tokens"], same)
+        # What the caller compares by runs in a thread: it may take long.
+        comparison = verifier.comparison() if same is None else None
+        await _gather(source, body, session, comparison, started, on_progress)
         return result_of(session, time.perf_counter() - started)
     finally:
         verifier.close()
@@ -159,6 +161,7 @@ async def _gather(
     source: TraceSource,
     body: dict[str, Any],
     session: VoteSession,
+    comparison: Comparison | None,
     started: float,
     on_progress: Callable[[SolveProgress], None] | None,
 ) -> None:
@@ -169,7 +172,7 @@ async def _gather(
         async with aclosing(chunks):
             async for chunk in chunks:
                 if _feed(session, chunk):
-                    await asyncio.to_thread(session.count)
+                    await _count(session, comparison)
                     if session.decided():
                         break
                 if on_progress is not None and time.perf_counter() - reported > _REPORT_INTERVAL:
@@ -178,12 +181,19 @@ async def _gather(
     except ServerError as error:
         if type(error) is not ServerError or not any(t.meta_info for t in session.traces):
             raise
-        await asyncio.to_thread(session.count)
+        await _count(session, comparison)
         result = result_of(session, time.perf_counter() - started)
         raise ServerGoneError(f"{error}; {_arrived(result)}", result) from error
     session.cancel()
     if on_progress is not None:
         on_progress(progress_of(session))
+
+
+async def _count(session: VoteSession, comparison: Comparison | None) -> None:
+    if comparison is None:
+        await asyncio.to_thread(session.count)
+    else:
+        await comparison.arun(session.counting())
 
 
 def _feed(session: VoteSession, chunk: Mapping[str, Any]) -> bool:

@@ -19,8 +19,9 @@ from step_sglang.evaluation.simulator import Request, Reserve, ScoreEvent, Simul
 from step_sglang.evaluation.stats import Mean, mean_of
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
 from step_sglang.pruning.groups import Group
-from step_sglang.voting.answers import equivalent
-from step_sglang.voting.tally import Ballot, Same, tally, weight_of
+from step_sglang.voting.classes import run_here
+from step_sglang.voting.tally import Ballot, tallying, weight_of
+from step_sglang.voting.verifier import AnswerVerifier
 
 Rank = Callable[[Request], tuple[float, int]]
 POLICIES = ("none", "fair", "paper", "random", "longest")
@@ -146,9 +147,9 @@ def predict(
     pools: Sequence[int],
     cost_model: CostModel,
     page: int = 1,
-    same: Same = equivalent,
+    verifier: AnswerVerifier | None = None,
 ) -> Iterator[Prediction]:
-    """Every policy with every vote in every pool; ``same`` compares answers.
+    """Every policy with every vote in every pool; ``verifier`` compares answers (None: we do).
 
     Raises:
         ReplayError: as for :func:`simulate`.
@@ -163,7 +164,7 @@ def predict(
             for vote in votes:
                 right: dict[str, list[float]] = defaultdict(list)
                 for fate in fates:
-                    right[fate.question].append(float(is_right(fate, vote, same)))
+                    right[fate.question].append(float(is_right(fate, vote, verifier)))
                 yield Prediction(
                     policy=policy,
                     vote=vote,
@@ -180,11 +181,12 @@ def predict(
                 )
 
 
-def is_right(fate: ReplayOutcome, vote: str, same: Same = equivalent) -> bool:
+def is_right(fate: ReplayOutcome, vote: str, verifier: AnswerVerifier | None = None) -> bool:
     """Whether the traces that finished vote for a right answer."""
     voters = [trace for trace in fate.finished if trace.answer is not None]
     ballots = [Ballot(str(trace.answer), weight_of(trace.score, vote)) for trace in voters]
-    tallies = tally(ballots, same, vote)
+    counting = tallying(ballots, vote)
+    tallies = run_here(counting) if verifier is None else verifier.comparison().run(counting)
     # The first trace of the winning answer was graded when it was recorded.
     return bool(tallies) and voters[tallies[0].members[0]].correct
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from step_sglang.voting.session import (
     VoteRules,
     VoteSession,
 )
-from step_sglang.voting.tally import Ballot, tally
+from step_sglang.voting.tally import Ballot, tallying
 from step_sglang.voting.verifier import AnswerVerifier
 
 # Only the end of a trace is sent: streaming every token would cost the server time.
@@ -69,7 +68,8 @@ class ServerSampler:
         }
         rules = VoteRules("weighted", early)
         limit = self.sampling.max_new_tokens
-        session = VoteSession(n, rules, self.verifier.same, self.extract, limit)
+        session = VoteSession(n, rules, self.extract, limit)
+        comparison = self.verifier.comparison()
         started = session.started = time.perf_counter()
         chunks = self.source.stream(body)
         async with aclosing(chunks):
@@ -77,7 +77,7 @@ class ServerSampler:
                 with reading_chunks():
                     ended = session.feed(chunk)
                 if ended and early != "off":
-                    await asyncio.to_thread(session.count)
+                    await comparison.arun(session.counting())
                     if session.decided():
                         break
         seconds = time.perf_counter() - started
@@ -114,7 +114,7 @@ def grade(method: Method, asked: SampleResult, gold: str, verifier: AnswerVerifi
             weight = method.weigh(trace, asked.threshold)
             if weight is not None:
                 ballots.append(Ballot(trace.answer, weight))
-    tallies = tally(ballots, verifier.same)
+    tallies = verifier.comparison().run(tallying(ballots))
     answer = tallies[0].answer if tallies else None
     traces = tuple(_trace_result(trace, is_right(trace.answer)) for trace in asked.traces)
     return Graded(answer, is_right(answer), traces)

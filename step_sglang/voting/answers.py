@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from functools import lru_cache
-
-from math_verify import parse, verify
 
 from step_sglang.errors import VoteError, safe_repr
 from step_sglang.protocol import EXTRACTORS
@@ -16,28 +14,40 @@ from step_sglang.protocol import EXTRACTORS
 Extractor = Callable[[str], str | None]
 MAX_LENGTH = 1000  # characters; a longer answer equals only its own text
 _BOX = r"\boxed{"
-# It warns whenever it runs without its own timer, which is a signal: see _parsed.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
 _STYLE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Z])[.):]?")
+# Each run of spaces is matched in one way only: the text is a model's, of any length.
 _STATED_CHOICE = re.compile(
-    r"(?:answer|choice|option)\s*(?:is|:)?\s*:?\s*\**\s*\(?([A-Z])\)?(?![A-Za-z])", re.IGNORECASE
+    r"(?:answer|choice|option)\s*(?:(?:is|:)\s*)?(?::\s*)?(?:\*+\s*)?\(?([A-Z])\)?(?![A-Za-z])",
+    re.IGNORECASE,
 )
+_BRACES = re.compile(r"\\boxed\{|[{}]")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last complete ``\boxed{...}``, braces balanced, or None."""
     start = text.rfind(_BOX)
-    while start >= 0:
-        depth = 1
-        # Bounded, or a text of nothing but opening boxes would cost the square of its length.
-        for end in range(start + len(_BOX), min(len(text), start + len(_BOX) + 4 * MAX_LENGTH)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start + len(_BOX) : end].strip() or None
-        start = text.rfind(_BOX, 0, start)
-    return None
+    if start < 0:
+        return None
+    last = _closed_box(text[start : start + len(_BOX) + 4 * MAX_LENGTH])
+    if last is None:  # seldom; a pass over the whole text, for it may hold thousands of open boxes
+        last = _closed_box(text)
+    return last.strip() or None if last is not None else None
+
+
+def _closed_box(text: str) -> str | None:
+    """The content of the last box that is closed, within a bounded length; linear in the text."""
+    opened: list[int | None] = []  # where the content of each open brace begins, None: no box
+    last: tuple[int, int] | None = None
+    for match in _BRACES.finditer(text):
+        if match[0] != "}":
+            opened.append(match.end() if match[0] == _BOX else None)
+        elif opened:
+            begin, end = opened.pop(), match.start()
+            if begin is not None and end - begin < 4 * MAX_LENGTH:
+                last = max(last or (0, 0), (begin, end))
+    return None if last is None else text[last[0] : last[1]]
 
 
 def extract_choice(text: str) -> str | None:
@@ -90,7 +100,7 @@ def quickly_equivalent(one: str, other: str) -> bool | None:
     letters = choice_letter(one), choice_letter(other)
     if None not in letters:
         return letters[0] == letters[1]
-    numbers = _plain_number(one), _plain_number(other)
+    numbers = plain_number(one), plain_number(other)
     if None not in numbers:
         return numbers[0] == numbers[1]
     return None
@@ -105,22 +115,33 @@ def equivalent(one: str, other: str) -> bool:
     quick = quickly_equivalent(one, other)
     if quick is not None:
         return quick
+    from math_verify import verify
+
+    try:
+        a, b = parsed(one.strip()), parsed(other.strip())
+    except Exception:  # math-verify meets arbitrary text
+        return False
     # verify() is not symmetric in what it accepts; an answer must match either way.
-    a, b = _parsed(one.strip()), _parsed(other.strip())
     return bool(verify(a, b, timeout_seconds=None) or verify(b, a, timeout_seconds=None))
 
 
-def _plain_number(answer: str) -> Decimal | None:
+def plain_number(answer: str) -> Decimal | None:
+    """The value of ``12``, ``-0.5`` and the like, None for anything else."""
     if not re.fullmatch(r"[+-]?\d{1,30}(?:\.\d{1,30})?", answer, re.ASCII):
         return None
-    try:
-        return Decimal(answer)
-    except InvalidOperation:
-        return None
+    return Decimal(answer)
 
 
-@lru_cache(maxsize=4096)
-def _parsed(answer: str) -> list[object]:
-    # No time-out: it is a signal, which only a main thread may set.
-    parsed: list[object] = parse(f"${answer}$", parsing_timeout=None)
-    return parsed
+@lru_cache(maxsize=1024)
+def parsed(answer: str) -> list[object]:
+    """What math-verify makes of an answer: an expression, its normal text, both or neither.
+
+    Imported here, because the parent of a child that compares never parses. What math-verify raises
+    passes.
+    """
+    from math_verify import parse
+
+    # It warns whenever it runs without its own timer, a signal, which only a main thread may set.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    found: list[object] = parse(f"${answer}$", parsing_timeout=None, raise_on_error=True)
+    return found

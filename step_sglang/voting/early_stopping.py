@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from step_sglang.errors import VoteError, safe_repr
+from step_sglang.protocol import EARLY_RULES
 from step_sglang.voting.tally import Tally
 
-RULES = ("exact", "posterior", "off")
 DEFAULT_THRESHOLD = 0.01
 # Sums of the same weights in another order differ in the last bits.
 _ROUNDING = 1e-6
@@ -19,9 +19,10 @@ _ROUNDING = 1e-6
 
 def check_rule(rule: object, threshold: object = DEFAULT_THRESHOLD) -> None:
     """Raise VoteError unless they are a rule and a probability below 1/2."""
-    if rule not in RULES:
+    if rule not in EARLY_RULES:
         raise VoteError(
-            f"unknown early-finish rule {safe_repr(rule)}; it must be one of {', '.join(RULES)}"
+            f"unknown early-finish rule {safe_repr(rule)}; it must be one of "
+            f"{', '.join(EARLY_RULES)}"
         )
     number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
     if not (number and 0 < threshold < 0.5):  # type: ignore[operator]

@@ -17,7 +17,7 @@ from step_sglang import protocol
 from step_sglang.voting.answers import extractor_named
 from step_sglang.voting.request import VoteRequest
 from step_sglang.voting.session import SampledTrace, TraceFate, VoteOutcome, VoteSession
-from step_sglang.voting.tally import Same
+from step_sglang.voting.verifier import Comparison
 
 _POLL = 0.25  # seconds between two looks at a connection, or at a silent group
 KEEP_ALIVE = 1.0  # seconds between two comments of a streamed answer
@@ -45,6 +45,7 @@ async def run(
     session: VoteSession,
     check: Callable[[dict[str, Any]], None],
     connected: Callable[[], Any] | None,
+    comparison: Comparison,
     is_aborted: Callable[[], bool] = lambda: False,
 ) -> dict[int, dict[str, Any]]:
     """Consume a group until it is decided or aborted; closing ``chunks`` cancels the rest.
@@ -54,6 +55,7 @@ async def run(
         session: takes them over.
         check: raises for a chunk that is an error.
         connected: awaited now and then; raises when the client is gone.
+        comparison: compares the answers.
         is_aborted: whether the group is to end now.
 
     Returns:
@@ -74,12 +76,31 @@ async def run(
             check(chunk)
             last[chunk.get("index", 0)] = chunk
             if session.feed(chunk):
-                # Comparing answers may take long: not on the event loop.
-                await asyncio.to_thread(session.count)
+                await _count(session, comparison, connected, is_aborted)
                 if session.decided():
                     break
     session.cancel()
     return last
+
+
+async def _count(
+    session: VoteSession,
+    comparison: Comparison,
+    connected: Callable[[], Any] | None,
+    is_aborted: Callable[[], bool],
+) -> None:
+    """Count what ended; it may take long, so look now and then whether it is still wanted."""
+    counting = asyncio.ensure_future(comparison.arun(session.counting()))
+    try:
+        while not (await asyncio.wait({counting}, timeout=_POLL))[0]:
+            if connected is not None:
+                await connected()
+            if is_aborted():
+                comparison.stop()
+        counting.result()
+    finally:
+        counting.cancel()
+        await asyncio.gather(counting, return_exceptions=True)
 
 
 def one_choice(
@@ -127,6 +148,7 @@ def _vote_info(session: VoteSession, outcome: VoteOutcome) -> dict[str, Any]:
         "share": outcome.share,
         "vote": session.rules.vote,
         "traces": len(session.traces),
+        "text_only": outcome.text_only,
         **{fate.value: session.num(fate) for fate in TraceFate if fate is not TraceFate.RUNNING},
         "answers": [
             {"answer": t.answer, "weight": t.weight, "count": t.count} for t in outcome.tallies
@@ -190,10 +212,10 @@ async def _with_ticks(chunks: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, 
             await asyncio.gather(pending, return_exceptions=True)
 
 
-def session_of(wish: VoteRequest, same: Same, max_new_tokens: int | None) -> VoteSession:
+def session_of(wish: VoteRequest, max_new_tokens: int | None) -> VoteSession:
     """What gathers the group of such a request."""
     extract = extractor_named(wish.extract)
-    return VoteSession(wish.traces, wish.rules, same, extract, max_new_tokens)
+    return VoteSession(wish.traces, wish.rules, extract, max_new_tokens)
 
 
 def _usage(session: VoteSession) -> dict[str, int]:

@@ -7,6 +7,7 @@ Sends and cancels nothing itself.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,6 +15,7 @@ from typing import Any
 
 from step_sglang import protocol
 from step_sglang.voting.answers import Extractor, extract_boxed
+from step_sglang.voting.classes import Same, Steps, run_here
 from step_sglang.voting.early_stopping import (
     DEFAULT_THRESHOLD,
     cannot_change,
@@ -21,7 +23,7 @@ from step_sglang.voting.early_stopping import (
     check_rule,
     highest_weight,
 )
-from step_sglang.voting.tally import Ballot, Poll, Same, Tally, check_vote, share_of, weight_of
+from step_sglang.voting.tally import Ballot, Poll, Tally, check_vote, share_of, weight_of
 
 # Tokens between two chunks of a trace that runs; its end is always sent at once.
 STREAM_INTERVAL = 16
@@ -88,6 +90,7 @@ class VoteOutcome:
     share: float
     tallies: tuple[Tally, ...]  # members are positions of traces
     best: int | None
+    text_only: int = 0  # answers that were compared as text alone
 
 
 class VoteSession:
@@ -97,17 +100,17 @@ class VoteSession:
         n: how many there will be.
         rules: the vote and when it may end.
         extract: reads a finished trace's answer.
-        same: whether two answers mean the same; may take long, see :meth:`count`.
         max_new_tokens: the length limit of a trace, None when it is not known.
+        same: whether two answers mean the same; None: math-verify decides.
     """
 
     def __init__(
         self,
         n: int,
         rules: VoteRules,
-        same: Same,
         extract: Extractor = extract_boxed,
         max_new_tokens: int | None = None,
+        same: Same | None = None,
     ) -> None:
         self.traces = [SampledTrace(index) for index in range(n)]
         self.rules = rules
@@ -115,11 +118,11 @@ class VoteSession:
         self._max_new_tokens = max_new_tokens
         self._poll = Poll(rules.vote, same)
         self._voters: list[int] = []  # traces in the order of their ballots
-        self._uncounted: list[SampledTrace] = []
+        self._uncounted: deque[SampledTrace] = deque()
         self.started = time.perf_counter()
 
     def feed(self, chunk: Mapping[str, Any]) -> bool:
-        """Take over one chunk; whether a trace ended with it, so that :meth:`count` is due.
+        """Take over one chunk; whether a trace ended with it, so that :meth:`counting` is due.
 
         Raises:
             KeyError, TypeError, IndexError: it is no chunk of ``/generate``.
@@ -152,17 +155,26 @@ class VoteSession:
         self._uncounted.append(trace)
         return True
 
-    def count(self) -> None:
-        """Read and count the answers of traces that ended since; may compare answers for long."""
-        ended, self._uncounted = self._uncounted, []
-        for trace in ended:
+    def counting(self) -> Steps[None]:
+        """Read and count the answers of traces that ended since, in steps that may take long.
+
+        Left in the middle, the rest is counted by the next call.
+        """
+        while self._uncounted:
+            trace = self._uncounted[0]
             trace.answer = self._extract(trace.text)
             if trace.fate is TraceFate.FINISHED and trace.answer is not None:
-                self._poll.add(Ballot(trace.answer, weight_of(trace.score, self.rules.vote)))
+                ballot = Ballot(trace.answer, weight_of(trace.score, self.rules.vote))
+                yield from self._poll.adding(ballot)
                 self._voters.append(trace.index)
+            self._uncounted.popleft()
+
+    def count(self) -> None:
+        """Count in this process and without a limit, see :meth:`counting`."""
+        run_here(self.counting())
 
     def decided(self) -> bool:
-        """Whether the group may end now by its early-finish rule. Only after :meth:`count`."""
+        """Whether the group may end now by its early-finish rule. Only after :meth:`counting`."""
         running = [t for t in self.traces if t.fate is TraceFate.RUNNING]
         if not running:
             return True
@@ -200,8 +212,9 @@ class VoteSession:
         if tallies:
             best = self._best(tallies[0].members)
             return VoteOutcome(
-                VoteStatus.VOTED, tallies[0].answer, share_of(tallies), tallies, best
-            )
+                VoteStatus.VOTED, tallies[0].answer, share_of(tallies), tallies, best,
+                self._poll.text_only,
+            )  # fmt: skip
         finished = [t.index for t in self.traces if t.fate is TraceFate.FINISHED]
         if finished:
             return VoteOutcome(VoteStatus.NO_ANSWER, None, 0.0, (), self._best(finished))

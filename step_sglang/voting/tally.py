@@ -6,17 +6,16 @@ traces, ``best`` takes the answer of the best-scoring trace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from step_sglang.errors import VoteError, safe_repr
 from step_sglang.protocol import VOTES
-from step_sglang.voting.answers import equivalent
+from step_sglang.voting.classes import AnswerClasses, PairwiseClasses, Same, Steps, run_here
 
 # A finished trace without a step says nothing of its quality: the sigmoid's value at no evidence.
 # A constant, so that later traces never change what a finished one weighs.
 UNSCORED = 0.5
-Same = Callable[[str, str], bool]
 
 
 @dataclass(frozen=True)
@@ -61,32 +60,38 @@ class Poll:
     ballots that come later.
 
     Args:
-        vote: one of :data:`protocol.VOTES`.
-        same: whether two differently spelled answers mean the same. Asked once per pair of a new
-            spelling and a known answer, because it costs far more than a comparison of texts.
+        vote: one of :data:`VOTES`.
+        same: whether two differently spelled answers mean the same; asked once per pair of a new
+            spelling and a known answer. Default: math-verify decides, see :class:`AnswerClasses`.
 
     Raises:
         VoteError: there is no such vote.
     """
 
-    def __init__(self, vote: str = "weighted", same: Same = equivalent) -> None:
+    def __init__(self, vote: str = "weighted", same: Same | None = None) -> None:
         check_vote(vote)
         self._vote = vote
-        self._same = same
-        self._spellings: dict[str, str] = {}  # every spelling -> the answer it belongs to
+        self._classes = AnswerClasses() if same is None else PairwiseClasses(same)
         self._ballots: dict[str, list[tuple[int, float]]] = {}
+        self._count = 0
 
     def __len__(self) -> int:
-        return sum(len(ballots) for ballots in self._ballots.values())
+        return self._count
+
+    @property
+    def text_only(self) -> int:
+        """How many answers were compared as text alone, see :class:`AnswerClasses`."""
+        return self._classes.text_only
+
+    def adding(self, ballot: Ballot) -> Steps[None]:
+        """Count one more ballot, in steps of which each may take long."""
+        answer = yield from self._classes.find(ballot.answer.strip())
+        self._ballots.setdefault(answer, []).append((self._count, ballot.weight))
+        self._count += 1
 
     def add(self, ballot: Ballot) -> None:
-        """Count one more ballot."""
-        spelling = ballot.answer.strip()
-        answer = self._spellings.get(spelling)
-        if answer is None:
-            known = (other for other in self._ballots if self._same(other, spelling))
-            answer = self._spellings[spelling] = next(known, spelling)
-        self._ballots.setdefault(answer, []).append((len(self), ballot.weight))
+        """Count one more ballot, comparing in this process and without a limit."""
+        run_here(self.adding(ballot))
 
     def tallies(self) -> list[Tally]:
         """The answers, heaviest first, of equals the one with more traces, then the first given.
@@ -101,14 +106,21 @@ class Poll:
         return sorted(found, key=lambda t: (-t.weight, -t.count))
 
 
-def tally(
-    ballots: Sequence[Ballot], same: Same = equivalent, vote: str = "weighted"
-) -> list[Tally]:
-    """Merge equivalent answers and sort them, see :meth:`Poll.tallies`."""
+def tallying(
+    ballots: Sequence[Ballot], vote: str = "weighted", same: Same | None = None
+) -> Steps[list[Tally]]:
+    """Merge equivalent answers and sort them, in steps; see :meth:`Poll.tallies`."""
     poll = Poll(vote, same)
     for ballot in ballots:
-        poll.add(ballot)
+        yield from poll.adding(ballot)
     return poll.tallies()
+
+
+def tally(
+    ballots: Sequence[Ballot], same: Same | None = None, vote: str = "weighted"
+) -> list[Tally]:
+    """:func:`tallying` in this process and without a limit."""
+    return run_here(tallying(ballots, vote, same))
 
 
 def share_of(tallies: Sequence[Tally]) -> float:

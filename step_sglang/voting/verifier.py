@@ -1,107 +1,171 @@
-"""Compares answers of unknown origin in a child process, so that none can stop the caller.
+"""Compares answers of unknown origin in child processes, so that none can stop or slow the caller.
 
 math-verify computes what it is given: an answer such as ``9^(9^(9^9))`` never comes back and holds
-the interpreter. `python -m step_sglang.voting.verifier` is the child: JSON lines in and out.
+the interpreter. A few children share the work of all groups. Each question has a limit of
+processor time and memory, each group a budget; what is beyond either compares as text alone.
+`python -m step_sglang.voting.verifier` is the child, see :mod:`step_sglang.voting.comparer`.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import select
-import subprocess
-import sys
+import asyncio
 import threading
+import weakref
+from collections import Counter, OrderedDict
+from concurrent.futures import CancelledError
+from typing import TypeVar
 
-from step_sglang.voting.answers import equivalent, quickly_equivalent
+from step_sglang.voting.answers import quickly_equivalent
+from step_sglang.voting.classes import PairQuestion, Question, Reply, Steps
+from step_sglang.voting.pool import Account, Pool, Ticket
 
-TIME_LIMIT = 5.0  # seconds for one comparison
-START_LIMIT = 60.0  # seconds for the first: the child imports math-verify
+T = TypeVar("T")
+TIME_LIMIT = 5.0  # seconds of processor time for one question
+BUDGET = 60.0  # seconds of processor time for one group
+SERVER_BUDGET = 10.0  # where groups of others wait
+_CACHE = 4096  # replies
 
 
 class AnswerVerifier:
-    """Answers :meth:`same`; starts its child when it is first needed. Safe to share by threads."""
+    """Compares answers in children, started when first needed. Safe to share by threads.
 
-    def __init__(self, time_limit: float = TIME_LIMIT) -> None:
-        self._time_limit = time_limit
-        self._child: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
-        self._known: dict[tuple[str, str], bool] = {}
+    Args:
+        time_limit: seconds of processor time for one question: to parse an answer, or to compare
+            two of them.
+        budget: seconds of processor time for one :class:`Comparison`.
+        children: how many work at once.
+        spare: keep one more child ready, so that after a kill nothing waits for a start.
+    """
+
+    def __init__(
+        self,
+        time_limit: float = TIME_LIMIT,
+        budget: float = BUDGET,
+        children: int = 1,
+        spare: bool = False,
+    ) -> None:
+        self._budget = budget
+        self._pool = Pool(time_limit, children, spare)
+        self._replies = _Replies()
+        # Also at the interpreter's end, which waits for no thread of ours.
+        self._finalizer = weakref.finalize(self, self._pool.close)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """So far: ``forms`` and ``pairs`` asked of children, ``kills`` of them, ``starts``."""
+        return Counter(self._pool.counts)
+
+    def comparison(self) -> Comparison:
+        """One group's comparison, with a budget and a fair share of its own."""
+        return Comparison(self._pool, self._replies, self._budget)
 
     def same(self, one: str, other: str) -> bool:
         """Whether two answers mean the same; False when that cannot be told in time."""
         quick = quickly_equivalent(one, other)
         if quick is not None:
             return quick
-        with self._lock:
-            pair = (one, other)
-            if pair not in self._known:
-                if len(self._known) >= 4096:
-                    self._known.clear()
-                self._known[pair] = self._ask(one, other)
-            return self._known[pair]
+        return self.comparison().ask(PairQuestion(one.strip(), other.strip())) is True
 
     def close(self) -> None:
-        """End the child."""
+        """End the children; whatever still waits compares as text."""
+        self._finalizer()
+
+
+class Comparison:
+    """The comparisons of one group, one after the other."""
+
+    def __init__(self, pool: Pool, replies: _Replies, budget: float) -> None:
+        self._pool = pool
+        self._replies = replies
+        self._account = Account(budget)
+        self._ticket: Ticket | None = None
+        self._stopped = False
+
+    @property
+    def spent(self) -> float:
+        """Seconds of processor time so far."""
+        return self._account.spent
+
+    def stop(self) -> None:
+        """End the work at once, from any thread: all that follows compares as text."""
+        self._stopped = True
+        ticket = self._ticket
+        if ticket is not None:
+            ticket.settle(None)
+
+    def ask(self, question: Question) -> Reply:
+        """One question's reply; blocks. None: that cannot be told, or not in time."""
+        ticket = self._issue(question)
+        try:
+            reply = ticket.future.result()
+        except CancelledError:
+            reply = None
+        finally:
+            ticket.future.cancel()
+        return self._learn(ticket, reply)
+
+    def run(self, steps: Steps[T]) -> T:
+        """Go through all steps; blocks while children work."""
+        reply: Reply = None
+        try:
+            question = next(steps)
+            while True:
+                reply = self.ask(question)
+                question = steps.send(reply)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+    async def arun(self, steps: Steps[T]) -> T:
+        """Go through all steps without blocking the event loop; cancelled, the work ends."""
+        reply: Reply = None
+        try:
+            question = next(steps)
+            while True:
+                ticket = self._issue(question)
+                # Cancelling it cancels the ticket, which whoever works on it notices.
+                reply = self._learn(ticket, await asyncio.wrap_future(ticket.future))
+                question = steps.send(reply)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        finally:
+            steps.close()
+
+    def _issue(self, question: Question) -> Ticket:
+        ticket = self._ticket = Ticket(question, self._account)
+        known, reply = self._replies.get(question)
+        if known or self._stopped or self._account.empty:
+            ticket.settle(reply)
+        else:
+            self._pool.submit(ticket)
+        return ticket
+
+    def _learn(self, ticket: Ticket, reply: Reply) -> Reply:
+        if ticket.final:
+            self._replies.put(ticket.question, reply)
+        return reply
+
+
+class _Replies:
+    """The latest replies, of all groups: also that a question has none within the time limit."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Question, Reply] = OrderedDict()
+
+    def get(self, question: Question) -> tuple[bool, Reply]:
         with self._lock:
-            self._stop()
+            return question in self._kept, self._kept.get(question)
 
-    def _ask(self, one: str, other: str) -> bool:
-        limit = self._time_limit
-        if self._child is None or self._child.poll() is not None:
-            self._child = _start()
-            limit += START_LIMIT
-        stdin, stdout = self._child.stdin, self._child.stdout
-        assert stdin is not None and stdout is not None
-        try:
-            stdin.write(json.dumps([one, other]) + "\n")
-            stdin.flush()
-            readable, _, _ = select.select([stdout], [], [], limit)
-            if readable:
-                return bool(json.loads(stdout.readline()))
-        except (OSError, ValueError):
-            pass
-        self._stop()  # a new one serves the next question
-        return False
-
-    def _stop(self) -> None:
-        child, self._child = self._child, None
-        if child is None:
-            return
-        child.kill()
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                pipe.close()
-
-    def __del__(self) -> None:
-        self._stop()
-
-
-def _start() -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", __name__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        # This very package, wherever the caller found it.
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
-
-
-def main() -> None:
-    """Serve comparisons until standard input ends, as it does when the parent dies."""
-    logging.disable(logging.CRITICAL)
-    for line in sys.stdin:
-        one, other = json.loads(line)
-        try:
-            verdict = equivalent(one, other)
-        except Exception:  # math-verify meets arbitrary text
-            verdict = False
-        print(json.dumps(verdict), flush=True)
+    def put(self, question: Question, reply: Reply) -> None:
+        with self._lock:
+            self._kept[question] = reply
+            while len(self._kept) > _CACHE:
+                self._kept.popitem(last=False)
 
 
 if __name__ == "__main__":
+    from step_sglang.voting.comparer import main
+
     main()

@@ -27,7 +27,7 @@ from step_sglang.evaluation.serving import PoolSize, Serving, parse_pool_sizes
 from step_sglang.evaluation.watch import read_gauges
 from step_sglang.voting.answers import extract_boxed
 from step_sglang.voting.session import SampledTrace, TraceFate
-from step_sglang.voting.verifier import AnswerVerifier
+from step_sglang.voting.verifier import AnswerVerifier, Comparison
 
 SETTINGS = MethodSettings(window=10, warmup=4, delay=3)
 
@@ -171,9 +171,17 @@ class Streamed:
             yield {"index": index, "text": text, "output_ids": [5], "meta_info": info}
 
 
-class NoJudge(AnswerVerifier):
-    def same(self, one: str, other: str) -> bool:
+class NoComparison(Comparison):
+    def __init__(self) -> None:
+        pass
+
+    async def arun(self, steps: Any) -> Any:
         raise AssertionError("a vote, while the clock may run")
+
+
+class NoJudge(AnswerVerifier):
+    def comparison(self) -> Comparison:
+        return NoComparison()
 
 
 def test_answers_are_read_and_not_compared_while_a_question_is_asked() -> None:

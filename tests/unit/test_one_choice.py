@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from step_sglang.pruning.request import StepRequest, as_sample, parse_request
 from step_sglang.voting.one_choice import kept_alive, not_voted, one_choice, run
 from step_sglang.voting.request import ParsedRequest, parse, parse_vote, trace_params
 from step_sglang.voting.session import TraceFate, VoteRules, VoteSession, VoteStatus
+from step_sglang.voting.verifier import AnswerVerifier
 
 OFF = StepConfig(scorer="s")
 DEFAULT = StepConfig(scorer="s", traces=16, vote="majority", extract="number", temperature=0.7)
@@ -115,7 +117,8 @@ def chunk(index: int, text: str, tokens: int, score: float, end: str | None = No
 
 
 def gather(chunks: list[dict], n: int, early: str = "exact") -> tuple[VoteSession, dict, list]:
-    session = VoteSession(n, VoteRules(early=early), lambda a, b: a == b, max_new_tokens=100)
+    session = VoteSession(n, VoteRules(early=early), max_new_tokens=100)
+    verifier = AnswerVerifier()  # not needed for numbers
     sent: list[int] = []
 
     async def stream() -> AsyncIterator[dict]:
@@ -123,7 +126,8 @@ def gather(chunks: list[dict], n: int, early: str = "exact") -> tuple[VoteSessio
             sent.append(item["index"])
             yield item
 
-    last = asyncio.run(run(stream(), session, lambda chunk: None, None))  # type: ignore[arg-type]
+    taken = run(stream(), session, lambda chunk: None, None, verifier.comparison())  # type: ignore[arg-type]
+    last = asyncio.run(taken)
     return session, last, sent
 
 
@@ -168,7 +172,7 @@ def test_a_decided_group_is_left_and_a_silent_one_has_a_partial_answer() -> None
 
 
 def test_an_aborted_group_ends_at_once_and_says_so() -> None:
-    session = VoteSession(3, VoteRules(early="off"), lambda a, b: a == b)
+    session = VoteSession(3, VoteRules(early="off"))
     sent: list[int] = []
 
     async def stream() -> AsyncIterator[dict]:
@@ -177,15 +181,16 @@ def test_an_aborted_group_ends_at_once_and_says_so() -> None:
             yield item
         await asyncio.sleep(60)
 
+    compare = AnswerVerifier().comparison()
     last = asyncio.run(
-        run(stream(), session, lambda chunk: None, None, lambda: len(sent) == 2)  # type: ignore[arg-type]
+        run(stream(), session, lambda chunk: None, None, compare, lambda: len(sent) == 2)  # type: ignore[arg-type]
     )
     assert session.num(TraceFate.CANCELLED) == 2
     reason = {"type": "abort", "message": "Aborted"}
     answer = one_choice(session, last, "outer", aborted=reason)
     assert answer["text"] == BOX % 7 and answer["meta_info"]["finish_reason"] == reason
     assert answer["meta_info"]["step"]["vote"]["answer"] == "7"
-    untouched = VoteSession(2, VoteRules(), lambda a, b: a == b)
+    untouched = VoteSession(2, VoteRules())
     untouched.cancel()
     stock = {"text": "", "output_ids": [], "meta_info": {"id": "outer", "finish_reason": reason}}
     answer = one_choice(untouched, {}, "outer", aborted=reason, before_start=lambda: dict(stock))
@@ -233,3 +238,53 @@ def test_comments_only_while_nothing_comes_and_errors_pass() -> None:
         return seen
 
     assert asyncio.run(collect()) == [b": step\n\n", "data", "late"]
+
+
+ENDLESS = "12^{9^{9^9}}"  # math-verify would compute it
+
+
+@pytest.mark.parametrize("how", ["left", "aborted", "cancelled"])
+def test_a_comparison_ends_with_the_wish_for_it(how: str) -> None:
+    """A client that leaves, an abort, a cancelled task: none waits for the answer's own end."""
+    patient = AnswerVerifier(time_limit=500.0, budget=1000.0)
+    session = VoteSession(2, VoteRules(early="off"))
+    begun: list[float] = []
+
+    async def stream() -> AsyncIterator[dict]:
+        for index in range(2):
+            yield chunk(index, BOX % ENDLESS.replace("2", str(index + 2)), 5, 0.5, "stop")
+
+    def comparing() -> bool:
+        if patient.counts["forms"] and not begun:
+            begun.append(time.monotonic())
+        return bool(begun) and time.monotonic() - begun[0] > 1
+
+    async def connected() -> None:
+        if how == "left" and comparing():
+            raise ValueError("left")
+
+    async def vote() -> Any:
+        comparison = patient.comparison()
+        going = run(
+            stream(), session, lambda chunk: None, connected, comparison,
+            lambda: how == "aborted" and comparing(),
+        )  # type: ignore[arg-type]  # fmt: skip
+        task = asyncio.ensure_future(going)
+        while how == "cancelled" and not comparing():
+            await asyncio.sleep(0.05)
+        if how == "cancelled":
+            task.cancel()
+        return await task
+
+    try:
+        if how == "aborted":
+            last = asyncio.run(vote())
+            said = one_choice(session, last, "outer")["meta_info"]["step"]["vote"]
+            assert said["text_only"] == len(said["answers"]) == 1 and said["cancelled"] == 1
+        else:
+            with pytest.raises(ValueError if how == "left" else asyncio.CancelledError):
+                asyncio.run(vote())
+        assert time.monotonic() - begun[0] < 60  # of 500
+        assert patient.same("x+1", "1+x")  # by a child that is free
+    finally:
+        patient.close()

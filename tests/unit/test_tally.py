@@ -107,3 +107,17 @@ def test_the_judge_compares_and_survives_an_endless_comparison() -> None:
         assert not verifier.same("9" * 5000, "9" * 5001)
     finally:
         verifier.close()
+
+
+@pytest.mark.timeout(60)
+def test_extractors_take_linear_time() -> None:
+    """What reads a trace runs where all requests are served: no text may hold it up."""
+    assert extract_boxed("\\boxed{7} " + "\\boxed{" * 50_000) == "7"
+    assert extract_boxed("\\boxed{" * 50_000) is None
+    assert extract_boxed("\\boxed{7} " + "{" * 200_000) == "7"
+    for gap in (" " * 20_000, " \n" * 10_000):
+        assert extract_choice(f"the answer is{gap}B then the answer{gap}1") == "B"
+    assert extract_choice("answer" * 30_000) is None
+    assert extract_choice("the answer is: **(C)** " + "answer : ** " * 5_000) == "C"
+    assert extract_number("1" * 50_000 + "," * 50_000) is not None
+    assert choice_letter("\\text" * 1_000 + " " * 4_000) is None

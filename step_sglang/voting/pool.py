@@ -1,0 +1,285 @@
+"""The children that compare answers, and the order in which they take questions.
+
+Knows nothing of answers. Of all waiting questions that of the account that has spent least comes
+first, in whole short limits, and of equals the one that waits longest. A question gets a short
+limit at first; only if that does not suffice it comes again with the full one, and one child at
+least takes no such question. So whoever asks what never comes back delays others by the short
+limit. No question waits for more than a minute.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+
+from step_sglang.voting.classes import FormQuestion, Question, Reply
+from step_sglang.voting.comparer import READY, decode, encode
+
+logger = logging.getLogger(__name__)
+
+START_LIMIT = 60.0  # seconds until a child is ready: it imports math-verify
+SHORT_LIMIT = 1.0  # seconds of processor time at the first attempt
+WAIT_LIMIT = 60.0  # seconds by the clock; then there is no reply
+_SLOWEST = 8.0  # times the limit: seconds by the clock, for a child that gets little of a processor
+_TICK = 0.05  # seconds between two looks at a ticket that may have been given up
+_BACKOFF = 30.0  # seconds at most between two starts that failed
+
+
+class Account:
+    """What one group may spend and has spent, in seconds of processor time."""
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+        self.spent = 0.0
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left."""
+        return self.spent >= self.budget
+
+
+class Ticket:
+    """A question that waits for its reply. Cancelling its future gives it up."""
+
+    def __init__(self, question: Question, account: Account) -> None:
+        self.question = question
+        self.account = account
+        self.future: Future[Reply] = Future()
+        self.since = time.monotonic()
+        self.long = False  # the short limit did not suffice
+        self.final = False  # the reply would be the same at another time
+
+    def settle(self, reply: Reply) -> None:
+        """Give the reply, unless it was given or is not wanted any more."""
+        with suppress(InvalidStateError):
+            self.future.set_result(reply)
+
+
+class _Child:
+    """A running child."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                sys.executable, "-W", "ignore", "-m", "step_sglang.voting.verifier",
+                str(os.getpid()),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            # This very package, wherever the caller found it.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )  # fmt: skip
+
+    def wait_until_ready(self, seconds: float, given_up: Callable[[], bool]) -> bool:
+        return self._line(seconds, given_up) == READY
+
+    def ask(self, line: str, seconds: float, given_up: Callable[[], bool]) -> str | None:
+        """Its reply; None: it died, or was not done in time, or nobody wants it any more."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+        except OSError:
+            return None
+        return self._line(seconds, given_up)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(OSError):  # what was not flushed
+                    pipe.close()
+
+    def _line(self, seconds: float, given_up: Callable[[], bool]) -> str | None:
+        stdout = self._process.stdout
+        assert stdout is not None
+        deadline = time.monotonic() + seconds
+        while not given_up() and time.monotonic() < deadline:
+            readable, _, _ = select.select([stdout], [], [], _TICK)
+            if readable:
+                return stdout.readline().strip() or None
+        return None
+
+
+class Pool:
+    """Children, the threads that serve them, and the tickets that wait.
+
+    Args:
+        limit: seconds of processor time for one question.
+        children: how many work at once.
+        spare: keep one more ready.
+    """
+
+    def __init__(self, limit: float, children: int, spare: bool) -> None:
+        self._limit = limit
+        self._size = children
+        self._spares = int(spare)
+        self._state = threading.Condition()
+        self._tickets: list[Ticket] = []
+        self._ready: list[_Child] = []
+        self._wanted = 0  # by workers that wait for a child
+        self._failed_starts = 0
+        self._started = self._closed = False
+        self.counts: Counter[str] = Counter()
+
+    def submit(self, ticket: Ticket) -> None:
+        """Put a ticket into the queue."""
+        with self._state:
+            if self._closed:
+                ticket.settle(None)
+                return
+            self._tickets.append(ticket)
+            if not self._started:
+                self._started = True
+                # Daemons: the end of the interpreter does not wait for them.
+                threading.Thread(target=self._keep, name="step-verifier", daemon=True).start()
+                for place in range(self._size):
+                    work = threading.Thread(
+                        target=self._work, args=(place,), name=f"step-verifier-{place}", daemon=True
+                    )
+                    work.start()
+            self._state.notify_all()
+
+    def close(self) -> None:
+        """End everything; what waits gets no reply."""
+        with self._state:
+            self._closed = True
+            tickets, self._tickets = self._tickets, []
+            children, self._ready = self._ready, []
+            self._state.notify_all()
+        for ticket in tickets:
+            ticket.settle(None)
+        for child in children:
+            child.kill()
+
+    def _keep(self) -> None:
+        """Start all children: a child dies with the thread that started it, so it must be one."""
+        while True:
+            with self._state:
+                self._state.wait_for(
+                    lambda: self._closed or len(self._ready) < self._wanted + self._spares
+                )
+                if self._closed:
+                    return
+                self.counts["starts"] += 1
+            child = None
+            with suppress(OSError):
+                child = _Child()
+            if child is not None and not child.wait_until_ready(START_LIMIT, self._is_closed):
+                child.kill()
+                child = None
+            with self._state:
+                if child is not None and self._closed:
+                    child.kill()
+                elif child is not None:
+                    self._failed_starts = 0
+                    self._ready.append(child)
+                    self._state.notify_all()
+                    continue
+                self._failed_starts += 1
+                self._state.notify_all()
+                self._state.wait_for(self._is_closed, min(_BACKOFF, 0.5 * 2**self._failed_starts))
+
+    def _is_closed(self) -> bool:
+        return self._closed
+
+    def _work(self, place: int) -> None:
+        child: _Child | None = None
+        while True:
+            ticket = self._next(place)
+            if ticket is None:
+                if child is not None:
+                    child.kill()
+                return
+            if child is None:
+                child = self._take()
+            if child is None:
+                ticket.settle(None)
+                continue
+            try:
+                usable = self._serve(ticket, child)
+            except Exception:  # a thread that ended would leave all others waiting
+                logger.exception("STEP could not compare an answer")
+                ticket.settle(None)
+                usable = False
+            if not usable:
+                child.kill()
+                child = None
+
+    def _next(self, place: int) -> Ticket | None:
+        """Wait for the ticket to serve; None: the pool is closed."""
+        with self._state:
+            while True:
+                if self._closed:
+                    return None
+                self._expire()
+                # With more than one child, the first takes no questions that are known to be long.
+                fit = [t for t in self._tickets if place > 0 or self._size == 1 or not t.long]
+                if fit:
+                    ticket = min(fit, key=lambda t: int(t.account.spent / SHORT_LIMIT))
+                    self._tickets.remove(ticket)
+                    return ticket
+                self._state.wait(WAIT_LIMIT if self._tickets else None)
+
+    def _expire(self) -> None:
+        oldest = time.monotonic() - WAIT_LIMIT
+        for ticket in self._tickets:
+            if ticket.since < oldest:
+                ticket.settle(None)
+        self._tickets = [t for t in self._tickets if not t.future.done()]
+
+    def _take(self) -> _Child | None:
+        """A child that is ready; None: there is none to be had."""
+        with self._state:
+            failed = self._failed_starts
+            self._wanted += 1
+            self._state.notify_all()
+            self._state.wait_for(
+                lambda: self._ready or self._closed or self._failed_starts > failed
+            )
+            self._wanted -= 1
+            child = self._ready.pop(0) if self._ready else None
+            self._state.notify_all()
+            return child
+
+    def _serve(self, ticket: Ticket, child: _Child) -> bool:
+        """Ask a child; whether it can go on."""
+        account = ticket.account
+        limit = self._limit if ticket.long else min(SHORT_LIMIT, self._limit)
+        limit = min(limit, max(0.1, account.budget - account.spent))
+        self.counts["forms" if isinstance(ticket.question, FormQuestion) else "pairs"] += 1
+        started = time.monotonic()
+
+        def given_up() -> bool:
+            return self._closed or ticket.future.done()
+
+        line = child.ask(encode(ticket.question, limit), _SLOWEST * limit, given_up)
+        try:
+            reply, seconds, grown = (None, limit, True) if line is None else decode(line)
+        except (ValueError, KeyError, TypeError):
+            line, reply, seconds, grown = None, None, limit, True
+        account.spent += min(seconds, time.monotonic() - started) if given_up() else seconds
+        if line is None:
+            self.counts["kills"] += 1
+            if not ticket.long and limit < self._limit and not account.empty:
+                ticket.long = True
+                if not given_up():
+                    self.submit(ticket)
+                return False
+        # Not with what was left of a budget: another group may find out.
+        ticket.final = line is not None or limit >= self._limit
+        if not given_up():
+            ticket.settle(reply)
+        return not grown
