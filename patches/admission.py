@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
@@ -12,49 +11,8 @@ from typing import Any
 from step_sglang import protocol
 from step_sglang.patches.guard import guard
 from step_sglang.patches.pruning import PruningRound, own_tokens
+from step_sglang.patches.queue import generates_nothing
 from step_sglang.patches.state import SchedulerStep, state_of, trace_of
-
-
-@guard(protocol.IN_ADMISSION)
-def add_request_to_queue(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER ``Scheduler._add_request_to_queue``: try it, though others did not fit before."""
-    state = state_of(scheduler)
-    if state is not None and state.config.makes_room and state.groups.num_live:
-        scheduler.running_batch.batch_is_full = False
-
-
-@guard(protocol.IN_ADMISSION)
-def get_new_batch_prefill(scheduler: Any, running_batch: Any) -> None:
-    """BEFORE ``Scheduler.get_new_batch_prefill``: nobody waits behind a group that has to.
-
-    SGLang stops at the first request that does not fit. So groups that hold nothing yet come
-    first, then ordinary requests, then the others by what they hold per weight; equals by arrival.
-    """
-    state = state_of(scheduler)
-    queue = scheduler.waiting_queue
-    if (
-        state is None
-        or not state.config.makes_room
-        or not state.groups.num_live
-        or running_batch.batch_is_full
-        or len(queue) < 2
-    ):
-        return
-    page = scheduler.page_size
-    held: Counter[str] = Counter()
-    for req in running_batch.reqs:
-        trace = trace_of(req)
-        if trace is not None and trace.group.for_memory and not req.finished():
-            held[trace.group.group_id] += own_tokens(req, page)
-
-    def turn(req: Any) -> tuple[int, float]:
-        trace = trace_of(req)
-        if trace is None or not trace.group.for_memory:
-            return (0 if _generates_nothing(req) else 1, 0.0)
-        tokens = held[trace.group.group_id]
-        return (2 if tokens else 0, tokens / trace.group.weight)
-
-    queue.sort(key=turn)
 
 
 def get_prefill_adder_class(base: type, scheduler: Any) -> type:
@@ -86,7 +44,7 @@ def _step_adder(base: Any, scheduler: Any) -> type:
                 return AddReqResult.OTHER  # the scheduler holds one chunked prompt at a time
 
             def admit() -> Any:
-                if not (_prunable(req) or _generates_nothing(req)):
+                if not (_prunable(req) or generates_nothing(req)):
                     return base.add_one_req(self, req, has_chunked_req, truncation_align_size)
                 with _no_future_tokens(req.sampling_params):
                     return base.add_one_req(self, req, has_chunked_req, truncation_align_size)
@@ -100,6 +58,7 @@ def _step_adder(base: Any, scheduler: Any) -> type:
                 with room.credit():
                     return self.budget_state()
             if not room.make(req):
+                state.refused = req
                 return result
             with room.credit():
                 return admit()
@@ -187,10 +146,14 @@ class PrefillReclaimer:
         extend = len(req.full_untruncated_fill_ids) - req.prefix_len
         need = adder.ceil_paged_tokens(min(extend, adder.rem_chunk_tokens))
         need += adder.per_req_token_overhead
-        while (short := need - adder.cur_rem_tokens) > 0:
-            if short <= self._coming_free() or not self._round.prune_worst():
-                return False
-        return True
+        coming_free = self._coming_free()
+
+        def short() -> int:
+            return int(need - adder.cur_rem_tokens)
+
+        # What comes free by itself in this step is not taken from anybody.
+        self._round.prune_until(lambda: short() <= coming_free, short)
+        return short() <= 0
 
     def make(self, req: Any) -> bool:
         """Make room for the tokens that a waiting request takes at once.
@@ -219,7 +182,7 @@ class PrefillReclaimer:
         """Whether its future tokens fit beside the other reservations, traces left aside."""
         from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
-        if _prunable(req) or _generates_nothing(req):
+        if _prunable(req) or generates_nothing(req):
             return True
         if req.sampling_params.ignore_eos and getattr(self._adder.tree_cache, "disable", True):
             return False  # SGLang then simulates every running request's future
@@ -246,11 +209,6 @@ class PrefillReclaimer:
 def _prunable(req: Any) -> bool:
     trace = trace_of(req)
     return trace is not None and trace.group.prunable
-
-
-def _generates_nothing(req: Any) -> bool:
-    """So it is for the tokenizer manager's own prefix warm-up for n > 1."""
-    return bool(req.sampling_params.max_new_tokens == 0)
 
 
 @contextmanager

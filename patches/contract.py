@@ -182,7 +182,7 @@ ADD_REQUEST_TO_QUEUE = Target(
 GET_NEW_BATCH_PREFILL = Target(
     f"{_SCHEDULER}.get_new_batch_prefill",
     ("self", "running_batch"),
-    why="orders the waiting requests by what their groups hold",
+    why="lets the waiting requests take turns, and holds back what is over a limit",
     until="the scheduling policy is a plugin's",
 )
 GET_PREFILL_ADDER_CLASS = Target(
@@ -278,6 +278,7 @@ USED = (
     Target("sglang.srt.plugins.hook_registry.HookRegistry.apply_hooks", ("cls",)),
     Target(f"{_SCHEDULER}._reqs_finishing_inflight", ("self", "batch")),
     Target(f"{_BATCH}.check_decode_mem", ("self", "selected_indices")),
+    Target(f"{_BATCH}.new_tokens_required_next_decode", ("self", "selected_indices")),
     Target(f"{_BATCH}.filter_batch", ("self", "reqs_to_exclude", "keep_indices")),
     Target("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "checkpoint")),
     Target("sglang.srt.managers.schedule_batch.Req.release_mm_inputs_on_abort", ("self",)),
@@ -295,6 +296,7 @@ USED = (
     Target(f"{_ADDER}._lock_node", ("self", "last_node", "lock_host")),
     Target(f"{_ADDER}.cur_rem_tokens"),
     Target(f"{_ADDER}.rem_total_tokens"),
+    Target("sglang.srt.managers.tp_worker.TpModelWorker.get_decode_cuda_graph_bs", ("self",)),
     Target("sglang.srt.managers.schedule_policy.AddReqResult.NO_TOKEN"),
     Target("sglang.srt.managers.schedule_policy.CLIP_MAX_NEW_TOKENS"),
     Target(f"{_TOKENIZER}._handle_abort_req", ("self", "recv_obj")),

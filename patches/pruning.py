@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from step_sglang import protocol
@@ -24,23 +25,32 @@ def update_running_batch(scheduler: Any, batch: Any) -> None:
     finishing = scheduler._reqs_finishing_inflight(batch)
     if state.groups.num_ending:
         _prune_ending(scheduler, state, batch, finishing)
-    chosen: PruningRound | None = None
-    while not batch.is_empty() and not _fits(batch, finishing):
-        if finishing:
-            return  # SGLang skips one decode step then: their memory comes free by itself
-        chosen = chosen or PruningRound(scheduler, state, batch)
-        # One at a time: what a victim frees beyond its own pages, the next check tells exactly.
-        if not chosen.prune_worst():
-            return
+
+    def fits() -> bool:
+        return _fits(batch, finishing)
+
+    # Where some finish, SGLang skips one decode step: their memory comes free by itself.
+    if fits() or finishing:
+        return
+    PruningRound(scheduler, state, batch).prune_until(fits, partial(_short, batch))
+
+
+def _staying(batch: Any, finishing: Sequence[Any] = ()) -> list[int]:
+    """Places of the requests that the next decode step computes."""
+    leaving = set(finishing)
+    return [i for i, req in enumerate(batch.reqs) if not req.finished() and req not in leaving]
 
 
 def _fits(batch: Any, finishing: Sequence[Any]) -> bool:
     """Whether the next decode step fits; evicts unreferenced radix-cache nodes to find out."""
-    if not finishing:
-        return bool(batch.check_decode_mem())
-    leaving = set(finishing)
-    staying = [i for i, req in enumerate(batch.reqs) if req not in leaving]
+    staying = _staying(batch, finishing)
     return not staying or bool(batch.check_decode_mem(selected_indices=staying))
+
+
+def _short(batch: Any) -> int:
+    """KV tokens that the next decode step lacks, once what can be evicted is."""
+    need = batch.new_tokens_required_next_decode(_staying(batch))
+    return int(need - batch.token_to_kv_pool_allocator.available_size())
 
 
 def _prune_ending(
@@ -48,12 +58,15 @@ def _prune_ending(
 ) -> None:
     """Prune the traces that a baseline ends, whatever memory there is."""
     spared = set(finishing)
-    for req in list(batch.reqs):
+    ended = []
+    for req in batch.reqs:
         trace = trace_of(req)
         if trace is not None and trace.is_live and trace.ending and req not in spared:
             method = trace.group.baseline
             assert method is not None
             _prune(scheduler, state, batch, req, method.REASON)
+            ended.append(req)
+    _dismiss(scheduler, batch, ended)
 
 
 class PruningRound:
@@ -85,29 +98,52 @@ class PruningRound:
                 _views(self._reqs, self._page, self._spared), self._state.config
             )
 
-    def prune_worst(self) -> bool:
-        """Prune one trace because the next decode step does not fit; False when none may be."""
-        victim = None
-        with guard(protocol.IN_PRUNING) as choosing:
-            victim = self.candidates.take()
-        victims = [] if victim is None else [victim]
-        return self._prune(victims, protocol.PRUNED_FOR_DECODE, choosing.failed)
+    def prune_until(self, enough: Callable[[], bool], short: Callable[[], int]) -> None:
+        """Prune the worst traces, until there is enough room or none may be pruned any more.
 
-    def prune_for(self, kv_share: float, tokens: int) -> bool:
+        Args:
+            enough: whether there is; it and not ``short`` decides, because only the engine knows
+                what a victim frees beyond its own pages. Ranks must agree on it.
+            short: KV tokens that are missing.
+        """
+        gone: list[Any] = []
+        while not enough():
+            tokens, victims = short(), []
+            with guard(protocol.IN_PRUNING) as choosing:
+                victims = self.candidates.take_until(tokens)
+            pruned = self._prune(victims, protocol.PRUNED_FOR_DECODE, choosing.failed, enough)
+            if not pruned:
+                break
+            gone += pruned
+        _dismiss(self._scheduler, self._batch, gone)
+
+    def prune_for(self, kv_share: float, tokens: int) -> None:
         """Prune traces for a waiting request; see ``Candidates.reclaim``."""
         victims: list[TraceView] = []
         with guard(protocol.IN_PRUNING) as choosing:
             victims = self.candidates.reclaim(kv_share, tokens)
-        return self._prune(victims, protocol.PRUNED_FOR_ADMISSION, choosing.failed)
+        gone = self._prune(victims, protocol.PRUNED_FOR_ADMISSION, choosing.failed)
+        _dismiss(self._scheduler, self._batch, gone)
 
-    def _prune(self, victims: Sequence[TraceView], reason: str, failed: bool) -> bool:
+    def _prune(
+        self,
+        victims: Sequence[TraceView],
+        reason: str,
+        failed: bool,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> list[Any]:
+        """Prune those on which the ranks agree, until there is enough room."""
         chosen = [victim.handle for victim in victims]
         agreed = _agree(self._scheduler, chosen)
+        gone: list[Any] = []
         for index in agreed:
+            if gone and enough():
+                break
             _prune(self._scheduler, self._state, self._batch, self._reqs[index], reason)
-        if failed or agreed != chosen:
+            gone.append(self._reqs[index])
+        if failed or agreed != chosen or len(gone) < len(chosen):
             self._look()  # the candidates here lack other traces than the batch does
-        return bool(agreed)
+        return gone
 
 
 def _views(reqs: Sequence[Any], page: int, spared: set[Any]) -> list[GroupView]:
@@ -172,7 +208,7 @@ def _agree(scheduler: Any, victims: list[int]) -> list[int]:
 
 
 def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: str) -> None:
-    """End a victim for good: free its KV now and answer it with its partial text.
+    """End a victim for good and free its KV now; ``_dismiss`` does the rest.
 
     It may still have a result in flight; the result processor skips finished requests.
     """
@@ -208,6 +244,11 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
         scheduler.max_total_num_tokens - available,
         scheduler.max_total_num_tokens,
     )
-    batch.filter_batch()
-    batch.batch_is_full = False
-    scheduler.output_streamer.stream_output([req], req.return_logprob)
+
+
+def _dismiss(scheduler: Any, batch: Any, gone: Sequence[Any]) -> None:
+    """Take victims out of their batch and answer them, all at once: each costs the whole batch."""
+    if gone:
+        batch.filter_batch()
+        batch.batch_is_full = False
+        scheduler.output_streamer.stream_output(gone, any(req.return_logprob for req in gone))

@@ -108,6 +108,8 @@ def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -
         baseline=step_request.baseline,
         context=state.context,
         timeline=Timeline() if step_request.record else None,
+        alone=step_request.group is None,
+        samples=params.n,
     )
     set_trace(req, trace)
 
@@ -141,6 +143,10 @@ def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
         result.internal_state["step"] = {
             **asdict(state.config),
             "groups": len(state.groups),
+            "groups_begun": state.groups.num_begun,
+            "groups_waiting": state.groups_waiting,
+            "group_limit": state.group_limit and state.group_limit.most,
+            "batch_limit": state.max_batch,
             "live_traces": state.groups.num_live,
             "steps_unscored": forward.steps_unscored(),
             "failures": guard.counts(),

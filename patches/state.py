@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from step_sglang.baselines import EngineContext
 from step_sglang.config import StepConfig
+from step_sglang.pruning.admission import GroupLimit, TraceLengths, Turns
 from step_sglang.pruning.groups import GroupRegistry, Trace
 from step_sglang.pruning.metrics import StepMetrics
 from step_sglang.scoring.slots import SlotState
@@ -17,7 +18,7 @@ _STATE = "step_state"
 _TRACE = "step_trace"
 
 
-@dataclass
+@dataclass(eq=False)  # one object per scheduler
 class SchedulerStep:
     """What STEP owns in one scheduler."""
 
@@ -28,6 +29,14 @@ class SchedulerStep:
     hidden_dtype: torch.dtype
     groups: GroupRegistry
     metrics: StepMetrics | None = None  # with --enable-metrics, on the rank that SGLang measures
+    turns: Turns = field(default_factory=Turns)
+    lengths: TraceLengths = field(default_factory=TraceLengths)
+    group_limit: GroupLimit | None = None
+    max_batch: int | None = None  # requests; no further trace starts then
+    groups_waiting: int = 0  # that may not begin yet
+    queued: int = 0  # requests so far
+    all_held: Any = None  # what the last admission pass saw, if everybody was held back in it
+    refused: Any = None  # the request that did not fit in the admission pass that goes on
     scorer_stale: bool = False  # the weights that it was trained for were replaced
 
 

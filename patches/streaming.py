@@ -7,15 +7,18 @@ from typing import Any
 
 from step_sglang import protocol
 from step_sglang.patches.guard import guard
-from step_sglang.patches.state import state_of, trace_of
-from step_sglang.pruning.groups import GroupRegistry, Trace, TraceStatus
-from step_sglang.pruning.metrics import StepMetrics
+from step_sglang.patches.queue import set_limits
+from step_sglang.patches.state import SchedulerStep, state_of, trace_of
+from step_sglang.pruning.groups import Trace, TraceStatus
 
 
 def get_output_streamer_class(base: type, scheduler: Any) -> type:
     """AFTER ``Scheduler.get_output_streamer_class``."""
     state = state_of(scheduler)
-    return base if state is None else _step_streamer(base, state.groups, state.metrics)
+    if state is None:
+        return base
+    set_limits(scheduler, state)  # the first hook after the decode graphs were captured
+    return _step_streamer(base, state)
 
 
 def _status(req: Any) -> TraceStatus:
@@ -32,7 +35,9 @@ def _meta(trace: Trace) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4)
-def _step_streamer(base: Any, groups: GroupRegistry, metrics: StepMetrics | None) -> type:
+def _step_streamer(base: Any, state: SchedulerStep) -> type:
+    groups, metrics = state.groups, state.metrics
+
     class StepOutputStreamer(base):  # type: ignore[misc]
         has_additional_customized_info = True
 
@@ -45,6 +50,8 @@ def _step_streamer(base: Any, groups: GroupRegistry, metrics: StepMetrics | None
                 if trace is not None:
                     with guard(protocol.IN_RESPONSES):
                         groups.end(trace, _status(req))
+                        if trace.fate is TraceStatus.FINISHED:
+                            state.lengths.finished(len(req.output_ids))
                 if metrics is not None and (trace or req.sampling_params.max_new_tokens):
                     with guard(protocol.IN_METRICS):
                         waited = req.time_stats.queue_duration_s

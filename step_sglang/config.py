@@ -13,6 +13,7 @@ from step_sglang.protocol import EXTRACTORS, NGRAMS, PRUNED_ABORT, PRUNED_MODES,
 POLICIES = ("fair", "paper")
 SCOPES = ("thinking", "all")
 ADMISSIONS = ("fair", "queue")
+AUTO, OFF = "auto", "off"
 DEFAULT_DELIMITERS = ("\n\n",)
 
 
@@ -80,6 +81,23 @@ class StepConfig:
             "help": "When a waiting request does not fit. fair (default): traces of groups that "
             "hold more than it would are pruned, so that it starts at once. queue: it waits (the "
             "only choice, and the default, with --step-policy paper).",
+        },
+    )
+    max_groups: str | int = field(
+        default=OFF,
+        metadata={
+            "metavar": "auto|off|N",
+            "help": "How many groups run at once; the others wait, by arrival. auto: as many as "
+            "keep a useful number of survivors each. off: all (the only choice with --step-policy "
+            "paper).",
+        },
+    )
+    max_batch: str | int = field(
+        default=AUTO,
+        metadata={
+            "metavar": "auto|off|N",
+            "help": "Traces start only while fewer requests run. auto: the largest batch that has "
+            "a captured decode graph, where graphs are used.",
         },
     )
     traces: int = field(
@@ -150,6 +168,7 @@ class StepConfig:
                 "--step-policy paper knows no groups, so --step-admit fair contradicts it: leave "
                 "--step-admit out, or use --step-policy fair"
             )
+        self._check_limits()
         for flag, value in (
             ("--step-min-survivors", self.min_survivors),
             ("--step-min-steps", self.min_steps),
@@ -175,6 +194,21 @@ class StepConfig:
         if not isinstance(self.temperature, int | float) or not 0 < self.temperature < 100:
             raise ConfigError(f"--step-temperature must be above 0, not {self.temperature!r}")
 
+    def _check_limits(self) -> None:
+        if self.policy == "paper" and self.max_groups != OFF:
+            raise ConfigError(
+                "--step-policy paper knows no groups, so --step-max-groups contradicts it: leave "
+                "--step-max-groups out, or use --step-policy fair"
+            )
+        for flag, value in (
+            ("--step-max-groups", self.max_groups),
+            ("--step-max-batch", self.max_batch),
+        ):
+            if value not in (AUTO, OFF) and _number(value) is None:
+                raise ConfigError(
+                    f"{flag} must be {AUTO}, {OFF} or an integer of at least 1, not {value!r}"
+                )
+
     @property
     def scores_all(self) -> bool:
         """Whether steps after the think-end token count too."""
@@ -184,6 +218,25 @@ class StepConfig:
     def makes_room(self) -> bool:
         """Whether traces are pruned for requests that wait, not only for those that run."""
         return self.policy == "fair" and self.admit != "queue" and not self.capture
+
+    @property
+    def group_limit(self) -> int | str:
+        """Groups that run at once: a number, AUTO or OFF."""
+        if self.policy == "paper" or self.capture:
+            return OFF
+        return _number(self.max_groups) or str(self.max_groups)
+
+    @property
+    def batch_limit(self) -> int | str:
+        """Requests at which no further trace starts: a number, AUTO or OFF."""
+        return OFF if self.capture else _number(self.max_batch) or str(self.max_batch)
+
+
+def _number(limit: object) -> int | None:
+    """The number that a limit is, if it is one of at least 1."""
+    if isinstance(limit, str) and limit.isascii() and limit.isdecimal() and len(limit) < 10:
+        limit = int(limit)
+    return limit if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0 else None
 
 
 def _check_choice(flag: str, value: object, choices: tuple[str, ...]) -> None:

@@ -14,6 +14,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from step_sglang.config import StepConfig
+from step_sglang.pruning.admission import (
+    NEW,
+    ORDINARY,
+    GroupDemand,
+    GroupLimit,
+    Line,
+    TraceLengths,
+    Turns,
+    line_of_running,
+)
 from step_sglang.pruning.groups import Group
 from step_sglang.pruning.policy import Candidates, GroupView, TraceView
 
@@ -97,7 +107,11 @@ class Reserve:
 
 @dataclass
 class Simulator:
-    """A server. ``reserve`` None: admission knows how long each request will be."""
+    """A server.
+
+    ``reserve`` None: admission knows how long each request will be. ``limit`` None: all groups may
+    run at once.
+    """
 
     pool: int  # tokens
     page: int
@@ -111,6 +125,9 @@ class Simulator:
     pruned: Counter[str] = field(default_factory=Counter)  # by reason
     now: int = 0
     history: list[DecodeStep] = field(default_factory=list)
+    limit: GroupLimit | None = None
+    turns: Turns = field(default_factory=Turns)
+    lengths: TraceLengths = field(default_factory=TraceLengths)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -175,28 +192,72 @@ class Simulator:
         if request.group is not None:
             request.group.live -= 1
             request.group.finished += fate == "finished"
+        if fate == "finished":
+            self.lengths.finished(request.generated)
 
     def _admit(self) -> None:
-        held: Counter[str] = Counter()
-        for r in self.running:
-            if r.group is not None:
-                held[r.group.group_id] += self.pages(r.tokens)
-
-        def turn(r: Request) -> tuple[int, float]:
-            if r.group is None:
-                return (1, 0.0)
-            tokens = held[r.group.group_id]
-            return (2 if tokens else 0, tokens / r.group.weight)
-
-        if self.config.makes_room:
-            self.waiting.sort(key=turn)
         self._fresh = []
-        while self.waiting and self._start(self.waiting[0]):
-            request = self.waiting.pop(0)
+        tried = self._tried()
+        for place, (request, line) in enumerate(tried):
+            if not self._start(request):
+                if self.turns.refused(line) and not place:
+                    self._admit()  # as in the next pass, in which another line comes first
+                return
+            self.turns.admitted([line])
+            self.waiting.remove(request)
             request.started = self.now if request.started is None else request.started
             request.waited += self.now - request.queued
+            if request.group is not None:
+                request.group.began = True
             self.running.append(request)
             self._fresh.append(request)
+
+    def _tried(self) -> list[tuple[Request, Line]]:
+        """Who may start now, by turn, and the line of each."""
+        held: Counter[Group] = Counter()
+        for r in self.running:
+            if r.group is not None:
+                held[r.group] += self.pages(r.tokens)
+        late = self._late_groups(held)
+        waiting = [r for r in self.waiting if r.group not in late]
+
+        def line(r: Request) -> Line:
+            if r.group is None:
+                return ORDINARY
+            tokens = held[r.group]
+            if not tokens:
+                return NEW
+            return line_of_running(r.group.group_id, tokens / r.group.weight)
+
+        lines = [line(r) for r in waiting]
+        order = self.turns.order(lines) if self.config.makes_room else range(len(waiting))
+        return [(waiting[place], lines[place]) for place in order]
+
+    def _late_groups(self, held: Counter[Group]) -> set[Group]:
+        """Groups that must not begin yet."""
+        if self.limit is None:
+            return set()
+        began = {r.group: r for r in self.running if r.group is not None}
+        late: dict[Group, Request] = {}
+        for r in self.waiting:
+            if r.group is not None and r.group not in began:
+                (began if r.group.began else late).setdefault(r.group, r)
+
+        def demands(groups: dict[Group, Request]) -> list[GroupDemand]:
+            return [
+                GroupDemand(
+                    group.live,
+                    group.min_survivors,
+                    group.weight,
+                    self.lengths.expected(self.reserve.max_new_tokens if self.reserve else r.length)
+                    + r.prompt,
+                    held=held[group],
+                )
+                for group, r in groups.items()
+            ]
+
+        number = self.limit.may_begin(demands(began), demands(late), self.pool)
+        return set(list(late)[number:])
 
     def _start(self, request: Request) -> bool:
         need = self.pages(request.tokens) + self.page

@@ -43,11 +43,24 @@ class Group:
     ending: int = 0  # live traces that the baseline ends
     baseline: Baseline | None = None  # judges its traces; None: STEP
     method_state: Any = None  # what that method shares among them
+    alone: bool = False  # of one request that named no group, so it stays its only trace
+    began: bool = False  # a trace of it was admitted
+    samples: int = 1  # traces that one request asked for; they do not come all at once
 
     @property
     def for_memory(self) -> bool:
         """Whether its traces are pruned, not queued or retracted, when memory is short."""
         return self.baseline is None or self.baseline.FOR_MEMORY
+
+    @property
+    def limited(self) -> bool:
+        """Whether it counts as one of the groups that run at once."""
+        return self.for_memory and not self.alone
+
+    @property
+    def expected(self) -> int:
+        """Traces that live, or are known to come."""
+        return self.live + max(0, self.samples - self.joined)
 
     @property
     def survivors(self) -> int:
@@ -191,6 +204,12 @@ class GroupRegistry:
     watched: Counter[int] = field(default_factory=Counter)
     num_ending: int = 0  # live traces that their baseline ends
     observer: Callable[[Trace], None] | None = None
+    changes: int = 0  # traces that joined or ended so far
+
+    @property
+    def num_begun(self) -> int:
+        """Groups of which a trace was admitted."""
+        return sum(group.began for group in self._groups.values())
 
     @property
     def num_survivors(self) -> int:
@@ -210,17 +229,19 @@ class GroupRegistry:
         baseline: Baseline | None = None,
         context: EngineContext | None = None,
         timeline: Timeline | None = None,
+        alone: bool = False,
+        samples: int = 1,
     ) -> Trace:
         """Add a live trace to a group, which begins with it when it is new.
 
         Where members disagree on the weight or the minimum, the largest value wins; on the
         baseline (which needs ``context``), the first member's.
         A named trace that ended before starts from its score then, and no longer counts as
-        finished.
+        finished. ``alone``: its request named no group. ``samples``: traces of its request.
         """
         group = self._groups.get(group_id)
         if group is None:
-            group = Group(group_id, weight, min_survivors, baseline=baseline)
+            group = Group(group_id, weight, min_survivors, baseline=baseline, alone=alone)
         trace = Trace(
             group,
             step_scores=[] if step_scores else None,
@@ -234,8 +255,11 @@ class GroupRegistry:
             trace.signal = group.baseline.signal(trace, group.joined + 1, context)
         # Counted only now: what raises above must leave no survivor behind that does not exist.
         self._groups[group_id] = group
+        self.changes += 1
         group.weight = max(group.weight, weight)
         group.min_survivors = max(group.min_survivors, min_survivors)
+        group.alone = group.alone and alone
+        group.samples = max(group.samples, samples)
         group.live += 1
         group.joined += 1
         self.num_live += 1
@@ -268,6 +292,7 @@ class GroupRegistry:
         if trace.fate is not TraceStatus.LIVE:
             return
         trace.fate = fate
+        self.changes += 1
         group = trace.group
         group.live -= 1
         self.num_live -= 1

@@ -42,6 +42,9 @@ class StepMetrics:
         self._freed = counter("step_tokens_freed_total", "KV tokens freed by pruning.")
         self._pruned = Counter("step_traces_pruned_total", "Traces pruned.", (*names, "reason"))
         self._groups = gauge("step_groups_alive", "Groups with a running or waiting trace.")
+        self._groups_waiting = gauge(
+            "step_groups_waiting", "Groups that may not begin yet, because as many as may run do."
+        )
         self._survivors = gauge(
             "step_survivors", "Traces of these groups that run, wait or finished normally."
         )
@@ -65,6 +68,10 @@ class StepMetrics:
         self._survivors.set(groups.num_survivors)
         if trace.fate is not TraceStatus.LIVE and trace.num_steps:
             self._traces.inc()
+
+    def groups_wait(self, number: int) -> None:
+        """So many groups wait for others to end."""
+        self._groups_waiting.set(number)
 
     def step_scored(self, score: float) -> None:
         """A step of a trace was scored."""

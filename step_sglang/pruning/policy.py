@@ -32,7 +32,7 @@ class GroupView:
 
 
 class Candidates:
-    """The running traces at one moment, handed out as victims one at a time, worst first.
+    """The running traces at one moment, handed out as victims, worst first.
 
     A caller takes victims until there is room; what a victim frees beyond its own pages, only the
     engine can tell.
@@ -73,6 +73,21 @@ class Candidates:
             return self._take_of_all()
         name = self._largest()
         return None if name is None else self._take_from(name)
+
+    def take_until(self, tokens: int) -> list[TraceView]:
+        """Take victims out until they free ``tokens`` KV tokens, or no more are allowed.
+
+        At least one, where one is allowed: what is missing may be other than tokens.
+        """
+        victims: list[TraceView] = []
+        freed = 0
+        while not victims or freed < tokens:
+            victim = self.take()
+            if victim is None:
+                break
+            victims.append(victim)
+            freed += victim.kv_tokens
+        return victims
 
     def reclaim(self, kv_share: float, tokens: int) -> list[TraceView]:
         """Take victims out for somebody who asks for room, who then holds no more than any donor.
@@ -155,16 +170,8 @@ def choose_victims(
         Handles in the order to prune. They free ``tokens_needed`` tokens, or are every victim
         that the rules allow.
     """
-    candidates = Candidates(groups, config)
-    victims: list[int] = []
-    freed = 0
-    while freed < tokens_needed:
-        victim = candidates.take()
-        if victim is None:
-            break
-        victims.append(victim.handle)
-        freed += victim.kv_tokens
-    return victims
+    victims = Candidates(groups, config).take_until(tokens_needed)
+    return [victim.handle for victim in victims]
 
 
 def _worst_last(

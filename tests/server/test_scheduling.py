@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tests.server.pruned import (
     nothing_is_left,
     split,
     start,
+    wait_until,
 )
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
@@ -39,6 +40,7 @@ def priority(
         *("--enable-priority-scheduling", "--retraction-policy", "priority"),
         # Reserve next to nothing for what runs, so that ordinary requests come to retraction too.
         *("--schedule-conservativeness", "0.01", "--max-running-requests", "8"),
+        *("--step-max-groups", "1"),
         log=tmp_path_factory.mktemp("log") / "priority.log",
     ) as server:
         yield server
@@ -95,6 +97,30 @@ def test_retraction_by_priority(
     for trace in traces:
         assert trace["meta_info"]["finish_reason"] == {"type": "length", "length": 300}
         assert_scores(models["qwen3"], scorer, PROMPT, trace)
+    nothing_is_left(priority)
+
+
+def test_groups_that_wait_for_others_begin_by_priority(
+    priority: Server, threads: ThreadPoolExecutor
+) -> None:
+    def send(name: str, tokens: int, value: int) -> Future[list[dict]]:
+        step, body = {"group": name}, {"priority": value}
+        return threads.submit(group, priority, n=2, tokens=tokens, step=step, body=body)
+
+    def waiting() -> int:
+        state: dict[str, int] = priority.info()["internal_states"][0]["step"]
+        return state["groups_waiting"]
+
+    first = send("first", 500, 50)
+    wait_until(lambda: priority.info()["internal_states"][0]["step"]["groups_begun"] == 1)
+    low = send("low", 300, 1)
+    wait_until(lambda: waiting() == 1)
+    high = send("high", 20, 40)
+    wait_until(lambda: waiting() == 2)
+    assert not first.done()
+    assert len(high.result()) == 2  # though it came later
+    assert first.done() and not low.done()
+    assert len(low.result()) == 2
     nothing_is_left(priority)
 
 

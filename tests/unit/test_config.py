@@ -47,6 +47,37 @@ def test_room_is_made_unless_told_otherwise() -> None:
         StepConfig("s", policy="paper", admit="fair")
 
 
+@pytest.mark.parametrize("flag", ["groups", "batch"])
+@pytest.mark.parametrize(
+    ("value", "meant"), [("off", "off"), ("auto", "auto"), ("3", 3), ("1", 1), ("64", 64)]
+)
+def test_limits(flag: str, value: str, meant: object) -> None:
+    config = parse("--enable-step", "--step-scorer", "s", f"--step-max-{flag}", value)
+    assert config is not None
+    assert (config.group_limit if flag == "groups" else config.batch_limit) == meant
+    option = {f"step_max_{flag}": int(value) if value.isdecimal() else value}
+    assert take_options({"enable_step": True, "step_scorer": "s", **option}) == StepConfig(
+        "s", **{name[len("step_") :]: given for name, given in option.items()}
+    )
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "all", "", "3.5", "\u0663", "9" * 20, 0, True, 2.0])
+def test_bad_limits(value: object) -> None:
+    for flag in ("max_groups", "max_batch"):
+        with pytest.raises(ConfigError, match="must be auto, off or an integer of at least 1"):
+            StepConfig("s", **{flag: value})  # type: ignore[arg-type]
+
+
+def test_limits_of_other_modes() -> None:
+    assert StepConfig("s").group_limit == "off" and StepConfig("s").batch_limit == "auto"
+    assert StepConfig("s", policy="paper").group_limit == "off"  # it knows no groups
+    assert StepConfig("s", policy="paper", max_groups="off").group_limit == "off"
+    with pytest.raises(ConfigError, match="knows no groups"):
+        StepConfig("s", policy="paper", max_groups=3)
+    capture = StepConfig(capture=True)
+    assert capture.group_limit == capture.batch_limit == "off"
+
+
 def test_a_capturing_server_needs_no_scorer() -> None:
     assert parse("--enable-step", "--step-capture") == StepConfig(capture=True)
 

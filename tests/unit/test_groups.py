@@ -39,6 +39,33 @@ def test_the_largest_weight_and_minimum_of_a_group_win() -> None:
     assert groups.join("r").group.weight == 1.0
 
 
+def test_a_group_says_whether_it_counts_and_how_many_will_come() -> None:
+    groups = GroupRegistry()
+    lone = groups.join("rid", alone=True).group
+    assert not lone.limited and lone.expected == 1
+    first = groups.join("q", samples=4)
+    group = first.group
+    assert group.limited and group.expected == 4 and groups.num_begun == 0
+    group.began = True
+    assert groups.num_begun == 1
+    groups.end(first, TraceStatus.PRUNED)
+    assert len(groups) == 1  # it was the last that lived, and begins anew
+    group = groups.join("q", samples=4).group
+    others = [groups.join("q", samples=4) for _ in range(4)]
+    assert group.expected == 5  # more came than one request asked for
+    groups.end(others[0], TraceStatus.FINISHED)
+    assert group.expected == 4
+    assert groups.join("rid").group.limited  # somebody named its group: it is not alone
+
+
+def test_every_change_is_counted() -> None:
+    groups = GroupRegistry()
+    traces = [groups.join("q") for _ in range(3)]
+    groups.end(traces[0], TraceStatus.ABORTED)
+    groups.end(traces[0], TraceStatus.ABORTED)
+    assert groups.changes == 4
+
+
 def test_thousands_of_groups_leave_nothing_behind() -> None:
     groups = GroupRegistry()
 

@@ -227,6 +227,27 @@ def test_paper_takes_the_lowest_of_all_and_unscored_first() -> None:
     assert choose_victims(views, 1000, config) == [2, 1, 0]  # one stays, or there is no answer
 
 
+@given(pools(), st.integers(1, 100), st.integers(1, 100))
+def test_victims_taken_in_parts_are_those_taken_at_once(views, first, second) -> None:
+    parts, whole = Candidates(views, CONFIG), Candidates(views, CONFIG)
+    taken = parts.take_until(first)
+    assert not taken or sum(v.kv_tokens for v in taken[:-1]) < first
+    taken += parts.take_until(second)
+    at_once = []
+    while len(at_once) < len(taken):
+        victim = whole.take()
+        assert victim is not None
+        at_once.append(victim)
+    assert taken == at_once
+
+
+def test_one_victim_at_least() -> None:
+    """What the engine lacks may be no KV tokens, as in a window's or a state's own pool."""
+    views = [group("q", [trace(0, score_sum=0.9), trace(1, score_sum=0.1), trace(2)])]
+    assert [v.handle for v in Candidates(views, CONFIG).take_until(-5)] == [1]
+    assert Candidates([], CONFIG).take_until(0) == []
+
+
 def test_no_traces_no_victims() -> None:
     for policy in ("fair", "paper"):
         assert choose_victims([], 5, StepConfig("s", policy=policy)) == []

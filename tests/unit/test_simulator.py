@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from step_sglang.config import StepConfig
 from step_sglang.evaluation.simulator import Request, Simulator
+from step_sglang.pruning.admission import GroupLimit
 from step_sglang.pruning.groups import Group
 
 FAIR, QUEUE = StepConfig("s"), StepConfig("s", admit="queue")
@@ -41,10 +42,11 @@ def scenario(seed: int, groups: int, ordinary: int, pool: int) -> list[Request]:
     st.integers(0, 8),
     st.sampled_from([1, 16]),
     st.sampled_from([FAIR, QUEUE]),
+    st.sampled_from([None, GroupLimit(), GroupLimit(1), GroupLimit(3)]),
 )
-def test_everybody_ends_well(seed, groups, ordinary, page, config) -> None:
+def test_everybody_ends_well(seed, groups, ordinary, page, config, limit) -> None:
     requests = scenario(seed, groups, ordinary, pool=1600)
-    simulator = Simulator(1600, page, config, seed)
+    simulator = Simulator(1600, page, config, seed, limit=limit)
     simulator.run(requests)  # asserts memory, minima, and that it ends
     assert len(simulator.ended) == len(requests)
     for request in requests:
@@ -84,3 +86,40 @@ def test_groups_within_their_share_start_at_once(seed: int) -> None:
         assert all(r.group.finished >= 1 for r in requests if r.group is not None)
     assert waited[None] == 0
     assert waited["queue"] > 0
+
+
+@pytest.mark.parametrize("config", [FAIR, QUEUE])
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_only_so_many_groups_run_by_arrival(config: StepConfig, most: int) -> None:
+    groups = [Group(f"g{i}") for i in range(8)]
+    requests = [Request(i, 15, 100, group) for i, group in enumerate(groups) for _ in range(6)]
+    simulator = Simulator(1600, 1, config, limit=GroupLimit(most))
+    spans = {}
+    for group in groups:
+        spans[group] = [r for r in requests if r.group is group]
+    ended: dict[int, int] = {}
+    original = simulator._end
+
+    def end(request: Request, fate: str) -> None:
+        original(request, fate)
+        ended[id(request)] = simulator.now
+
+    simulator._end = end  # type: ignore[method-assign]
+    simulator.run(requests)
+    began = [min(r.started for r in spans[g] if r.started is not None) for g in groups]
+    last = [max(ended[id(r)] for r in spans[g]) for g in groups]
+    assert began == sorted(began)
+    for moment in range(simulator.now):
+        assert sum(b <= moment < e for b, e in zip(began, last, strict=True)) <= most
+
+
+def test_a_limit_leaves_each_group_a_vote() -> None:
+    """In a burst; the groups know how long their traces become."""
+    finished = {}
+    for limit in (None, GroupLimit(keep=4)):
+        groups = [Group(f"g{i}", samples=8) for i in range(16)]
+        requests = [Request(0, 0, 100, group) for group in groups for _ in range(8)]
+        Simulator(1600, 1, FAIR, limit=limit).run(requests)
+        finished[limit] = min(group.finished for group in groups)
+    assert finished[None] == 1
+    assert finished[GroupLimit(keep=4)] >= 4

@@ -1,0 +1,242 @@
+"""The waiting queue: in which order requests are tried, and who is held back for now.
+
+The queue itself stays as SGLang keeps it; an admission pass sees another one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from step_sglang import protocol
+from step_sglang.config import AUTO, OFF
+from step_sglang.patches.guard import guard
+from step_sglang.patches.pruning import own_tokens
+from step_sglang.patches.state import SchedulerStep, state_of, trace_of
+from step_sglang.pruning.admission import (
+    NEW,
+    ORDINARY,
+    GroupDemand,
+    GroupLimit,
+    Line,
+    hold_back,
+    line_of_running,
+)
+from step_sglang.pruning.groups import Group
+
+logger = logging.getLogger(__name__)
+
+
+def set_limits(scheduler: Any, state: SchedulerStep) -> None:
+    """Resolve the limits of a scheduler that knows its decode graphs."""
+    groups, batch = state.config.group_limit, state.config.batch_limit
+    if groups != OFF:
+        state.group_limit = GroupLimit(None if groups == AUTO else int(groups))
+    if batch not in (AUTO, OFF):
+        state.max_batch = int(batch)
+    elif graphs := scheduler.tp_worker.get_decode_cuda_graph_bs():
+        largest, most = max(graphs), scheduler.max_running_requests
+        state.max_batch = largest if batch == AUTO else None
+        if most > largest:
+            logger.warning(
+                "STEP: decode graphs are captured up to %d requests, but up to %d may run, slower "
+                "then; %s. Capture more (--cuda-graph-max-bs-decode), or lower "
+                "--max-running-requests",
+                largest,
+                most,
+                "traces start only while fewer than that run (--step-max-batch)"
+                if batch == AUTO
+                else "--step-max-batch off lets traces be among them",
+            )
+
+
+@guard(protocol.IN_ADMISSION)
+def add_request_to_queue(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ``Scheduler._add_request_to_queue``: try it, though others did not fit before."""
+    state = state_of(scheduler)
+    if state is not None:
+        state.queued += 1
+        if state.config.makes_room and state.groups.num_live:
+            scheduler.running_batch.batch_is_full = False
+
+
+def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+    """AROUND ``Scheduler.get_new_batch_prefill``: it sees who may start now, by turn.
+
+    SGLang stops at the first request that does not fit, and some policies sort what it sees again.
+    """
+    state, shown = state_of(scheduler), None
+    if state is not None and not scheduler.waiting_queue:
+        _say_waiting(state, 0)
+    if state is not None and _has_to_choose(scheduler, state, running_batch):
+        with guard(protocol.IN_ADMISSION):
+            shown = _show(scheduler, state, running_batch)
+    if state is None or shown is None:
+        return original(scheduler, running_batch)
+    queue = scheduler.waiting_queue
+    scheduler.waiting_queue, state.refused = shown.queue, None
+    try:
+        plan = original(scheduler, running_batch)
+    finally:
+        left = scheduler.waiting_queue
+        waiting = {*left, *shown.held}
+        known = set(queue)
+        scheduler.waiting_queue = [
+            *(req for req in queue if req in waiting),
+            *(req for req in left if req not in known),
+        ]
+    with guard(protocol.IN_ADMISSION):
+        # In the order in which they were tried: a policy sorts the list in its place.
+        _account(state, shown, [req for req in shown.queue if req not in waiting], plan)
+    return plan
+
+
+def _has_to_choose(scheduler: Any, state: SchedulerStep, running_batch: Any) -> bool:
+    if state.config.capture or not state.groups.num_live or not scheduler.waiting_queue:
+        return False
+    if not state.config.makes_room and state.group_limit is None and state.max_batch is None:
+        return False
+    # SGLang itself tries nobody then, but where it may preempt.
+    return not running_batch.batch_is_full or bool(
+        running_batch.is_empty() or scheduler.enable_priority_preemption or scheduler.is_hybrid_swa
+    )
+
+
+@dataclass(frozen=True)
+class _Shown:
+    queue: list[Any]  # requests
+    held: list[Any]  # the others
+    lines: dict[Any, Line]  # of those in the queue; none where they keep SGLang's order
+
+
+class _Running:
+    """What runs, at the moment of an admission pass."""
+
+    def __init__(self, scheduler: Any, running_batch: Any) -> None:
+        chunked, page = scheduler.chunked_req, scheduler.page_size
+        self.reqs = [*running_batch.reqs, *(() if chunked is None else (chunked,))]
+        self.traces = 0
+        self.held: Counter[Group] = Counter()  # KV tokens
+        self.others = 0  # KV tokens of ordinary requests
+        self.groups: dict[Group, Any] = {}  # and a request of each
+        for req in self.reqs:
+            group = _group_of(req)
+            tokens = 0 if req is chunked or req.finished() else own_tokens(req, page)
+            if group is None or not group.for_memory:
+                self.others += tokens
+                continue
+            self.traces += 1
+            self.held[group] += tokens
+            self.groups.setdefault(group, req)
+
+
+def _show(scheduler: Any, state: SchedulerStep, running_batch: Any) -> _Shown:
+    queue: list[Any] = scheduler.waiting_queue
+    # While only the held wait, and nobody comes or goes, the answer stays: thousands may wait.
+    seen = (state.queued, state.groups.changes, len(queue), len(running_batch.reqs))
+    if seen == state.all_held:
+        return _Shown([], queue, {})
+    running = _Running(scheduler, running_batch)
+    held: list[Any] = []
+    late = _late_groups(scheduler, state, running)
+    if late:
+        held = [req for req in queue if _group_of(req) in late]
+        queue = [req for req in queue if _group_of(req) not in late]
+    lines: dict[Any, Line] = {}
+    if state.config.makes_room:
+        lines = {req: _line(req, running) for req in queue}
+        queue = [queue[place] for place in state.turns.order(list(lines.values()))]
+    if state.max_batch is not None:
+        queue = sorted(queue, key=lambda req: _priority(scheduler, req))
+        order = [_is_trace(req) for req in queue]
+        over = hold_back(order, len(running.reqs), running.traces, state.max_batch)
+        held += [queue[place] for place in over]
+        queue = [req for place, req in enumerate(queue) if place not in over]
+    state.all_held = None if queue else seen
+    return _Shown(queue, held, lines)
+
+
+def _group_of(req: Any) -> Group | None:
+    trace = trace_of(req)
+    return None if trace is None else trace.group
+
+
+def _priority(scheduler: Any, req: Any) -> int:
+    """With SGLang's priority scheduling: the lower, the sooner. Else all are alike."""
+    if not scheduler.enable_priority_scheduling:
+        return 0
+    return int(req.priority * scheduler.policy.priority_sign)
+
+
+def _is_trace(req: Any) -> bool:
+    group = _group_of(req)
+    return group is not None and group.for_memory
+
+
+def generates_nothing(req: Any) -> bool:
+    """So it is for the tokenizer manager's own prefix warm-up for n > 1."""
+    return bool(req.sampling_params.max_new_tokens == 0)
+
+
+def _line(req: Any, running: _Running) -> Line:
+    group = _group_of(req)
+    if group is None or not group.for_memory:
+        # The tokenizer manager computes the prompt of n samples alone, before it sends them.
+        return NEW if generates_nothing(req) else ORDINARY
+    tokens = running.held[group]
+    return line_of_running(group.group_id, tokens / group.weight) if tokens else NEW
+
+
+def _late_groups(scheduler: Any, state: SchedulerStep, running: _Running) -> set[Group]:
+    """Groups of which nothing has run and nothing may begin yet."""
+    if state.group_limit is None:
+        return set()
+    began = {group: req for group, req in running.groups.items() if group.limited}
+    waiting: dict[Group, Any] = {}
+    for req in scheduler.waiting_queue:
+        group = _group_of(req)
+        if group is not None and group.limited and group not in began:
+            (began if group.began else waiting).setdefault(group, req)
+    first = sorted(waiting, key=lambda group: _priority(scheduler, waiting[group]))
+    waiting = {group: waiting[group] for group in first}
+
+    def demands(groups: dict[Group, Any]) -> Sequence[GroupDemand]:
+        return [
+            GroupDemand(
+                group.expected,
+                group.min_survivors,
+                group.weight,
+                state.lengths.expected(req.sampling_params.max_new_tokens),
+                len(req.origin_input_ids),
+                running.held[group],
+            )
+            for group, req in groups.items()
+        ]
+
+    pool = scheduler.max_total_num_tokens - running.others
+    number = state.group_limit.may_begin(demands(began), demands(waiting), pool)
+    late = set(list(waiting)[number:])
+    _say_waiting(state, len(late))
+    return late
+
+
+def _say_waiting(state: SchedulerStep, groups: int) -> None:
+    if groups != state.groups_waiting:
+        state.groups_waiting = groups
+        if state.metrics is not None:
+            with guard(protocol.IN_METRICS):
+                state.metrics.groups_wait(groups)
+
+
+def _account(state: SchedulerStep, shown: _Shown, admitted: Sequence[Any], plan: Any) -> None:
+    for req in admitted:
+        if (group := _group_of(req)) is not None:
+            group.began = True
+    state.turns.admitted([shown.lines[req] for req in admitted if req in shown.lines])
+    refused = shown.lines.get(state.refused)
+    if refused is not None and state.turns.refused(refused):
+        plan.running_batch.batch_is_full = False  # let the next line try in the next pass
+    state.refused = None
