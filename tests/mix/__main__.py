@@ -7,6 +7,7 @@ back, and exits with 1 if anything was wrong; then it prints the actions too.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -26,6 +27,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=0, help="further seeds for each setting")
     parser.add_argument("--log", type=Path, help="folder of the servers' logs")
     args = parser.parse_args()
+    # A run that is told to end must still stop its servers.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

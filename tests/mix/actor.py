@@ -19,7 +19,7 @@ from tests.mix.plan import Action
 from tests.soak.tally import Ask
 from tests.soak.traffic import Client, events
 
-SILENCE = 240  # seconds without a byte: then a request is lost
+SILENCE = 120  # seconds without a byte: then a request is lost
 VOTED_FATES = ("finished", "pruned", "aborted", "cancelled")
 
 
@@ -66,7 +66,8 @@ class Actor(Client):
         asks = [
             self._new("same rid", None, 1, 20, tokens, may_abort=True, step=step) for _ in range(2)
         ]
-        rid = f"twin-{self._name}"
+        rid, group = f"twin-{self._name}", f"g{self._action.number}"
+        self._mix.left.add(group)
 
         def send(ask: Ask) -> None:
             with self._tally.asking(ask):
@@ -76,7 +77,8 @@ class Actor(Client):
                 }
                 if traces is not None:
                     body["sampling_params"].update(
-                        temperature=1.0, custom_params={"step": {"traces": traces}}
+                        temperature=1.0,
+                        custom_params={"step": {"traces": traces, "group": group}},
                     )
                 answer = self._post("/generate", body)
                 refused = answer.status_code == 400 and "uplicate" in answer.text
@@ -104,10 +106,14 @@ class Actor(Client):
         self._mix.left.add(name)  # its traces' own ids never come back
         with self._tally.asking(ask):
             if abort is not None:
+                self._mix.aborted.add(name)
                 self._later(abort, ask, "/step/abort_group", {"group": name})
             info = self._voted(ask, form, regex, more)
             if info is not None:
                 self._check_vote(ask, info)
+
+    def do_tower(self, **args: Any) -> None:
+        self.do_vote(**args)
 
     def _voted(
         self, ask: Ask, form: str, regex: str | None, more: dict[str, Any]
@@ -261,6 +267,7 @@ class Actor(Client):
             if group is None:
                 self._later(patience, ask, "/abort_request", {"rid": self._rid()})
             else:
+                self._mix.aborted.add(group)
                 self._later(patience, ask, "/step/abort_group", {"group": group})
             self._generate(ask, stream=stream)
 

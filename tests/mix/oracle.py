@@ -42,6 +42,7 @@ class MixTally(Tally):
     groups: dict[str, GroupEnds] = field(default_factory=dict)
     waits: list[Wait] = field(default_factory=list)
     asked: dict[int, tuple[Ask, float]] = field(default_factory=dict)  # by identity, with its time
+    aborted: set[str] = field(default_factory=set)  # groups
     aborts: list[list[float]] = field(default_factory=list)  # of everything: begin and end
 
     @contextmanager
@@ -64,6 +65,8 @@ class MixTally(Tally):
 
     def touched(self, ask: Ask) -> bool:
         """Whether somebody may have aborted it."""
+        if ask.group in self.aborted:
+            return True
         if ask.may_abort or id(ask) not in self.asked:
             return ask.may_abort
         came = self.asked[id(ask)][1]

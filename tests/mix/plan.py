@@ -14,7 +14,7 @@ RECENT = 6  # groups that a late member may join
 
 WEIGHTS = (None, None, 1e-6, 0.1, 5, 1e6)
 ANSWERS = r"[a-h ]{12,80}\\boxed\{[0-3]\}"
-HARD_ANSWERS = r"[a-h ]{12,40}\\boxed\{12\^\{9\^\{9\^[2-9]\}\}\}"
+TOWERS = r"[a-h ]{12,40}\\boxed\{12\^\{9\^\{9\^[2-9]\}\}\}"
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Setting:
     flags: tuple[str, ...] = ()
     priorities: bool = False
     updates: bool = False  # of the weights, in the middle
+    towers: bool = False  # votes on answers that no two of can be compared
     pool: int = POOL
     slots: int = 320  # running requests
 
@@ -40,6 +41,7 @@ SETTINGS = {
     "mixed-chunks": Setting(("--enable-mixed-chunk", "--chunked-prefill-size", "64")),
     "pages": Setting(("--page-size", "16")),
     "updates": Setting(updates=True),
+    "towers": Setting(towers=True),
     "few-slots": Setting(slots=24, pool=2048),
     "all-at-once": Setting(
         (
@@ -72,6 +74,7 @@ KINDS = {
     "group": 20,
     "join": 8,
     "vote": 8,
+    "tower": 3,
     "named": 6,
     "leave": 6,
     "abort": 8,
@@ -90,7 +93,8 @@ KINDS = {
 def plan(seed: int, count: int, setting: Setting) -> list[Action]:
     """The same actions for the same arguments; every kind comes before any is drawn by chance."""
     draw = random.Random(seed)
-    kinds = {kind: share for kind, share in KINDS.items() if kind != "update" or setting.updates}
+    possible = {"update": setting.updates, "tower": setting.towers}
+    kinds = {kind: share for kind, share in KINDS.items() if possible.get(kind, True)}
     first = list(kinds)
     draw.shuffle(first)
     rest = draw.choices(list(kinds), list(kinds.values()), k=max(0, count - len(first)))
@@ -150,10 +154,13 @@ class _Planner:
             "tokens": self._draw.randint(60, 140),
             "form": self._form("generate", "stream", "chat"),
             "step": {**members, **self._claims(n)},
-            "regex": self._draw.choice((ANSWERS, ANSWERS, HARD_ANSWERS, None)),
+            "regex": self._draw.choice((ANSWERS, ANSWERS, None)),
             "abort": self._draw.choice((None, None, None, 0.5)),
             **self._priority(),
         }
+
+    def _tower(self, number: int) -> dict[str, Any]:
+        return {**self._vote(number), "regex": TOWERS}
 
     def _named(self, number: int) -> dict[str, Any]:
         """A trace that goes on in a second request: after its first, beside it, or as its twin."""

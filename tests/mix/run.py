@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,19 +112,17 @@ def _act(
             running.pop(action.number, None)
             turns.release()
 
-    threads = ThreadPoolExecutor(AT_ONCE)
-    try:
-        for action in actions:
-            time.sleep(action.after)
-            if not turns.acquire(timeout=SILENCE):
-                tally.problems.append(f"lost: nothing has ended for {SILENCE} s")
-                break
-            if len(tally.problems) > ENOUGH or server.process.poll() is not None:
-                turns.release()
-                break
-            running[action.number] = action
-            threads.submit(act, action)
-    finally:
-        threads.shutdown(wait=True)
+    for action in actions:
+        time.sleep(action.after)
+        if not turns.acquire(timeout=SILENCE):
+            break
+        running[action.number] = action
+        threading.Thread(target=act, args=(action,), daemon=True).start()
+        if len(tally.problems) > ENOUGH or server.process.poll() is not None:
+            break
+    until = time.monotonic() + SILENCE
+    while running and time.monotonic() < until:
+        time.sleep(0.05)
+    tally.problems += [f"lost: this has not ended: {action}" for action in [*running.values()]]
     if server.process.poll() is None:
         requests.post(f"{server.url}/continue_generation", json={}, timeout=60)
