@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +26,9 @@ VOTED_FATES = ("finished", "pruned", "aborted", "cancelled")
 class Actor(Client):
     """Does one action."""
 
-    def __init__(self, url: str, tally: MixTally, seed: int, action: Action, models: list[Path]):
+    def __init__(
+        self, url: str, tally: MixTally, seed: int, action: Action, models: Sequence[Path]
+    ):
         super().__init__(url, tally, f"a{action.number}", seed)
         self._mix, self._action, self._models = tally, action, models
 

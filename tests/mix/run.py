@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def flags(setting: Setting, scorer: Path) -> tuple[str, ...]:
 
 
 def mix(
-    server: Server, models: list[Path], name: str, setting: Setting, seed: int, count: int
+    server: Server, models: Sequence[Path], name: str, setting: Setting, seed: int, count: int
 ) -> Outcome:
     """Do ``count`` actions of a seed against a server of this setting.
 
@@ -98,7 +99,7 @@ def mix(
 
 
 def _act(
-    server: Server, models: list[Path], tally: MixTally, seed: int, actions: list[Action]
+    server: Server, models: Sequence[Path], tally: MixTally, seed: int, actions: list[Action]
 ) -> None:
     turns = threading.Semaphore(AT_ONCE)
     running: dict[int, Action] = {}
