@@ -50,9 +50,8 @@ def test_a_group_without_a_claim_keeps_nobody_waiting(
         waiting = threads.submit(sample, server, prompt, 2, 20, group="waiting", weight=weight)
         answers = [ordinary(server, [50 + i, *PROMPT], 10) for i in range(5)]
         late = sample(server, [60, *PROMPT], 4, 10, group="late")
-        assert not filling.done() and not waiting.done()
-        for answer in (*answers, *late):
-            assert answer["meta_info"]["queue_time"] < 1
+        waits = [answer["meta_info"]["queue_time"] for answer in (*answers, *late)]
+        assert not filling.done() and max(waits) < 1, waits
         filling.result()
         assert len(waiting.result()) == 2
     assert idle_free_tokens(server) == free
