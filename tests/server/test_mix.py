@@ -91,12 +91,25 @@ def test_names_never_become_labels(server: Server) -> None:
     assert len(after - before) < 20, sorted(after - before)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_long_mix(same_shape: tuple[Path, Path], scorer: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("seeds", "count"),
+    [
+        pytest.param(1, SHORT, marks=pytest.mark.full, id="short"),
+        pytest.param(3, LONG, marks=pytest.mark.slow, id="long"),
+    ],
+)
+def test_a_mix_on_every_setting(
+    same_shape: tuple[Path, Path],
+    scorer: Path,
+    tmp_path: Path,
+    name: str,
+    seeds: int,
+    count: int,
+) -> None:
     with started(same_shape, scorer, SETTINGS[name], tmp_path / f"{name}.log") as server:
-        for seed in range(3):
-            outcome = mix(server, same_shape, name, SETTINGS[name], seed, LONG)
+        for seed in range(1, seeds + 1):
+            outcome = mix(server, same_shape, name, SETTINGS[name], seed, count)
             print(outcome)
             assert not outcome.problems, str(outcome)

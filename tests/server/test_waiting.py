@@ -19,7 +19,7 @@ from tests.server.test_groups import (
     sample,
 )
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.full]
 
 
 @pytest.fixture(scope="module")
