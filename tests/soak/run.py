@@ -86,7 +86,7 @@ def soak(
             lost = _send(server, tally, seed, started + minutes * 60)
         seconds = time.monotonic() - started
         tally.problems += lost
-        tally.problems += _left_over(server, free, said, tally)
+        tally.problems += left_over(server, free, said, tally)
         slopes = watch.slopes(warm_up=seconds / 2)
         tally.problems += _growing(slopes, minutes)
         p50, p99 = _percentiles(tally)
@@ -113,8 +113,10 @@ def _send(server: Server, tally: Tally, seed: int, until: float) -> list[str]:
     ]
 
 
-def _left_over(server: Server, free: int, said: int, tally: Tally) -> list[str]:
-    """What the server has kept, or said, that it should not."""
+def left_over(
+    server: Server, free: int, said: int, tally: Tally, fine: re.Pattern[str] = FINE_LINE
+) -> list[str]:
+    """What the server has kept, or said, that it should not; ``fine`` lines of its log aside."""
     problems = []
     try:
         after = free_tokens(server)
@@ -128,7 +130,7 @@ def _left_over(server: Server, free: int, said: int, tally: Tally) -> list[str]:
         problems.append(f"not idle at the end: {error}\n{server.tail()}")
     if server.process.poll() is not None:
         problems.append(f"the server died\n{server.tail()}")
-    return problems + _in_the_log(server.log, said, tally)
+    return problems + in_the_log(server.log, said, tally, fine)
 
 
 def _growing(slopes: list[Slope], minutes: float) -> list[str]:
@@ -150,7 +152,8 @@ def _percentiles(tally: Tally) -> tuple[float, float]:
     return cuts[49], cuts[98]
 
 
-def _in_the_log(log: Path, start: int, tally: Tally) -> list[str]:
+def in_the_log(log: Path, start: int, tally: Tally, fine: re.Pattern[str]) -> list[str]:
+    """Lines after byte ``start`` that should not be there, and prunings that do not match."""
     problems = []
     logged: Counter[str] = Counter()
     with log.open(errors="replace") as lines:
@@ -160,7 +163,7 @@ def _in_the_log(log: Path, start: int, tally: Tally) -> list[str]:
                 logged[found[1]] += 1
                 if found[1] not in tally.pruned and found[2] not in tally.left:
                     problems.append(f"lost: {found[1]} of {found[2]} was pruned but never answered")
-            elif BAD_LINE.search(line) and not FINE_LINE.search(line):
+            elif BAD_LINE.search(line) and not fine.search(line):
                 problems.append(f"log: {line.rstrip()[:300]}")
     problems += [f"doubled: {rid} was pruned {n} times" for rid, n in logged.items() if n > 1]
     problems += [f"pruned without a log line: {rid}" for rid in tally.pruned - logged.keys()]

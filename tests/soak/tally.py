@@ -22,11 +22,18 @@ class Ask:
     group: str | None = None
     may_stop: bool = False  # at the end token
     may_abort: bool = False  # somebody aborts it
+    joins: bool = False  # its group has other requests: all of its own traces may be pruned
+    step: Mapping[str, Any] = field(default_factory=dict)  # further members of `custom_params.step`
+    body: Mapping[str, Any] = field(default_factory=dict)  # further members of the body
 
     @property
     def demand(self) -> int:
         """KV tokens at its end, if nothing is pruned."""
         return self.prompt_tokens + self.traces * self.new_tokens
+
+    def __str__(self) -> str:
+        group = "" if self.group is None else f" of {self.group!r}"
+        return f"{self.kind}{group}: {self.traces} traces of {self.new_tokens} tokens"
 
 
 @dataclass
@@ -73,7 +80,8 @@ class Tally:
             self.problem(ask, f"{len(infos)} traces came back")
         for info in infos:
             self._answer(ask, info)
-        if not ask.may_abort and not any(_ended_well(info) for info in infos):
+        may_lose_all = ask.may_abort or ask.joins
+        if not may_lose_all and not any(ended_well(info) for info in infos):
             self.problem(ask, "no trace of the group finished")
         if self.step and ask.group is not None:
             groups = {info["step"]["group"] for info in infos if "step" in info}
@@ -103,5 +111,5 @@ class Tally:
             self.problem(ask, f"a trace ended with {reason} after {tokens} tokens")
 
 
-def _ended_well(info: Mapping[str, Any]) -> bool:
+def ended_well(info: Mapping[str, Any]) -> bool:
     return info["finish_reason"]["type"] in ("length", "stop")

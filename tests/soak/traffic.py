@@ -6,7 +6,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import requests
@@ -83,9 +83,11 @@ class Client:
         """A client that goes away in the middle of its answer, or before it."""
         ask = self._ask("left", self._draw.choice((1, 4, 16, 64)), 40, 400, may_abort=True)
         stream = self._draw.random() < 0.5
-        patience = self._draw.uniform(0.1, 3)
         if ask.group is not None:
             self._tally.left.add(ask.group)
+        self._leave(ask, stream, self._draw.uniform(0.1, 3))
+
+    def _leave(self, ask: Ask, stream: bool, patience: float) -> None:
         with self._tally.asking(ask):
             try:
                 # `timeout` bounds the silence, so a stream is left by the clock instead.
@@ -108,8 +110,13 @@ class Client:
     def _rid(self) -> str:
         return f"rid-{self._name}-{self._count}"
 
+    def _prompt(self, tokens: int) -> list[int]:
+        return self._draw.choices(TOKENS, k=tokens)
+
     def _custom(self, ask: Ask) -> dict[str, Any]:
-        step = False if ask.group is None else {"group": ask.group, "step_scores": True}
+        step: Any = False
+        if ask.group is not None:
+            step = {"group": ask.group, "step_scores": True, **ask.step}
         return {"custom_params": {"step": step}} if self._tally.step else {}
 
     def _body(self, ask: Ask, stream: bool, traces: int | None = None) -> dict[str, Any]:
@@ -120,8 +127,8 @@ class Client:
             "ignore_eos": not ask.may_stop,
             **self._custom(ask),
         }
-        prompt = self._draw.choices(TOKENS, k=ask.prompt_tokens)
-        body = {"input_ids": prompt, "sampling_params": params, "stream": stream}
+        prompt = self._prompt(ask.prompt_tokens)
+        body = {"input_ids": prompt, "sampling_params": params, "stream": stream, **ask.body}
         return {**body, "rid": self._rid()} if params["n"] == 1 and traces is None else body
 
     def _end(self, ask: Ask, path: str, body: Any) -> None:
@@ -139,7 +146,7 @@ class Client:
         with self._post("/generate", self._body(ask, stream)) as answer:
             answer.raise_for_status()
             if stream:
-                infos = self._streamed(ask, _events(answer))
+                infos = self._streamed(ask, events(answer.iter_lines()))
             else:
                 body = answer.json()
                 infos = [each["meta_info"] for each in (body if isinstance(body, list) else [body])]
@@ -179,6 +186,7 @@ class Client:
             "ignore_eos": not ask.may_stop,
             "return_meta_info": True,
             **self._custom(ask),
+            **ask.body,
         }
         with self._post("/v1/chat/completions", body) as answer:
             answer.raise_for_status()
@@ -188,10 +196,10 @@ class Client:
         self._tally.answers(ask, [choice["meta_info"] for choice in choices])
 
 
-def _events(answer: requests.Response) -> Iterator[dict[str, Any]]:
+def events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """The JSON of each event of a stream, which must end with its end mark."""
     done = False
-    for line in answer.iter_lines():
+    for line in lines:
         if line == b"data: [DONE]":
             done = True
         elif line.startswith(b"data: "):
