@@ -40,5 +40,6 @@ def _group(item: pytest.Item) -> str | None:
             for definition in known.get(name, ()):
                 if definition.scope == scope:
                     params = item.callspec.params if hasattr(item, "callspec") else {}
-                    return f"{definition.baseid}::{name}[{params.get(name, '')}]"
+                    # No bracket: xdist looks for a group's name behind the last one.
+                    return f"{definition.baseid}:{name}:{params.get(name, '')}"
     return None
