@@ -59,6 +59,7 @@ def test_demo(server: Server) -> None:
     assert re.search(r"^STEP took \d+% of the time", shown, re.M)
 
 
+@pytest.mark.full
 def test_train_scorer(tmp_path: Path) -> None:
     """It starts a server of its own, the only kind here that captures hidden states."""
     shown = run("train_scorer.py", tmp_path, "--questions", 12, "-n", 6, timeout=500)
