@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEPS := $(VENV)/.deps-$(shell $(PYTHON) .ci/key.py)
 NATIVE := $(wildcard csrc/* tests/simt/*.cpp tests/simt/include/*)
 # Tests that share a server are a group, which one worker runs.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
+PYTEST := $(BIN)/python -m pytest -n 2 --durations 15
 SERVER := SGLANG_PLATFORM=step_cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .PHONY: env test test-all test-unit test-slow test-gpu lint format demo check clean

@@ -1,17 +1,27 @@
-"""What all tests share: profiles of generated tests, a folder for what is built once, groups."""
+"""What all tests share: profiles of generated tests, a folder for what is built once, workers."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 # A loaded machine is slow at times, which is no defect. A test's own settings win.
 settings.register_profile("step", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # What `make test-all` runs; a test may generate more in it.
 settings.register_profile("full", settings.get_profile("step"))
 settings.load_profile("step")
+
+# Modules that use a server of tests/server/conftest.py, which is started for one worker only.
+SHARED = {
+    "test_api.py": "roomy",
+    "test_fuzz.py": "roomy",
+    "test_baselines.py": "reasoner",
+    "test_bench.py": "reasoner",
+}
 
 
 @pytest.fixture(scope="session")
@@ -21,24 +31,30 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     return base if worker_id == "master" else base.parent
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a fixture, such as a server, run one after the other in one process."""
-    for item in items:
-        group = _group(item)
-        if group is not None and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group))
+def group_of(test: str) -> str:
+    """Which tests run one after the other in one worker: those that share a server or a build.
+
+    By the test's name, as xdist's own groups are marks that it adds to names, which pytest 9.2 does
+    not take.
+    """
+    file, _, name = test.partition("::")
+    folder, _, module = file.rpartition("/")
+    if folder == "tests/server/answers":  # one server for the package
+        return folder
+    if folder == "tests/server" and module == "test_pruning.py":  # one for each configuration
+        return f"{file}{name.partition('[')[2]}"
+    if folder in ("tests/server", "tests/simt"):
+        return SHARED.get(module, file)
+    return test
 
 
-def _group(item: pytest.Item) -> str | None:
-    """The widest fixture of its package or module that a test uses; None if it uses none."""
-    if not isinstance(item, pytest.Function):
-        return None
-    known = item._fixtureinfo.name2fixturedefs
-    for scope in ("package", "module"):
-        for name in item.fixturenames:
-            for definition in known.get(name, ()):
-                if definition.scope == scope:
-                    params = item.callspec.params if hasattr(item, "callspec") else {}
-                    return f"{definition.baseid}::{name}[{params.get(name, '')}]"
-    return None
+class ByGroup(LoadScopeScheduling):
+    """Gives the tests of a group to one worker; large groups first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByGroup:
+    """Called by xdist, when it is asked for workers."""
+    return ByGroup(config, log)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,9 @@ def one_core_each() -> str:
     return f"{cores[0]}|{cores[-1]}"
 
 
+# A test process that is killed cannot stop its server, so Linux does; SGLang's own follow it.
+GUARD = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
+
 LAUNCH_SERVER = ("-m", "sglang.launch_server")
 SGLANG_SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
 
@@ -109,7 +113,7 @@ def serve(
     port = free_port()
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            command(port, "--model-path", str(model), *flags, entry=entry),
+            [*GUARD, *command(port, "--model-path", str(model), *flags, entry=entry)],
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=environment(**extra_env),

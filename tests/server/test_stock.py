@@ -35,18 +35,31 @@ def outputs(server: Server, **custom: Any) -> list[Any]:
     return [*answers, [[answer["output_ids"], answer["text"]] for answer in samples]]
 
 
-def test_outputs_are_identical_to_stock(
-    models: dict[str, Path], scorer: Path, tmp_path: Path
-) -> None:
-    with serve(models["qwen3"], log=tmp_path / "bare.log", SGLANG_PLUGINS="step_cpu") as server:
-        stock = outputs(server)
+@pytest.fixture(scope="module")
+def stock(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What a server without our plugin answers."""
+    log = tmp_path_factory.mktemp("log") / "bare.log"
+    with serve(models["qwen3"], log=log, SGLANG_PLUGINS="step_cpu") as server:
+        found = outputs(server)
         assert "sglang.srt.managers.scheduler" not in server.log_text()
-    with serve(models["qwen3"], log=tmp_path / "off.log") as server:
-        assert outputs(server) == stock
-        assert "sglang.srt.managers.scheduler.Scheduler" not in server.log_text()
+        return found
+
+
+def test_outputs_with_step_are_identical_to_stock(
+    models: dict[str, Path], scorer: Path, stock: list[Any], tmp_path: Path
+) -> None:
     flags = ("--enable-step", "--step-scorer", str(scorer))
     with serve(models["qwen3"], *flags, log=tmp_path / "on.log") as server:
         assert "STEP: " in server.log_text()
         assert outputs(server, custom_params={"step": False}) == stock
         # Scoring itself changes nothing either.
         assert outputs(server, custom_params={"step": True}) == stock
+
+
+@pytest.mark.full
+def test_outputs_without_step_are_identical_to_stock(
+    models: dict[str, Path], stock: list[Any], tmp_path: Path
+) -> None:
+    with serve(models["qwen3"], log=tmp_path / "off.log") as server:
+        assert outputs(server) == stock
+        assert "sglang.srt.managers.scheduler.Scheduler" not in server.log_text()
