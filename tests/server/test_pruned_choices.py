@@ -28,6 +28,8 @@ CHAT: dict[str, Any] = {
     "max_tokens": 400,
     "temperature": 1.0,
 }
+# A random model would fill its limit with the white space that JSON allows.
+MORE = ("--max-running-requests", "64", "--constrained-json-disable-any-whitespace")
 PATTERN = f"[a-z]{{{LETTERS}}}"
 
 
@@ -43,7 +45,7 @@ def server(
 ) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "choices.log"
     flags = ("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", str(POOL))
-    with serve(models["qwen3"], *flags, "--max-running-requests", "64", log=log) as running:
+    with serve(models["qwen3"], *flags, *MORE, log=log) as running:
         yield running
 
 
@@ -225,7 +227,7 @@ def test_the_server_decides_for_requests_that_do_not_say(
 ) -> None:
     flags = ("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", str(POOL))
     more = ("--step-pruned", "omit", "--incremental-streaming-output")
-    with serve(models["qwen3"], *flags, *more, log=tmp_path / "omit.log") as server:
+    with serve(models["qwen3"], *flags, *MORE, *more, log=tmp_path / "omit.log") as server:
         client = openai.OpenAI(
             base_url=f"{server.url}/v1", api_key="none", timeout=300,
             _strict_response_validation=True,
