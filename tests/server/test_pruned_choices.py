@@ -157,7 +157,9 @@ def test_streams(client: openai.OpenAI, mode: dict[str, Any]) -> None:
     ask = {"model": "default", "prompt": "So", "n": N, "max_tokens": 400, "temperature": 1.0}
     written: dict[int, str] = {}
     ends: dict[int, str] = {}
-    for chunk in client.completions.create(**ask, **usage, extra_body={"regex": PATTERN, **mode}):
+    # Not strict: the client's own type refuses what every server sends before a choice ends.
+    lax = openai.OpenAI(base_url=client.base_url, api_key="none", max_retries=0, timeout=300)
+    for chunk in lax.completions.create(**ask, **usage, extra_body={"regex": PATTERN, **mode}):
         for choice in chunk.choices:
             written[choice.index] = written.get(choice.index, "") + choice.text
             if choice.finish_reason is not None:
