@@ -7,21 +7,31 @@ every opening, closing and request of a session passes.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from step_sglang.patches.record import config_of
+from step_sglang.voting.session import SampledTrace, TraceFate
 
 _SESSIONS = "step_sessions"  # on the tokenizer manager
+_MAX_END = 5.0  # seconds that the answer to an aborted turn waits for its trace to end
 _MAX_SESSIONS = 16384  # a session that SGLang itself ends, at a timeout, is not closed here
+
+
+@dataclass(frozen=True)
+class _Turn:
+    trace: str  # the id of the trace that answered it
+    shown: int | None  # tokens up to where the answer ended, None: all that the trace has
 
 
 @dataclass
 class _Session:
     streaming: bool
-    answered_by: dict[str, str] = field(default_factory=dict)  # a voted turn's id -> its trace's
+    voted: dict[str, _Turn] = field(default_factory=dict)  # by the id of the turn
 
 
 def _sessions(manager: Any) -> OrderedDict[str, _Session]:
@@ -53,17 +63,30 @@ def close_session(manager: Any, obj: Any, request: Any = None) -> None:
 def lead_to_trace(manager: Any, obj: Any) -> None:
     """Let a request that continues a voted turn continue the trace that answered it."""
     session = _session(manager, obj)
-    if session is not None:
-        rid = obj.session_params.get("rid")
-        if isinstance(rid, str) and rid in session.answered_by:
-            obj.session_params = {**obj.session_params, "rid": session.answered_by[rid]}
+    rid = None if session is None else obj.session_params.get("rid")
+    if session is None or not isinstance(rid, str) or rid not in session.voted:
+        return
+    turn = session.voted[rid]
+    params = {**obj.session_params, "rid": turn.trace}
+    if turn.shown is not None and not params.get("drop_previous_output"):
+        # The trace went on for some tokens before the scheduler heard that it was to end.
+        params["offset"] = min(params.get("offset") or turn.shown, turn.shown)
+    obj.session_params = params
 
 
-def answered(manager: Any, obj: Any, trace: str) -> None:
-    """Remember which trace answered a voted turn."""
+async def answered(manager: Any, obj: Any, trace: SampledTrace) -> None:
+    """Remember which trace answered a voted turn, once another turn can continue it."""
     session = _session(manager, obj)
-    if session is not None:
-        session.answered_by[obj.rid] = trace
+    if session is None:
+        return
+    rid, shown = trace.meta_info["id"], None
+    if trace.fate in (TraceFate.RUNNING, TraceFate.CANCELLED):
+        shown = trace.meta_info["prompt_tokens"] + trace.tokens
+    session.voted[obj.rid] = _Turn(rid, shown)
+    deadline = time.monotonic() + _MAX_END
+    # SGLang refuses to continue a request that runs, as it does until the scheduler says its end.
+    while shown is not None and rid in manager.rid_to_state and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
 
 
 def why_unvoted(manager: Any, obj: Any) -> str | None:

@@ -140,7 +140,7 @@ async def _answer(
     finally:
         best = session.outcome().best
         if best is not None:
-            sessions.answered(manager, item, session.traces[best].meta_info["id"])
+            await sessions.answered(manager, item, session.traces[best])
     aborted = abort_reason() if live.aborted else None
     return one_choice(
         session, last, item.rid, aborted=aborted, before_start=live.answer_before_start

@@ -128,7 +128,8 @@ def one_choice(
     else:
         trace = session.traces[outcome.best]
         chunk = {key: value for key, value in last[outcome.best].items() if key != "index"}
-        chunk["text"], chunk["output_ids"] = trace.text, list(trace.output_ids)
+        # SGLang's list of a trace that runs goes on growing; the text is that of these tokens.
+        chunk["text"], chunk["output_ids"] = trace.text, list(trace.output_ids[: trace.tokens])
         info = {**chunk["meta_info"], **_usage(session), "id": rid}
         if aborted is not None:
             info["finish_reason"] = dict(aborted)

@@ -190,6 +190,11 @@ def test_an_aborted_group_ends_at_once_and_says_so() -> None:
     answer = one_choice(session, last, "outer", aborted=reason)
     assert answer["text"] == BOX % 7 and answer["meta_info"]["finish_reason"] == reason
     assert answer["meta_info"]["step"]["vote"]["answer"] == "7"
+    # SGLang hands out its own list of a running trace's tokens, which grows on.
+    growing = chunk(0, "so", 2, 0.4)
+    growing["output_ids"] += [7, 7, 7]
+    session, last, _ = gather([growing], 1)
+    assert one_choice(session, last, "outer", aborted=reason)["output_ids"] == [0, 1]
     untouched = VoteSession(2, VoteRules())
     untouched.cancel()
     stock = {"text": "", "output_ids": [], "meta_info": {"id": "outer", "finish_reason": reason}}
