@@ -11,10 +11,10 @@ from step_sglang.client.frontend import endpoint, vote
 
 
 @sgl.function
-def solve(s: Any, question: str, n: int) -> None:
-    """Ask once, answer n times; the program's state keeps the winner."""
+def solve(s: Any, question: str, num_forks: int) -> None:
+    """Ask once, answer num_forks times; the program's state keeps the winner."""
     s += sgl.user(question)
-    forks = s.fork(n)
+    forks = s.fork(num_forks)
     forks += sgl.assistant(sgl.gen("answer", max_tokens=900, temperature=1.0))
     s["vote"] = vote(forks, "answer")
 
@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     sgl.set_default_backend(endpoint(options.url))
 
-    found = solve.run(question=options.question, n=options.n)["vote"]
+    found = solve.run(question=options.question, num_forks=options.n)["vote"]
     for answer in found.answers:
         print(f"{answer.answer}: forks {answer.members}, weight {answer.weight:.2f}")
     print(f"answer: {found.answer} of fork {found.fork}, {found.share:.0%} of the weight")
