@@ -323,6 +323,8 @@ USED = (
         "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.generate_stream",
         ("self", "s", "sampling_params"),
     ),
+    Target("sglang.lang.chat_template.ChatTemplate"),
+    Target("sglang.utils.http_request"),
     Target("sglang.lang.ir.SglSamplingParams.to_srt_kwargs", ("self",)),
     Target("sglang.srt.arg_groups.overrides.resolving_view", ("server_args",)),
     Target("sglang.srt.arg_groups.model_override_base.model_config_of", ("server_args",)),
