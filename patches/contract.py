@@ -127,6 +127,12 @@ SERVE_GENERATE_REQUEST = Target(
     why="sends the progress of a vote while /generate streams",
     until="streams may carry comments of a plugin",
 )
+CONVERT_CHAT = Target(
+    "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
+    ("self", "request", "raw_request"),
+    why="asks a chat for the boxed answer that its vote reads",
+    until="a plugin may change a chat before it is rendered",
+)
 GENERATE_CHAT_STREAM = Target(
     "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream",
     ("self", "adapted_request", "request", "raw_request"),
@@ -253,6 +259,7 @@ HOOKED = (
     UPDATE_REQUEST_META_INFO,
     GENERATE_REQUEST,
     SERVE_GENERATE_REQUEST,
+    CONVERT_CHAT,
     GENERATE_CHAT_STREAM,
     GENERATE_COMPLETION_STREAM,
     ANSWER_CHAT,

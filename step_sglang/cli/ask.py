@@ -26,10 +26,10 @@ from step_sglang.cli.common import (
 from step_sglang.client.http import Client
 from step_sglang.client.result import Answer, Result, SolveProgress
 from step_sglang.client.solve import DEFAULT_N, DEFAULT_TIMEOUT, solve
-from step_sglang.data.suffix import is_reasoner
 from step_sglang.errors import ServerError
 from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
 from step_sglang.voting.session import VoteStatus
+from step_sglang.voting.suffix import is_reasoner
 
 DEFAULT_URL = "http://127.0.0.1:30000"
 NO_VOTE = 3  # exit status

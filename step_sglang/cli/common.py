@@ -79,8 +79,8 @@ def resolve_model(
         ServerError: the server at ``url`` does not say it.
     """
     from step_sglang.client.http import served_model
-    from step_sglang.data.suffix import is_reasoner
     from step_sglang.reasoner import model_path
+    from step_sglang.voting.suffix import is_reasoner
 
     if model is None and url is not None:
         model = served_model(url)

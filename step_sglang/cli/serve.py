@@ -87,8 +87,8 @@ def server_command(
         ScorerError: the scorer is missing, or is no file.
         SourceError: the model is a path that does not exist.
     """
-    from step_sglang.data.suffix import is_reasoner
     from step_sglang.reasoner import model_path, scorer_path
+    from step_sglang.voting.suffix import is_reasoner
 
     environment, flags = plain_cpu(more)
     if is_reasoner(model):
@@ -114,8 +114,8 @@ def server_command(
 
 def first_request(model: str, url: str) -> str:
     """Words for a server that answers: a command, and the same as a plain request."""
-    from step_sglang.data.suffix import is_reasoner
     from step_sglang.reasoner import questions
+    from step_sglang.voting.suffix import is_reasoner
 
     question = questions("test", 1)[0].question if is_reasoner(model) else _FIRST_QUESTION
     more = '"temperature": 1.0, ' if is_reasoner(model) else ""

@@ -16,11 +16,11 @@ from step_sglang.client.http import AsyncClient
 from step_sglang.client.result import Result, SolveProgress, progress_of, result_of
 from step_sglang.client.sampling import Sampling
 from step_sglang.client.source import Messages, TraceSource, reading_chunks
-from step_sglang.data.suffix import default_suffix
 from step_sglang.voting.answers import Extractor, extractor_named
 from step_sglang.voting.classes import Same
 from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
 from step_sglang.voting.session import STREAM_INTERVAL, VoteRules, VoteSession
+from step_sglang.voting.suffix import default_suffix
 from step_sglang.voting.verifier import AnswerVerifier, Comparison
 
 DEFAULT_N = 64

@@ -18,7 +18,6 @@ from typing import Any
 from step_sglang import __version__
 from step_sglang.config import check_scorer_path
 from step_sglang.data.questions import REASONER, Fields, Job, load_questions
-from step_sglang.data.suffix import default_suffix
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.methods import RECORD, MethodSettings, methods_named
 from step_sglang.evaluation.pilot import Lengths, known_lengths, measured_lengths
@@ -35,6 +34,7 @@ from step_sglang.evaluation.serving import (
     served,
 )
 from step_sglang.evaluation.trial_result import TrialResult
+from step_sglang.voting.suffix import default_suffix
 
 QUESTION_SEED = 2  # reasoner questions that neither its card (0) nor the demo (1) has looked at
 DEFAULT_METHODS = "cot,sc,slim-sc,deepconf,step-paper,step"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Fields, Job, load_questions, load_traces
-from step_sglang.data.suffix import default_suffix, is_reasoner
 from step_sglang.training import collect as work
 from step_sglang.training.prompts import Prompter, load_prompter
 from step_sglang.training.stored import StoreMeta
+from step_sglang.voting.suffix import default_suffix, is_reasoner
 
 DEFAULT_TRACES = 64
 REASONER_SAMPLING = Sampling(1.0, 1.0, -1, 900)

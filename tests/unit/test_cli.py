@@ -15,12 +15,12 @@ from step_sglang import __version__
 from step_sglang.cli.main import app
 from step_sglang.cli.serve import REASONER_POOL, first_request, server_command
 from step_sglang.config import StepConfig, add_cli_arguments, check_scorer_path, take_options
-from step_sglang.data.suffix import BOXED_SUFFIX, default_suffix
 from step_sglang.errors import ConfigError, ScorerError, SourceError, nearest
 from step_sglang.evaluation.methods import ALIASES, METHODS
 from step_sglang.evaluation.setup import DEFAULT_METHODS, QUESTION_SEED
 from step_sglang.reasoner import model_path, questions, scorer_path
 from step_sglang.training.train import Shares, train_scorer
+from step_sglang.voting.suffix import BOXED_SUFFIX, default_suffix
 from tests.training_samples import planted_store
 
 COMMANDS = (
