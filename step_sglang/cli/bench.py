@@ -195,7 +195,7 @@ def _run(options: BenchOptions, folder: Path) -> None:
     with ResultWriter(folder, setup.meta) as writer:
         warn("repaired", writer.repairs)
         plan = with_pool(setup, folder, _say)
-        remember_machine(folder)
+        remember_machine(folder, options.url)
         left = num_left(plan, writer)
         methods = ", ".join(method.name for method in plan.methods)
         _say(

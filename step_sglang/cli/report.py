@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
 from step_sglang.cli.common import out, warn
@@ -32,7 +33,11 @@ def show_report(folders: list[Path], target: Path, against: str = "sc") -> None:
     warn("", written.problems)
     out.print(written.heading, markup=False, highlight=False)
     for table in written.tables:
-        shown = RichTable(*table.head, title=table.caption, title_justify="left")
+        shown = RichTable(
+            title=table.caption, title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+        )
+        for name in table.head:
+            shown.add_column(name, overflow="fold", vertical="bottom")
         for row in table.rows:
             shown.add_row(*row)
         # A pipe has no width that cells would have to fit in.

@@ -16,12 +16,16 @@ from step_sglang import __version__
 MACHINE = "machine.jsonl"  # a line for every machine and version that measured
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, cores that may be used, GPUs, versions, and the commit of a source checkout."""
+def describe_machine(url: str | None = None) -> dict[str, Any]:
+    """Processor, cores that may be used, GPUs, versions, and the commit of a source checkout.
+
+    ``url`` is a server that was there before: it may run elsewhere.
+    """
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
+        "url": url,
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": gpus,
@@ -32,10 +36,10 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def remember_machine(folder: Path) -> None:
+def remember_machine(folder: Path, url: str | None = None) -> None:
     """Add this machine to the folder, unless its last line says the same."""
     file = folder / MACHINE
-    line = json.dumps(describe_machine())
+    line = json.dumps(describe_machine(url))
     known = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     if line not in known:
         with file.open("a", encoding="utf-8") as sink:
@@ -58,8 +62,9 @@ def machines_of(folders: Sequence[Path]) -> list[str]:
 def _in_words(machine: Mapping[str, Any]) -> str:
     device = ", ".join(machine["gpus"]) or f"{machine['cores']} cores of {machine['processor']}"
     commit = f" ({machine['commit']})" if machine["commit"] else ""
+    where = f"the server {machine['url']}, asked from " if machine.get("url") else ""
     return (
-        f"{device}; step-sglang {machine['package']}{commit}, sglang {machine['sglang']}, "
+        f"{where}{device}; step-sglang {machine['package']}{commit}, sglang {machine['sglang']}, "
         f"torch {machine['torch']}"
     )
 

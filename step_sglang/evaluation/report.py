@@ -183,7 +183,8 @@ def _heading(loaded: Loaded, machines: Sequence[str]) -> str:
     results, meta = loaded.results, loaded.meta
     questions = len({result.question for result in results})
     repeats = len({result.repeat for result in results})
-    scorer = meta.get("scorer") or "the model's own, or none"
+    embedded = "the embedded one" if meta["model"] == "reasoner" else "as the server has it"
+    scorer = meta.get("scorer") or embedded
     sampling = ", ".join(f"{name} {value}" for name, value in (meta.get("sampling") or {}).items())
     flags = " ".join(meta.get("server_flags") or ()) or "none"
     lines = [

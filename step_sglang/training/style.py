@@ -36,9 +36,9 @@ _COLOURS = {
     "lowest group confidence": _DEEPCONF,
     "minus length": "#999933",
     # where a trace's time goes
-    "wait": _STEP,
-    "prefill": "#E6C200",
-    "decode": _SC,
+    "wait": "#333333",
+    "prefill": "#888888",
+    "decode": "#CCCCCC",
 }
 _FONT = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
 
