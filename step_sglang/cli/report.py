@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table as RichTable
 
 from step_sglang.cli.common import out, warn
@@ -32,6 +33,8 @@ def show_report(folders: list[Path], target: Path, against: str = "sc") -> None:
     written = write_report(folders, target, reference)
     warn("", written.problems)
     out.print(written.heading, markup=False, highlight=False)
+    # A pipe has no width that cells would have to fit in.
+    console = out if out.is_terminal else Console(width=200)
     for table in written.tables:
         shown = RichTable(
             title=table.caption, title_justify="left", box=SIMPLE_HEAD, pad_edge=False
@@ -40,7 +43,6 @@ def show_report(folders: list[Path], target: Path, against: str = "sc") -> None:
             shown.add_column(name, overflow="fold", vertical="bottom")
         for row in table.rows:
             shown.add_row(*row)
-        # A pipe has no width that cells would have to fit in.
-        out.print(shown, width=None if out.is_terminal else 200)
+        console.print(shown)
     warn("", written.warnings)
     out.print(f"wrote {', '.join(str(file) for file in written.files)}", highlight=False)

@@ -94,8 +94,8 @@ def load_questions(
         near = nearest(name, BENCHMARKS, 0.8)
         if near:
             raise SourceError(
-                f"there is no data set {name!r}{near}; the known ones are {', '.join(BENCHMARKS)}, and "
-                "the reasoner's own, such as reasoner:test"
+                f"there is no data set {name!r}{near}; the known ones are "
+                f"{', '.join(BENCHMARKS)}, and the reasoner's own, such as reasoner:test"
             )
         rows = _data_set(name, config, split)
     jobs, problems = _jobs(rows, fields, limit)

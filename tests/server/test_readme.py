@@ -166,7 +166,7 @@ def test_compare_and_report(reader: Reader) -> None:
         assert (reader.folder / "results" / name).stat().st_size > 500
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_train_a_scorer(reader: Reader) -> None:
     shown = reader.run("bash", block("step-sglang train"))
     assert "24 questions, 96 traces" in shown and "AUC within the question" in shown
