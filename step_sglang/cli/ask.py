@@ -164,9 +164,8 @@ def _print(result: Result, pool: int | None, show: bool) -> None:
     early = ", ended early" if result.early else ""
     times = result.timing
     waited = "" if times.wait is None else f", a trace waited {seconds(times.wait)} (mean)"
-    out.print(
-        f"{counts}; {tokens} tokens{held}; {times.total:.1f} s{waited}{early}", highlight=False
-    )
+    took = f"answered in {times.total:.1f} s{early}{waited}"
+    out.print(f"{counts}; {tokens} tokens{held}; {took}", highlight=False)
     if all(trace.score is None for trace in result.traces):
         warn(
             "",

@@ -81,3 +81,8 @@ def test_pruning_without_a_single_score_is_told_once(server: Server, question: Q
         assert all(step["num_steps"] == 0 for step in steps)
         assert any(step["pruned"] for step in steps)
     assert server.log_text().count("STEP prunes without scores") == 1
+
+
+def test_server_info_shows_what_is_in_effect(server: Server) -> None:
+    step = server.info()["internal_states"][0]["step"]
+    assert (step["scope"], step["admit"], step["delimiters"]) == ("thinking", "fair", ["\n\n"])
