@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import typer
 from step_sglang.cli.common import MEMORY, MODEL, err, out
 from step_sglang.client.launch import DIE_WITH_PARENT, plain_cpu, wait_until_healthy
 from step_sglang.config import check_scorer_path
-from step_sglang.errors import ScorerError, SourceError
+from step_sglang.errors import ScorerError, ServerError, SourceError
 
 REASONER_POOL = 4096  # KV tokens; about a quarter of what 64 of its traces want, so that it prunes
 _FIRST_QUESTION = "What is the sum of the first 20 prime numbers?"
@@ -52,6 +53,7 @@ def serve(
     printed, so it can be run by itself.
     """
     command, environment = server_command(model, server_flags or [], scorer, host, port, pool)
+    _check_port(host, port)
     shown = " ".join(f"{key}={value}" for key, value in environment.items())
     err.print(f"{shown} {' '.join(command)}".strip(), style="dim", markup=False, highlight=False)
     err.print("starting (half a minute with the reasoner; a large model takes minutes) ...")
@@ -71,6 +73,18 @@ def serve(
     threading.Thread(target=greet, daemon=True).start()
     status = process.wait()
     raise typer.Exit(128 - status if status < 0 else status)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse a port that is taken, which SGLang would find out when the model is loaded."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerError(
+                f"cannot serve at {host}:{port} ({error.strerror}): give another --port"
+            ) from error
 
 
 def server_command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -89,6 +90,15 @@ def test_serve_refuses_before_it_starts_anything(
 ) -> None:
     with pytest.raises((ScorerError, SourceError), match=re.escape(message)):
         server_command(model, [], scorer, "127.0.0.1", 30000, None)
+
+
+def test_serve_refuses_a_port_that_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(app, ["serve", "reasoner", "--port", port])
+    assert "give another --port" in str(result.exception)
 
 
 def test_a_wrong_value_of_a_server_flag_is_one_line() -> None:
