@@ -52,7 +52,10 @@ def serve(
     Without a GPU it runs on the plain-CPU platform of this package. The command that it runs is
     printed, so it can be run by itself.
     """
-    command, environment = server_command(model, server_flags or [], scorer, host, port, pool)
+    more = list(server_flags or ())
+    if model.startswith("-"):  # `serve -- --flag`: the first word is no model
+        model, more = "reasoner", [model, *more]
+    command, environment = server_command(model, more, scorer, host, port, pool)
     _check_port(host, port)
     shown = " ".join(f"{key}={value}" for key, value in environment.items())
     err.print(f"{shown} {' '.join(command)}".strip(), style="dim", markup=False, highlight=False)
@@ -62,7 +65,9 @@ def serve(
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, frame: process.send_signal(got))
-    address = "127.0.0.1" if host == "0.0.0.0" else host
+    address = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
+        host, f"[{host}]" if ":" in host else host
+    )
     url = f"http://{address}:{port}"
 
     def greet() -> None:
@@ -77,7 +82,7 @@ def serve(
 
 def _check_port(host: str, port: int) -> None:
     """Refuse a port that is taken, which SGLang would find out when the model is loaded."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
