@@ -223,6 +223,8 @@ class StepConfig:
             **asdict(self),
             "scope": "all" if self.scores_all else "thinking",
             "admit": "fair" if self.makes_room else "queue",
+            "max_groups": self.group_limit,
+            "max_batch": self.batch_limit,
         }
 
     @property
@@ -291,7 +293,7 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         elif isinstance(option.default, bool):
             more = {"action": "store_true"}
         elif isinstance(option.default, int | float):
-            more = {"type": partial(_number, type(option.default))}
+            more = {"type": partial(_lenient, type(option.default))}
         help_text = option.metadata["help"]
         if option.default:
             help_text += f" Default: {option.default}."
@@ -306,7 +308,7 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _number(kind: type, text: str) -> Any:
+def _lenient(kind: type, text: str) -> Any:
     """The number, or the text as it is, which :class:`StepConfig` refuses in one line."""
     try:
         return kind(text)
