@@ -16,6 +16,7 @@ env: $(DEPS)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 
 $(DEPS):
+	@echo "installing SGLang, torch and the tools into $(VENV): 11 GB, five to fifteen minutes, once"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "step-sglang needs Python 3.11 or later")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install -q --upgrade pip

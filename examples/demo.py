@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import re
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -211,6 +212,10 @@ def main() -> None:
         help="a server of the embedded reasoner with --enable-metrics, instead of a new one",
     )
     options = parser.parse_args()
+    console.print(
+        "The embedded reasoner, a model of one million parameters, answers arithmetic questions on "
+        "this machine, first with STEP, then by self-consistency too. Two to four minutes."
+    )
     if options.url:
         asyncio.run(show_all(options.url, options, None))
         return
@@ -223,6 +228,8 @@ def main() -> None:
         console.print("starting the server (half a minute on an idle machine) ...")
         with running_server(str(model_path()), flags, log) as url:
             asyncio.run(show_all(url, options, log))
+    command = Path(sys.executable).with_name("step-sglang")
+    console.print(f"\nServe the same model, and ask it: {command} serve reasoner", soft_wrap=True)
 
 
 if __name__ == "__main__":

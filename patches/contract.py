@@ -127,6 +127,12 @@ SERVE_GENERATE_REQUEST = Target(
     why="sends the progress of a vote while /generate streams",
     until="streams may carry comments of a plugin",
 )
+CONVERT_CHAT = Target(
+    "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
+    ("self", "request", "raw_request"),
+    why="asks a chat for the boxed answer that its vote reads",
+    until="a plugin may change a chat before it is rendered",
+)
 GENERATE_CHAT_STREAM = Target(
     "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream",
     ("self", "adapted_request", "request", "raw_request"),
@@ -253,6 +259,7 @@ HOOKED = (
     UPDATE_REQUEST_META_INFO,
     GENERATE_REQUEST,
     SERVE_GENERATE_REQUEST,
+    CONVERT_CHAT,
     GENERATE_CHAT_STREAM,
     GENERATE_COMPLETION_STREAM,
     ANSWER_CHAT,
@@ -323,6 +330,8 @@ USED = (
         "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.generate_stream",
         ("self", "s", "sampling_params"),
     ),
+    Target("sglang.lang.chat_template.ChatTemplate"),
+    Target("sglang.utils.http_request"),
     Target("sglang.lang.ir.SglSamplingParams.to_srt_kwargs", ("self",)),
     Target("sglang.srt.arg_groups.overrides.resolving_view", ("server_args",)),
     Target("sglang.srt.arg_groups.model_override_base.model_config_of", ("server_args",)),

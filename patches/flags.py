@@ -9,7 +9,12 @@ from functools import partial
 from typing import Any
 
 from step_sglang import protocol
-from step_sglang.config import StepConfig, add_cli_arguments, take_options
+from step_sglang.config import (
+    StepConfig,
+    add_cli_arguments,
+    check_scorer_path,
+    take_options,
+)
 from step_sglang.errors import ConfigError, StepError
 from step_sglang.patches import contract, hooks, preflight
 from step_sglang.patches.record import attach
@@ -24,6 +29,8 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
     """AROUND ``ServerArgs.from_cli_args``: the record takes no fields that it does not declare."""
     try:
         config = take_options(vars(args))
+        if config is not None:
+            check_scorer_path(config.scorer)
         server_args = original(cls, args)
         if config is not None:
             _enable(server_args, config, from_cli=True)
@@ -45,6 +52,8 @@ def accept_engine_arguments() -> None:
 
 def _build_record(record_class: Callable[..., Any], **kwargs: Any) -> Any:
     config = take_options(kwargs)
+    if config is not None:
+        check_scorer_path(config.scorer)
     server_args = record_class(**kwargs)
     if config is not None:
         _enable(server_args, config, from_cli=False)

@@ -16,6 +16,8 @@ from threading import Lock
 from typing import Any
 
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+from sglang.lang.chat_template import ChatTemplate
+from sglang.utils import http_request
 
 from step_sglang import protocol
 
@@ -31,8 +33,15 @@ class StepEndpoint(RuntimeEndpoint):  # type: ignore[misc]
     ``error()`` says why, and its siblings go on.
     """
 
+    chat_template: Any  # SGLang's ChatTemplate
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.chat_template.name == "default" and not kwargs.get("chat_template_name"):
+            # SGLang knows no template for this model by its name: the server knows its own.
+            served = _served_template(self)
+            if served is not None:
+                self.chat_template = served
         # A program's arguments -> its name. They are kept, so that their id stays theirs.
         self._programs: OrderedDict[int, tuple[Any, str]] = OrderedDict()
         self._lock = Lock()
@@ -86,6 +95,49 @@ class StepEndpoint(RuntimeEndpoint):  # type: ignore[misc]
                 self._programs.popitem(last=False)
         origin = hashlib.sha256(s.text_[: s.fork_start_text_pos].encode()).hexdigest()
         return f"{program}-{origin[:16]}"
+
+
+def _served_template(endpoint: RuntimeEndpoint) -> ChatTemplate | None:
+    """The prefixes and suffixes of user and assistant in the served model's own chat template.
+
+    Read off a rendered chat of three marked turns; None where the template refuses such a chat or
+    changes its texts.
+    """
+    user, reply, again = "step-user-1", "step-reply", "step-user-2"
+    chat = [
+        {"role": role, "content": text}
+        for role, text in (("user", user), ("assistant", reply), ("user", again))
+    ]
+    try:
+        tokens = _post(endpoint, "/v1/tokenize", messages=chat, add_special_tokens=False)["tokens"]
+        text = _post(endpoint, "/v1/detokenize", tokens=tokens, skip_special_tokens=False)["text"]
+        before, rest = text.split(user)
+        to_reply, rest = rest.split(reply)
+        between, to_generation = rest.split(again)
+    except (AssertionError, KeyError, ValueError, OSError):
+        return None
+    if not between.endswith(before):  # an extra begin-of-text before the first turn, for one
+        return None
+    # What opens a reply to be generated may say more than what opened an earlier one (`<think>`).
+    if not to_generation.startswith(to_reply):
+        return None
+    return ChatTemplate(
+        name="served",
+        default_system_prompt=None,
+        role_prefix_and_suffix={
+            "system": ("", "\n"),
+            "user": (before, ""),
+            "assistant": (to_generation, between.removesuffix(before)),
+        },
+    )
+
+
+def _post(endpoint: RuntimeEndpoint, path: str, **body: Any) -> Any:
+    answer = http_request(
+        endpoint.base_url + path, json=body, api_key=endpoint.api_key, verify=endpoint.verify
+    )
+    endpoint._assert_success(answer)
+    return answer.json()
 
 
 def _note(s: Any, info: dict[str, Any]) -> None:

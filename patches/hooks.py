@@ -47,6 +47,7 @@ TOKENIZER = (
 )
 HTTP = (
     Hook(contract.SERVE_GENERATE_REQUEST, HookType.AROUND, "http:serve_generate_request"),
+    Hook(contract.CONVERT_CHAT, HookType.BEFORE, "http:convert_chat"),
     Hook(contract.GENERATE_CHAT_STREAM, HookType.AROUND, "http:generate_stream"),
     Hook(contract.GENERATE_COMPLETION_STREAM, HookType.AROUND, "http:generate_stream"),
     Hook(contract.ANSWER_CHAT, HookType.AROUND, "http:answer_whole"),

@@ -11,6 +11,33 @@ from step_sglang.patches.choices import PROGRESS, add_usage, for_openai, leaves_
 from step_sglang.patches.parsed import parse_prompts, takes_part
 from step_sglang.patches.record import config_of
 from step_sglang.voting.one_choice import kept_alive
+from step_sglang.voting.request import parse_vote
+from step_sglang.voting.suffix import default_suffix, needs_suffix
+
+
+def convert_chat(serving: Any, request: Any, raw_request: Any = None) -> None:
+    """BEFORE a chat becomes a prompt: where answers are read from a box, ask for one.
+
+    What `ask` and `solve` do too. A chat that speaks of a box already stays as it is.
+    """
+    server_args = serving.tokenizer_manager.server_args
+    config = config_of(server_args)
+    if config is None or not request.messages:
+        return
+    try:
+        wish = parse_vote({"n": request.n, "custom_params": request.custom_params}, config)
+    except RequestError:
+        return  # the request itself will be refused for it
+    last = request.messages[-1]
+    if wish is None or last.role != "user" or not isinstance(last.content, str):
+        return
+    suffix = wish.suffix
+    if suffix is None:
+        texts = (str(message.content) for message in request.messages)
+        suffix = default_suffix(server_args.model_path, wish.extract) if needs_suffix(texts) else ""
+    if suffix:
+        asked = last.model_copy(update={"content": last.content + suffix})
+        request.messages = [*request.messages[:-1], asked]
 
 
 def generate_stream(

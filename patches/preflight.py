@@ -108,6 +108,11 @@ def load_config_scorer(config: StepConfig, hidden_size: int) -> Scorer:
     return scorer
 
 
+def step_delimiters(config: StepConfig, scorer: Scorer) -> tuple[str, ...]:
+    """What ends a step: the flag's, else the scorer file's, else the default."""
+    return config.delimiters or scorer.info.delimiters or DEFAULT_DELIMITERS
+
+
 def step_boundaries(
     config: StepConfig, scorer: Scorer, tokenizer: Any
 ) -> tuple[list[int], int | None]:
@@ -115,8 +120,7 @@ def step_boundaries(
 
     Flags win over the scorer file, which wins over the defaults.
     """
-    delimiters = config.delimiters or scorer.info.delimiters or DEFAULT_DELIMITERS
-    ids = boundary_ids(tokenizer, delimiters)
+    ids = boundary_ids(tokenizer, step_delimiters(config, scorer))
     if config.scores_all:
         return ids, None
     return ids, think_end_id(tokenizer, scorer.info.think_end or THINK_END)

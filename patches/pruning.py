@@ -217,6 +217,14 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
 
     trace = trace_of(req)
     assert trace is not None
+    group = trace.group
+    if not (group.scored or group.baseline or state.warned_unscored):
+        state.warned_unscored = True
+        logger.warning(
+            "STEP prunes without scores: no trace of group %s has reached a step boundary: check "
+            "--step-delimiter, and that the prompt asks this model to reason",
+            safe_repr(group.group_id, 300),
+        )
     trace.reason = reason
     state.groups.end(trace, TraceStatus.PRUNED)
     score = "none" if trace.score is None else f"{trace.score:.4f}"

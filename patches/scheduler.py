@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from step_sglang.patches.preflight import (
     load_config_scorer,
     load_tokenizer,
     step_boundaries,
+    step_delimiters,
 )
 from step_sglang.patches.record import config_of
 from step_sglang.patches.state import SchedulerStep, set_state, set_trace, state_of, trace_of
@@ -64,7 +65,7 @@ def init_all_cuda_graphs(scheduler: Any) -> None:
     metrics = _metrics(scheduler, groups)
     embedding = load_embedding(config.embedding, tokenizer.decode)
     state = SchedulerStep(
-        config,
+        replace(config, delimiters=step_delimiters(config, scorer)),
         slots,
         EngineContext(frozenset(ids), think_end, embedding),
         hidden_size,
@@ -141,7 +142,7 @@ def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
     state = state_of(scheduler)
     if state is not None:
         result.internal_state["step"] = {
-            **asdict(state.config),
+            **state.config.effective(),
             "groups": len(state.groups),
             "groups_begun": state.groups.num_begun,
             "groups_waiting": state.groups_waiting,

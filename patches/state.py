@@ -37,6 +37,7 @@ class SchedulerStep:
     queued: int = 0  # requests so far
     all_held: Any = None  # what the last admission pass saw, if everybody was held back in it
     refused: Any = None  # the request that did not fit in the admission pass that goes on
+    warned_unscored: bool = False  # a group was pruned that has no scored step
     scorer_stale: bool = False  # the weights that it was trained for were replaced
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any
 
-from step_sglang.errors import ConfigError
+from step_sglang.errors import ConfigError, ScorerError, nearest
 from step_sglang.protocol import EXTRACTORS, NGRAMS, PRUNED_ABORT, PRUNED_MODES, VOTES
 
 POLICIES = ("fair", "paper")
@@ -214,6 +217,16 @@ class StepConfig:
         """Whether steps after the think-end token count too."""
         return self.policy == "paper" or self.scope == "all"
 
+    def effective(self) -> dict[str, Any]:
+        """Every setting, with what a default that depends on others comes to."""
+        return {
+            **asdict(self),
+            "scope": "all" if self.scores_all else "thinking",
+            "admit": "fair" if self.makes_room else "queue",
+            "max_groups": self.group_limit,
+            "max_batch": self.batch_limit,
+        }
+
     @property
     def makes_room(self) -> bool:
         """Whether traces are pruned for requests that wait, not only for those that run."""
@@ -241,7 +254,17 @@ def _number(limit: object) -> int | None:
 
 def _check_choice(flag: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
+        near = nearest(value, choices) if isinstance(value, str) else ""
+        raise ConfigError(f"{flag} must be one of {', '.join(choices)}, not {value!r}{near}")
+
+
+def check_scorer_path(path: str) -> None:
+    """Refuse a scorer that is no file, before anything is loaded; raises ScorerError."""
+    if path and not os.path.exists(path):
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.splitext(path)[1]:
+            hint = ": a scorer is a file, not a name on a hub; download it and give its path"
+        raise ScorerError(f"scorer {path} does not exist{hint}")
 
 
 def unescape(text: str) -> str:
@@ -270,16 +293,27 @@ def add_cli_arguments(parser: argparse.ArgumentParser) -> None:
         elif isinstance(option.default, bool):
             more = {"action": "store_true"}
         elif isinstance(option.default, int | float):
-            more = {"type": type(option.default)}
+            more = {"type": partial(_lenient, type(option.default))}
         help_text = option.metadata["help"]
         if option.default:
             help_text += f" Default: {option.default}."
-        for key in ("choices", "metavar"):
-            if key in option.metadata:
-                more[key] = option.metadata[key]
+        # Choices are checked by StepConfig: argparse would print SGLang's whole usage before its
+        # one line.
+        if "choices" in option.metadata:
+            more["metavar"] = "{" + ",".join(option.metadata["choices"]) + "}"
+        elif "metavar" in option.metadata:
+            more["metavar"] = option.metadata["metavar"]
         group.add_argument(
             flag, dest=name, default=option.default, help=help_text.replace("%", "%%"), **more
         )
+
+
+def _lenient(kind: type, text: str) -> Any:
+    """The number, or the text as it is, which :class:`StepConfig` refuses in one line."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def take_options(options: dict[str, Any]) -> StepConfig | None:

@@ -1,5 +1,16 @@
 """The errors a user can meet, each with one message that says what to do."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """What to add to a message about an unknown name: the most similar known one, or nothing."""
+    found = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=cutoff)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
 
 def safe_repr(value: object, length: int = 40) -> str:
     """A value as a message or a log may show it: one short line, whatever a request holds."""

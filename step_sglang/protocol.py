@@ -32,7 +32,8 @@ VOTE = "vote"
 EARLY = "early"
 THRESHOLD = "threshold"
 EXTRACT = "extract"
-VOTE_MEMBERS = (TRACES, VOTE, EARLY, THRESHOLD, EXTRACT)
+SUFFIX = "suffix"
+VOTE_MEMBERS = (TRACES, VOTE, EARLY, THRESHOLD, EXTRACT, SUFFIX)
 
 # Choices by name, in requests and flags.
 VOTES = ("weighted", "majority", "best")

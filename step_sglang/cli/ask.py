@@ -3,84 +3,144 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from step_sglang.client.result import Result, SolveProgress
+from step_sglang.cli.common import (
+    MODEL,
+    OUTPUT,
+    SAMPLING,
+    SUFFIX_HELP,
+    VOTING,
+    err,
+    out,
+    seconds,
+    warn,
+)
+from step_sglang.client.http import Client
+from step_sglang.client.result import Answer, Result, SolveProgress
 from step_sglang.client.solve import DEFAULT_N, DEFAULT_TIMEOUT, solve
+from step_sglang.errors import ServerError
 from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
 from step_sglang.voting.session import VoteStatus
+from step_sglang.voting.suffix import is_reasoner
 
 DEFAULT_URL = "http://127.0.0.1:30000"
 NO_VOTE = 3  # exit status
 _SHOWN = 5  # answers
+_REASONER_QUESTION = re.compile(r"\d{1,2}(;[A-P][+*-]\d)+")
 
 
 def ask(
     question: Annotated[str, typer.Argument(help="The question, one user message.")],
-    n: Annotated[int, typer.Option("-n", help="Traces.")] = DEFAULT_N,
-    url: Annotated[str, typer.Option(help="A server with --enable-step.")] = DEFAULT_URL,
-    vote: Annotated[str, typer.Option(help="weighted, majority or best.")] = "weighted",
+    n: Annotated[int, typer.Option("-n", help="Traces.", rich_help_panel=VOTING)] = DEFAULT_N,
+    url: Annotated[
+        str, typer.Option(help="A server with --enable-step.", rich_help_panel=MODEL)
+    ] = DEFAULT_URL,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="STEP_SGLANG_API_KEY", rich_help_panel=MODEL)
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds of silence.", rich_help_panel=MODEL)
+    ] = DEFAULT_TIMEOUT,
+    vote: Annotated[
+        str, typer.Option(help="weighted, majority or best.", rich_help_panel=VOTING)
+    ] = "weighted",
     early: Annotated[
         str,
         typer.Option(
             help="End when the answer cannot change (exact), also when that is improbable "
-            "(posterior), or never (off)."
+            "(posterior), or never (off).",
+            rich_help_panel=VOTING,
         ),
     ] = "exact",
     threshold: Annotated[
-        float, typer.Option(help="Of posterior: probability that the answer changes.")
+        float,
+        typer.Option(
+            help="Of posterior: probability that the answer changes.", rich_help_panel=VOTING
+        ),
     ] = DEFAULT_THRESHOLD,
-    extract: Annotated[str, typer.Option(help="boxed, choice or number.")] = "boxed",
-    suffix: Annotated[
-        str, typer.Option(help=r"Appended to the question, e.g. to ask for \boxed{}.")
-    ] = "",
-    temperature: Annotated[float | None, typer.Option(help="0.6.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="0.95.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="20; -1 = off.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Up to the context.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="STEP_SGLANG_API_KEY")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds of silence.")] = DEFAULT_TIMEOUT,
+    extract: Annotated[
+        str, typer.Option(help="boxed, choice or number.", rich_help_panel=VOTING)
+    ] = "boxed",
+    suffix: Annotated[str | None, typer.Option(help=SUFFIX_HELP, rich_help_panel=VOTING)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Default: 0.6.", rich_help_panel=SAMPLING)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Default: 0.95.", rich_help_panel=SAMPLING)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Default: 20; -1 = off.", rich_help_panel=SAMPLING)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Default: up to the context.", rich_help_panel=SAMPLING)
+    ] = None,
+    show: Annotated[
+        bool,
+        typer.Option(
+            "--show", help="Also print the winning trace's reasoning.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the whole result as JSON; no progress.")
+        bool,
+        typer.Option(
+            "--json", help="Print the whole result as JSON; no progress.", rich_help_panel=OUTPUT
+        ),
     ] = False,
 ) -> None:
     """Ask a running server one question: sample traces, vote, print the answer.
 
     Exit status 0: there is an answer; 3: no trace finished, or none has an answer; 1: an error.
     """
-    out, err = Console(soft_wrap=True), Console(stderr=True)
-    given = {
+    sampling = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k,
         "max_new_tokens": max_new_tokens,
     }  # fmt: skip
     options: dict[str, Any] = {
         "url": url, "vote": vote, "early": early, "threshold": threshold, "extract": extract,
-        "sampling": {key: value for key, value in given.items() if value is not None},
-        "api_key": api_key, "timeout": timeout,
+        "sampling": {key: value for key, value in sampling.items() if value is not None},
+        "api_key": api_key, "timeout": timeout, "suffix": suffix,
     }  # fmt: skip
     if as_json:
-        result = solve(question + suffix, n, **options)
+        result = solve(question, n, **options)
         print(json.dumps(result.as_dict()))
     else:
+        pool = _pool(url, api_key, question)
         with Live(console=err, transient=True, refresh_per_second=10) as live:
-            result = solve(
-                question + suffix,
-                n,
-                **options,
-                on_progress=lambda p: live.update(_leaders_table(p)),
-            )
-        _show(result, out)
+            result = solve(question, n, **options, on_progress=lambda p: live.update(_leaders(p)))
+        _print(result, pool, show)
     if result.status is not VoteStatus.VOTED:
         raise typer.Exit(NO_VOTE)
 
 
-def _leaders_table(progress: SolveProgress) -> Table:
+def _pool(url: str, api_key: str | None, question: str) -> int | None:
+    """The server's KV pool in tokens; warns of a question that its model was not made for."""
+    try:
+        with Client(url, api_key=api_key) as client:
+            info = client.info()
+    except ServerError:
+        return None  # solving will tell what is wrong
+    if is_reasoner(str(info.get("model_path"))) and not _REASONER_QUESTION.fullmatch(question):
+        warn(
+            "",
+            (
+                "the server's model is the embedded reasoner, which knows chains of arithmetic "
+                "modulo 13 such as 11;A*6;B*5;C+6;D+3;E-3;F*2;G-4;H+3 and nothing else: expect "
+                "no sense",
+            ),
+        )
+    pool = info.get("max_total_num_tokens")
+    return pool if isinstance(pool, int) else None
+
+
+def _leaders(progress: SolveProgress) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row(
         f"{progress.running} running, {progress.finished} finished, {progress.pruned} pruned, "
@@ -94,23 +154,54 @@ def _leaders_table(progress: SolveProgress) -> Table:
     return table
 
 
-def _show(result: Result, out: Console) -> None:
-    total = sum(answer.weight for answer in result.answers) or 1.0
-    for answer in result.answers[:_SHOWN]:
+def _print(result: Result, pool: int | None, show: bool) -> None:
+    if result.answers:
+        out.print(_answers(result))
+    fates = Counter(trace.fate.value for trace in result.traces)
+    counts = ", ".join(f"{count} {fate}" for fate, count in fates.items())
+    tokens = sum(trace.tokens for trace in result.traces)
+    held = "" if pool is None else f"; KV pool of {pool}"
+    early = ", ended early" if result.early else ""
+    times = result.timing
+    waited = "" if times.wait is None else f", a trace waited {seconds(times.wait)} (mean)"
+    took = f"answered in {times.total:.1f} s{early}{waited}"
+    out.print(f"{counts}; {tokens} tokens{held}; {took}", highlight=False)
+    if all(trace.score is None for trace in result.traces):
+        warn(
+            "",
+            (
+                "no trace has a score: none has reached a step boundary (check the server's "
+                "--step-delimiter, and that the prompt asks this model to reason)",
+            ),
+        )
+    if result.status is not VoteStatus.VOTED:
+        out.print(f"no answer: {result.message}", markup=False, highlight=False, style="bold red")
+    if result.best is not None and (show or result.status is not VoteStatus.VOTED):
+        partial = " (partial)" if result.status is VoteStatus.NO_FINISHED_TRACE else ""
+        score = "-" if result.best.score is None else f"{result.best.score:.3f}"
         out.print(
-            f"{answer.weight / total:4.0%}  {len(answer.traces):3} traces  {answer.answer}",
+            f"the best trace{partial}, score {score}:\n{result.best.text}\n",
             markup=False, highlight=False,
         )  # fmt: skip
-    fates: dict[str, int] = {}
-    for trace in result.traces:
-        fates[trace.fate.value] = fates.get(trace.fate.value, 0) + 1
-    counts = ", ".join(f"{count} {fate}" for fate, count in fates.items())
-    early = ", ended early" if result.early else ""
-    out.print(f"{counts}; {result.timing.total:.1f} s{early}", highlight=False)
     if result.status is VoteStatus.VOTED:
         out.print(f"answer: {result.answer}", markup=False, highlight=False, style="bold")
-        return
-    out.print(f"no answer: {result.message}", markup=False, highlight=False, style="bold red")
-    if result.best is not None:
-        partial = " (partial)" if result.status is VoteStatus.NO_FINISHED_TRACE else ""
-        out.print(f"the best trace{partial}:\n{result.best.text}", markup=False, highlight=False)
+
+
+def _answers(result: Result) -> Table:
+    """The leading answers: their share of the vote, how many traces, and those traces' scores."""
+    table = Table("share", "traces", "mean score", "best score", "answer")
+    total = sum(answer.weight for answer in result.answers) or 1.0
+    for answer in result.answers[:_SHOWN]:
+        mean, best = _scores(result, answer)
+        table.add_row(
+            f"{answer.weight / total:.0%}", str(len(answer.traces)), mean, best,
+            escape(answer.answer),
+        )  # fmt: skip
+    return table
+
+
+def _scores(result: Result, answer: Answer) -> tuple[str, str]:
+    known = [s for index in answer.traces if (s := result.traces[index].score) is not None]
+    if not known:
+        return "-", "-"
+    return f"{sum(known) / len(known):.3f}", f"{max(known):.3f}"

@@ -12,6 +12,8 @@ def solve(s, question):
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,17 +56,12 @@ def endpoint(url: str, **options: Any) -> Any:
     return StepEndpoint(server_url(url), **options)
 
 
-def boxed_or_all(text: str) -> str | None:
-    r"""The boxed answer, else the whole text, which in a program often is the answer itself."""
-    return extract_boxed(text) or text.strip() or None
-
-
 def vote(
     forks: Any,
     name: str,
     *,
     vote: str = "weighted",
-    extract: Extractor = boxed_or_all,
+    extract: Extractor | None = None,
     same: Same | None = None,
 ) -> ForkVote:
     """Vote over what forks generated; waits for them.
@@ -74,7 +71,9 @@ def vote(
         name: the variable of their last ``gen``.
         vote: ``weighted`` by trace score, ``majority`` or ``best``. On a server without STEP all
             forks weigh the same.
-        extract: reads the answer of the generated text; None: it has none.
+        extract: reads the answer of all the text of a fork, from where it began; it returns None
+            when there is none. Default: the last boxed answer, else the text of the last ``gen``,
+            which in a program often is the answer itself.
         same: whether two answers mean the same; default: math-verify, in a child process.
 
     Raises:
@@ -89,7 +88,7 @@ def vote(
     for index, state in enumerate(states):
         info = state.get_meta_info(name)
         problem = _problem(info)
-        answer = None if problem else extract(state.get_var(name))
+        answer = None if problem else _answer(state, name, extract)
         if answer is None:
             errors[index] = problem or "no answer in its text"
             continue
@@ -102,9 +101,25 @@ def vote(
         for t in _verifier.comparison().run(tallying(ballots, vote, same))
     )
     if not answers:
+        warnings.warn(_why_none(errors), stacklevel=2)
         return ForkVote(None, 0.0, None, (), errors)
     best = max(answers[0].members, key=lambda index: scores[index])
     return ForkVote(answers[0].answer, share_of(answers), best, answers, errors)
+
+
+def _answer(state: Any, name: str, extract: Extractor | None) -> str | None:
+    """The answer of a fork: its reasoning may have ended in an earlier ``gen`` than its last."""
+    begin = getattr(state.stream_executor, "fork_start_text_pos", None) or 0
+    whole = state.text()[begin:]
+    if extract is not None:
+        return extract(whole)
+    return extract_boxed(whole) or str(state.get_var(name)).strip() or None
+
+
+def _why_none(errors: dict[int, str]) -> str:
+    reasons = Counter(errors.values()).most_common(3)
+    shown = "; ".join(f"{count} x {reason}" for reason, count in reasons) or "there are no forks"
+    return f"the vote over {len(errors)} forks has no answer: {shown}"
 
 
 def _problem(info: dict[str, Any] | None) -> str:

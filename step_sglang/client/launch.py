@@ -20,7 +20,7 @@ from step_sglang.errors import ServerError
 START_TIMEOUT = 1800.0  # seconds; large weights load slowly
 STOP_TIMEOUT = 15.0
 # A killed `collect` must not leave a server behind: PR_SET_PDEATHSIG survives the exec. Linux only.
-_DIE_WITH_PARENT = """
+DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 try:
     ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)
@@ -78,7 +78,7 @@ def running_server(model: str, more: Sequence[str], log: Path) -> Iterator[str]:
     environment, flags = plain_cpu(more)
     port = free_port()
     command = server_command(model, port, [*flags, *more])
-    command = [sys.executable, "-c", _DIE_WITH_PARENT, *command]
+    command = [sys.executable, "-c", DIE_WITH_PARENT, *command]
     with log.open("ab") as sink:  # what an earlier server said stays
         sink.write(f"--- a server starts, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
         sink.flush()

@@ -20,6 +20,7 @@ from step_sglang.voting.answers import Extractor, extractor_named
 from step_sglang.voting.classes import Same
 from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
 from step_sglang.voting.session import STREAM_INTERVAL, VoteRules, VoteSession
+from step_sglang.voting.suffix import default_suffix
 from step_sglang.voting.verifier import AnswerVerifier, Comparison
 
 DEFAULT_N = 64
@@ -42,6 +43,7 @@ async def asolve(
     same: Same | None = None,
     sampling: Mapping[str, Any] | None = None,
     chat: bool = True,
+    suffix: str | None = None,
     group: str | None = None,
     api_key: str | None = None,
     timeout: float = DEFAULT_TIMEOUT,
@@ -64,6 +66,8 @@ async def asolve(
         sampling: SGLang sampling parameters, over the paper's (temperature 0.6, top_p 0.95,
             top_k 20). Without ``max_new_tokens`` a trace may fill the context.
         chat: render the question with the chat template; False sends the text as it is.
+        suffix: appended to a question that is a user message; default: what asks for a boxed
+            answer, where ``extract`` is ``boxed`` (nothing for the embedded reasoner).
         group: the group's name; default: a new one.
         api_key: sent as a bearer token.
         timeout: seconds without anything from the server.
@@ -86,6 +90,10 @@ async def asolve(
     verifier = AnswerVerifier()  # starts nothing unless it is asked
     try:
         params = {**DEFAULT_SAMPLING, **(sampling or {})}
+        if isinstance(question, str) and question and chat:
+            if suffix is None and extract == "boxed":
+                suffix = default_suffix(await source.model())
+            question += suffix or ""
         body = await _body(source, question, chat, n, params, group)
         session = VoteSession(n, rules, extractor, params["max_new_tokens"], same)
         # What the caller compares by runs in a thread: it may take long.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from step_sglang.data.benchmarks import BENCHMARKS, Benchmark, with_choices
-from step_sglang.errors import SourceError, first_line
+from step_sglang.errors import SourceError, first_line, nearest
 from step_sglang.voting.answers import extract_boxed
 
 REASONER = "reasoner"
@@ -91,6 +91,12 @@ def load_questions(
     if Path(name).exists() or name.endswith((".jsonl", ".json")):
         rows = _lines(Path(name))
     else:
+        near = nearest(name, BENCHMARKS, 0.8)
+        if near:
+            raise SourceError(
+                f"there is no data set {name!r}{near}; the known ones are "
+                f"{', '.join(BENCHMARKS)}, and the reasoner's own, such as reasoner:test"
+            )
         rows = _data_set(name, config, split)
     jobs, problems = _jobs(rows, fields, limit)
     return _source(name, jobs, problems, f"{fields.question!r} and {fields.answer!r}")

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from step_sglang.errors import nearest
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.voting.session import SampledTrace
 from step_sglang.voting.tally import weight_of
@@ -212,6 +213,7 @@ def methods_named(names: str) -> tuple[Method, ...]:
         method = METHODS.get(ALIASES.get(name, name))
         if method is None:
             known = ", ".join([*METHODS, *ALIASES])
-            raise BenchError(f"there is no method {name[:40]!r}; there are {known}")
+            near = nearest(name, [*METHODS, *ALIASES])
+            raise BenchError(f"there is no method {name[:40]!r}{near}; there are {known}")
         found[method.name] = method
     return tuple(found.values())

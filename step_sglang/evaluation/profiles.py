@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from step_sglang.client.sampling import Sampling
 from step_sglang.reasoner import scorer_path
+from step_sglang.training.setup import REASONER_SAMPLING
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,6 @@ class Profile:
     sampling: Sampling = field(default_factory=Sampling)  # the paper's for Qwen and DeepSeek
     window: int = 2048  # tokens of a DeepConf group
     delay: int = 20  # steps before Slim-SC compares a trace
-    bare: bool = False  # a question is asked as it is
     scorer: str | None = None
     mean_tokens: int | None = None  # of a trace, where it is known
     prompt_tokens: int = 0
@@ -24,7 +24,7 @@ class Profile:
 # Its traces are 238 tokens and 17 steps long at the mean (its card), where a language model's have
 # ten thousand tokens and more: windows and delays shrink with them.
 _REASONER = Profile(
-    Sampling(1.0, 1.0, -1, 900), window=20, delay=5, bare=True, scorer=str(scorer_path()),
+    REASONER_SAMPLING, window=20, delay=5, scorer=str(scorer_path()),
     mean_tokens=238, prompt_tokens=52,
 )  # fmt: skip
 _PHI = Profile(Sampling(0.8, 0.95, 50))

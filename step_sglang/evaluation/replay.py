@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from step_sglang.config import StepConfig
+from step_sglang.errors import nearest
 from step_sglang.evaluation.cost_model import CostModel
 from step_sglang.evaluation.errors import ReplayError
 from step_sglang.evaluation.simulator import Request, Reserve, ScoreEvent, Simulator
@@ -107,7 +108,9 @@ def simulate(
         ReplayError: there is no such policy, or the pool cannot hold the longest trace.
     """
     if policy not in POLICIES:
-        raise ReplayError(f"there is no policy {policy[:40]!r}; there are {', '.join(POLICIES)}")
+        near = nearest(policy, POLICIES)
+        known = ", ".join(POLICIES)
+        raise ReplayError(f"there is no policy {policy[:40]!r}{near}; there are {known}")
     room = pool - -(-group.prompt_tokens // page) * page
     longest = max(trace.tokens for trace in group.traces)
     if longest + 2 * page > room:

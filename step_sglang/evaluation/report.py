@@ -7,14 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from step_sglang.evaluation.errors import BenchError
+from step_sglang.evaluation.machine import machines_of
 from step_sglang.evaluation.methods import EARLY, METHODS, REFERENCE, Method
 from step_sglang.evaluation.ranking import Rankings, recorded_rankings
 from step_sglang.evaluation.results import Loaded, load_results
 from step_sglang.evaluation.stats import Mean, Paired
 from step_sglang.evaluation.summary import Summary, summarize
+from step_sglang.training.metrics import FEW_QUESTIONS, few_questions
 from step_sglang.voting.session import STREAM_INTERVAL
 
 MARKDOWN, LATEX = "report.md", "report.tex"
+_PLOTS = {
+    "latency.png": "accuracy against latency",
+    "breakdown.png": "where the time of a trace goes",
+    "memory.png": "latency and accuracy by the size of the KV pool",
+    "ranking.png": "how well signals rank the traces of a question",
+}
 _NOTE = (
     "Accuracy and latency are means over questions of the mean over repeats; ± is the standard "
     "error over questions. In brackets: 95 % bootstrap intervals over questions, paired. p: "
@@ -37,6 +45,9 @@ class Written:
     files: tuple[Path, ...]
     markdown: str
     problems: tuple[str, ...]
+    heading: str  # what was measured, with what
+    tables: tuple[Table, ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,22 +75,27 @@ def write_report(
     rankings = recorded_rankings(folders, loaded.meta["settings"]["window"])
     if rankings:
         tables.append(ranking_table(rankings))
-    text = _markdown(loaded, tables, [s.title for s in summaries if s.method == EARLY])
+    early = [s.title for s in summaries if s.method == EARLY]
+    fewest = min(s.questions for s in summaries)
+    warnings = (few_questions(fewest),) if fewest < FEW_QUESTIONS else ()
+    heading = _heading(loaded, machines_of(folders))
     try:
         target.mkdir(parents=True, exist_ok=True)
+        drawn = draw_all(target, summaries, rankings)
+        text = _markdown(heading, warnings, tables, early, drawn)
         (target / MARKDOWN).write_text(text, encoding="utf-8")
         (target / LATEX).write_text("\n".join(map(latex, tables)), encoding="utf-8")
-        drawn = draw_all(target, summaries, rankings)
     except OSError as error:
         raise BenchError(f"cannot write to {target}: {error.strerror}") from error
-    return Written((target / MARKDOWN, target / LATEX, *drawn), text, loaded.problems)
+    files = (target / MARKDOWN, target / LATEX, *drawn)
+    return Written(files, text, loaded.problems, heading, tuple(tables), warnings)
 
 
 def accuracy_table(summaries: Sequence[Summary], reference: str = "SC") -> Table:
     """The paper's Table 1: accuracy, tokens and latency, with tests against the reference."""
     head = (
         "method", "n", "accuracy, %", "tokens", "latency, s",
-        f"accuracy - {reference}, points", "p", f"latency / {reference}", "p",
+        f"accuracy - {reference}, points", "p (accuracy)", f"latency / {reference}", "p (latency)",
     )  # fmt: skip
     rows = [
         (
@@ -162,16 +178,45 @@ def latex(table: Table) -> str:
     return "\n".join(lines)
 
 
-def _markdown(loaded: Loaded, tables: Sequence[Table], early: Sequence[str]) -> str:
-    results = loaded.results
+def _heading(loaded: Loaded, machines: Sequence[str]) -> str:
+    """What was measured, and with what, as far as the results say it."""
+    results, meta = loaded.results, loaded.meta
     questions = len({result.question for result in results})
     repeats = len({result.repeat for result in results})
-    title = (
-        f"# {loaded.meta['model']} on {loaded.meta['dataset']}\n\n{questions} questions, {repeats} "
-        f"repeat{'s' if repeats > 1 else ''}, {len(results)} runs.\n"
-    )
+    embedded = "the embedded one" if meta["model"] == "reasoner" else "as the server has it"
+    scorer = meta.get("scorer") or embedded
+    sampling = ", ".join(f"{name} {value}" for name, value in (meta.get("sampling") or {}).items())
+    flags = " ".join(meta.get("server_flags") or ()) or "none"
+    lines = [
+        f"# {meta['model']} on {meta['dataset']}",
+        "",
+        f"{questions} question{_s(questions)}, {repeats} repeat{_s(repeats)}, {len(results)} runs.",
+        "",
+        f"- scorer: {scorer}",
+        f"- sampling: {sampling or 'unknown'}",
+        f"- appended to a question: {meta.get('suffix')!r}",
+        f"- more server flags: {flags}",
+        *(f"- measured on: {machine}" for machine in machines or ("not recorded",)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
+def _markdown(
+    heading: str,
+    warnings: Sequence[str],
+    tables: Sequence[Table],
+    early: Sequence[str],
+    drawn: Sequence[Path],
+) -> str:
+    plots = [f"![{_PLOTS[f.name]}]({f.name})\n" for f in drawn if f.name in _PLOTS]
     notes = [_NOTE, *(f"\n{_CUT_SHORT.format(name)}" for name in dict.fromkeys(early))]
-    return "\n".join([title, *(markdown(table) for table in tables), *notes, ""])
+    warned = [f"**Warning:** {warning}.\n" for warning in warnings]
+    return "\n".join([heading, *warned, *(markdown(table) for table in tables), *plots, *notes, ""])
 
 
 def _mean(mean: Mean, scale: float, digits: int) -> str:

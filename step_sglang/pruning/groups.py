@@ -41,6 +41,7 @@ class Group:
     finished: int = 0
     joined: int = 0  # traces so far
     ending: int = 0  # live traces that the baseline ends
+    scored: bool = False  # any of its traces has reached a step boundary
     baseline: Baseline | None = None  # judges its traces; None: STEP
     method_state: Any = None  # what that method shares among them
     alone: bool = False  # of one request that named no group, so it stays its only trace
@@ -138,6 +139,7 @@ class Trace:
             return
         self.score_sum = score_sum
         self.num_steps += 1
+        self.group.scored = True
         if self.step_scores is not None:
             self.step_scores.append(step_score)
         if self.positions is not None:
@@ -269,6 +271,7 @@ class GroupRegistry:
         if before is not None:
             trace.score_sum, trace.num_steps = before.score_sum, before.num_steps
             trace.prompt_tokens = before.prompt_tokens
+            group.scored = group.scored or before.num_steps > 0
             if before.finished_in is group:
                 group.finished -= 1
                 self.num_finished -= 1

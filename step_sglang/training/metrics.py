@@ -25,7 +25,16 @@ CONFIDENCE = "lowest group confidence"
 LENGTH = "minus length"
 SIGNALS = (RUNNING_MEAN, LOGPROB, CONFIDENCE, LENGTH)
 RESAMPLES = 1000
+FEW_QUESTIONS = 10  # below it no interval is worth its name
 Bools = NDArray[np.bool_]
+
+
+def few_questions(count: int) -> str:
+    """The warning that figures of so few questions come with."""
+    return (
+        f"measured on {count} question{'s' if count != 1 else ''}: far too few for a percentage or "
+        f"an interval to mean anything; {FEW_QUESTIONS} are the least, 100 are good"
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
 from step_sglang.voting.session import STREAM_INTERVAL, VoteRules
 
 MAX_TRACES = 4096
+MAX_SUFFIX = 4096  # characters
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class VoteRequest:
     traces: int
     rules: VoteRules
     extract: str = "boxed"
+    suffix: str | None = None  # of a chat's last user message; None: what asks for a box
     by_default: bool = False  # asked for by the server's configuration
 
 
@@ -80,7 +82,13 @@ def parse_vote(params: Mapping[str, Any], config: StepConfig) -> VoteRequest | N
         )
     except VoteError as error:
         raise RequestError(f"custom_params.step: {error}") from error
-    return VoteRequest(traces, rules, extract, by_default)
+    suffix = given.get(protocol.SUFFIX)
+    if not isinstance(suffix, str | None) or len(suffix or "") > MAX_SUFFIX:
+        raise RequestError(
+            f"custom_params.step.suffix must be a text of at most {MAX_SUFFIX} characters, "
+            f"not {safe_repr(suffix)}"
+        )
+    return VoteRequest(traces, rules, extract, suffix, by_default)
 
 
 @dataclass(frozen=True)

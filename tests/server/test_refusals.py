@@ -96,6 +96,8 @@ def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None
         "delimiter": [*good, "--step-delimiter", "§§§§"],
         "survivors": [*good, "--step-min-survivors", "0"],
         "contradiction": [*good, "--step-policy", "paper", "--step-scope", "thinking"],
+        "policy": [*good, "--step-policy", "papper"],
+        "hub name": [*step, "org/scorer"],
         "not enabled": [*base, "--step-scorer", str(scorer)],
     }
     expected = {
@@ -119,6 +121,8 @@ def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None
         "delimiter": "no token of this tokenizer contains the step delimiter '§§§§'",
         "survivors": "--step-min-survivors must be an integer of at least 1, not 0",
         "contradiction": "--step-scope thinking contradicts it",
+        "policy": "--step-policy must be one of fair, paper, not 'papper' (did you mean 'paper'?)",
+        "hub name": "a scorer is a file, not a name on a hub",
         "not enabled": "without --enable-step",
     }
     (tmp_path / "probe.py").write_text(PROBE)

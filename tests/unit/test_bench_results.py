@@ -227,7 +227,7 @@ def test_the_report_has_tables_and_plots(tmp_path: Path) -> None:
             writer.add(one)
     written = write_report([tmp_path], tmp_path)
     assert {f.name for f in written.files} == {
-        "report.md", "report.tex", "latency.png", "breakdown.png",
+        "report.md", "report.tex", "latency.png", "latency.pdf", "breakdown.png", "breakdown.pdf",
     }  # fmt: skip
     for file in written.files:
         assert file.stat().st_size > 500

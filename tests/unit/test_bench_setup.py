@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from step_sglang.cli.bench import _memories, _model, _shard
+from step_sglang.cli.common import resolve_model
 from step_sglang.cli.main import app
 from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Job
@@ -19,7 +19,7 @@ from step_sglang.errors import RequestRefused, ServerError, StepError
 from step_sglang.evaluation import pilot, serving
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.pilot import measured_lengths
-from step_sglang.evaluation.profiles import profile_of
+from step_sglang.evaluation.profiles import Profile, profile_of
 from step_sglang.evaluation.serving import (
     Model,
     PoolSize,
@@ -28,6 +28,7 @@ from step_sglang.evaluation.serving import (
     probe_server,
     served,
 )
+from step_sglang.evaluation.setup import BenchOptions, memories_of, shard_of
 from step_sglang.reasoner import model_path
 
 
@@ -40,28 +41,32 @@ def test_sampling_is_the_papers_by_the_models_name() -> None:
 
 def test_shards_share_the_questions_without_overlap() -> None:
     jobs = tuple("abcdefg")
-    parts = [_shard(f"{k}/3", jobs) for k in (1, 2, 3)]
+    parts = [shard_of(f"{k}/3", jobs) for k in (1, 2, 3)]
     assert sorted(place for part in parts for place, _ in part) == list(range(7))
     assert all(jobs[place] == job for part in parts for place, job in part)
     for wrong in ("0/2", "3/2", "1", "a/b"):
         with pytest.raises(BenchError, match="--shard"):
-            _shard(wrong, jobs)
+            shard_of(wrong, jobs)
+
+
+def pools(profile: Profile, **options: Any) -> tuple[PoolSize, ...] | None:
+    return memories_of(BenchOptions("d", "m", "m", **options), profile, lambda text: None)
 
 
 def test_the_automatic_pool_holds_a_quarter_of_the_traces() -> None:
     profile = profile_of("reasoner")
     assert profile.mean_tokens is not None
-    (memory,) = _memories("auto", None, None, 64, profile, "1/2")
+    (memory,) = pools(profile, pool="auto", shard="1/2") or ()
     assert memory.tokens == 16 * profile.mean_tokens + profile.prompt_tokens
     other = profile_of("m")
-    assert _memories("auto", None, None, 64, other, "1/1") is None
-    assert _memories(None, "0.9", None, 64, other, "1/2") == (PoolSize(share=0.9),)
+    assert pools(other, pool="auto") is None
+    assert pools(other, mem_fraction="0.9", shard="1/2") == (PoolSize(share=0.9),)
     for wrong, message in (
         ((None, "1/2"), "every shard would measure"),
         (("0.9", "1/1"), "exclude each other"),
     ):
         with pytest.raises(BenchError, match=message):
-            _memories("auto", wrong[0], None, 64, other, wrong[1])
+            pools(other, pool="auto", mem_fraction=wrong[0], shard=wrong[1])
 
 
 def test_a_pilot_is_sampled_once_and_serves_any_n(
@@ -107,11 +112,11 @@ def test_a_pilot_is_sampled_once_and_serves_any_n(
 
 
 def test_the_embedded_reasoner_is_known_by_name_and_by_path() -> None:
-    assert _model(None, None, "reasoner:test") == ("reasoner", str(model_path()))
-    assert _model(str(model_path()), None, "x.jsonl") == ("reasoner", str(model_path()))
-    assert _model("org/model", None, "aime-25") == ("org/model", "org/model")
+    assert resolve_model(None, None, "reasoner:test") == ("reasoner", str(model_path()))
+    assert resolve_model(str(model_path()), None, "x.jsonl") == ("reasoner", str(model_path()))
+    assert resolve_model("org/model", None, "aime-25") == ("org/model", "org/model")
     with pytest.raises(BenchError, match="--model"):
-        _model(None, None, "aime-25")
+        resolve_model(None, None, "aime-25", BenchError)
 
 
 def info(**step: Any) -> dict[str, Any]:
@@ -150,10 +155,17 @@ def test_step_needs_a_scorer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--dataset", "no.jsonl"), "cannot read no.jsonl"),
-        (("--dataset", "reasoner:test", "--methods", "stop"), "no method 'stop'"),
+        (("--dataset", "no.jsonl", "--model", "m"), "cannot read no.jsonl"),
+        (
+            ("--dataset", "reasoner:test", "--methods", "steps"),
+            "'steps' (did you mean 'step'?)",
+        ),
+        (("--dataset", "aime25", "--model", "m"), "'aime25' (did you mean 'aime-25'?)"),
         (("--dataset", "reasoner:test", "--n", "0"), "--n takes integers"),
-        (("--dataset", "reasoner:test", "--scorer", "no.safetensors"), "no scorer"),
+        (
+            ("--dataset", "reasoner:test", "--scorer", "no.pt"),
+            "scorer no.pt does not exist",
+        ),
         (("--dataset", "reasoner:test", "--pool", "64", "--mem-fraction", "0.5"), "exclude"),
         (("--dataset", "reasoner:test", "--url", "http://127.0.0.1:9"), "does not answer"),
     ],

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from step_sglang.cli.bench import _QUESTION_SEED
 from step_sglang.data.benchmarks import BENCHMARKS, with_choices
 from step_sglang.data.questions import load_questions
 from step_sglang.errors import SourceError
+from step_sglang.evaluation.setup import QUESTION_SEED as _QUESTION_SEED
 from step_sglang.reasoner import questions
 from step_sglang.voting.answers import extract_choice
 

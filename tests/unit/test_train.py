@@ -63,6 +63,7 @@ def test_the_planted_signal_is_found(store: Path, tmp_path: Path, objective: str
     )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "scorer.safetensors", "metrics.json", *PLOTS,
+        *(name.replace(".png", ".pdf") for name in PLOTS),
     }  # fmt: skip
     for name in PLOTS:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")

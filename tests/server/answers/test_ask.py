@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
-from step_sglang.reasoner import Question
+from step_sglang.reasoner import Question, model_path
+from step_sglang.scoring.boundary import boundary_ids
 from tests.server.launch import Server
 
 pytestmark = pytest.mark.server
@@ -47,3 +49,40 @@ def test_ask_with_bad_input(server: Server) -> None:
     done = ask("1;A+1", "--url", "http://127.0.0.1:9")
     assert done.returncode == 1 and "does not answer" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ask_shows_scores_the_pool_and_the_winning_reasoning(
+    server: Server, question: Question
+) -> None:
+    done = ask(question.question, "-n", "4", "--url", f"{server.url}/v1", "--show", *SAMPLING)
+    assert done.returncode == 0, done.stderr
+    assert "mean score" in done.stdout and "KV pool of 8192" in done.stdout
+    answer = done.stdout.splitlines()[-1].removeprefix("answer: ")
+    assert f"\\boxed{{{answer}}}" in done.stdout and "the best trace, score 0." in done.stdout
+
+
+def test_a_question_that_the_reasoner_was_not_made_for(server: Server) -> None:
+    done = ask("What is 7 * 8?", "-n", "2", "--url", server.url, "--max-new-tokens", "20")
+    assert "knows chains of arithmetic modulo 13" in done.stderr
+    assert "no trace has a score" in done.stderr and done.returncode == 3
+
+
+def test_pruning_without_a_single_score_is_told_once(server: Server, question: Question) -> None:
+    """As with a wrong delimiter: here no trace may write a boundary token."""
+    boundaries = boundary_ids(AutoTokenizer.from_pretrained(model_path()), ["\n\n"])
+    params = {"n": 64, "max_new_tokens": 250, "ignore_eos": True, "temperature": 1.0}
+    params["logit_bias"] = {str(token): -100 for token in boundaries}
+    for number in (1, 2):
+        group = {"step": {"group": f"unscored-{number}"}}
+        answers = server.generate(
+            text=question.question, sampling_params={**params, "custom_params": group}
+        )
+        steps = [answer["meta_info"]["step"] for answer in answers]
+        assert all(step["num_steps"] == 0 for step in steps)
+        assert any(step["pruned"] for step in steps)
+    assert server.log_text().count("STEP prunes without scores") == 1
+
+
+def test_server_info_shows_what_is_in_effect(server: Server) -> None:
+    step = server.info()["internal_states"][0]["step"]
+    assert (step["scope"], step["admit"], step["delimiters"]) == ("thinking", "fair", ["\n\n"])

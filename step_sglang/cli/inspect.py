@@ -1,0 +1,86 @@
+"""`step-sglang inspect`: what a scorer file says of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from step_sglang.cli.common import OUTPUT, out, warn
+from step_sglang.cli.evaluation import show_evaluation
+from step_sglang.errors import ScorerError
+
+
+def inspect(
+    scorer: Annotated[Path, typer.Argument(help="A scorer file, or the folder of `train`.")],
+    on: Annotated[
+        Path | None, typer.Option(help="Measure it on all questions of this store.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Show what a scorer was trained on, for which model, and its figures."""
+    from step_sglang.scoring.scorer import load_scorer
+    from step_sglang.training.train import SCORER_FILE, evaluate_file, jsonable
+
+    file = scorer
+    if scorer.is_dir():
+        file = scorer / SCORER_FILE
+        if not file.exists():
+            raise ScorerError(f"the folder {scorer} holds no {SCORER_FILE}")
+    loaded = load_scorer(file)
+    info: dict[str, Any] = {
+        "model": loaded.info.model,
+        "hidden_size": loaded.hidden_size,
+        "weights": str(loaded.w1.dtype).removeprefix("torch."),
+        "delimiters": list(loaded.info.delimiters),
+        "think_end": loaded.info.think_end,
+        "training": loaded.info.training,
+    }
+    evaluation = evaluate_file(file, on) if on else None
+    if as_json:
+        print(json.dumps({**info, "measured": jsonable(evaluation)}, indent=2))
+        return
+    table = Table("scorer", str(file), title_justify="left")
+    for name, value in _rows(info):
+        table.add_row(name, value)
+    out.print(table)
+    if loaded.info.training.get("test"):
+        out.print(_ranking(loaded.info.training["test"]))
+    if evaluation is not None:
+        warn("", show_evaluation(evaluation, None))
+
+
+def _rows(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    training = dict(info["training"])
+    test = training.pop("test", {})
+    for name, value in {**info, **training}.items():
+        if name == "training":
+            continue
+        shown = value
+        if isinstance(value, Mapping):
+            shown = ", ".join(f"{key} {json.dumps(member)}" for key, member in value.items())
+        elif isinstance(value, list):
+            shown = ", ".join(map(repr, value))
+        yield name.replace("_", " "), str(shown) if shown not in (None, "", {}) else "unknown"
+    for name, value in test.items():
+        if isinstance(value, float):
+            yield f"test: {name.replace('_', ' ')}", f"{value:.3f}"
+    for name, value in (test.get("vote_accuracy") or {}).items():
+        yield f"test: vote, {name}", f"{value[0]:.1%}"
+
+
+def _ranking(test: Mapping[str, Any]) -> Table:
+    found = test.get("auc_within_question") or {}
+    fractions = list(next(iter(found.values()), {}))
+    table = Table("test: AUC within the question", *fractions)
+    for name, at in found.items():
+        table.add_row(
+            name, *("-" if value[0] is None else f"{value[0]:.3f}" for value in at.values())
+        )
+    return table

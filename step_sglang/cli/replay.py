@@ -1,0 +1,83 @@
+"""`step-sglang replay`: policies and votes on recorded traces, without a server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from step_sglang.cli.common import MEMORY, OUTPUT, err, names, numbers, out
+
+
+def replay(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of `bench --record`.")],
+    pool: Annotated[str, typer.Option(help="KV tokens, comma-separated.", rich_help_panel=MEMORY)],
+    policies: Annotated[
+        str, typer.Option(help="Comma-separated: none (SC), fair (STEP), paper, random, longest.")
+    ] = "none,fair,paper,random,longest",
+    votes: Annotated[
+        str, typer.Option(help="Comma-separated: weighted, majority, best.")
+    ] = "weighted,majority",
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Traces of a group. Default: as recorded.")
+    ] = None,
+    page: Annotated[
+        int, typer.Option(min=1, help="KV tokens of a page.", rich_help_panel=MEMORY)
+    ] = 1,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON lines.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Evaluate pruning policies and votes on recorded traces, in a model of the memory."""
+    from step_sglang.evaluation.cost_model import fit_cost_model
+    from step_sglang.evaluation.replay import predict, split_groups
+    from step_sglang.evaluation.traces import load_groups
+    from step_sglang.voting.verifier import AnswerVerifier
+
+    recorded = list(
+        load_groups(folders, lambda text: err.print(text, style="yellow", markup=False))
+    )
+    groups = split_groups(recorded, n)
+    pruned = sum(not group.whole for group in recorded)
+    if pruned:
+        err.print(f"left out: {pruned} groups in which a trace did not end by itself")
+    cost_model = fit_cost_model(recorded)
+    verifier = AnswerVerifier()
+    try:
+        pools = numbers("--pool", pool)
+        found = list(
+            predict(groups, names(policies), names(votes), pools, cost_model, page, verifier)
+        )
+    finally:
+        verifier.close()
+    if as_json:
+        for one in found:
+            print(json.dumps(asdict(one)))
+        return
+    err.print(
+        f"{len(groups)} groups of {len(groups[0].traces)} traces; a decode step takes "
+        f"{cost_model.base * 1e3:.2f} ms + {cost_model.per_trace * 1e3:.3f} ms a trace + "
+        f"{cost_model.per_token * 1e6:.2f} µs a token",
+        highlight=False,
+    )
+    out.print(_table(found))
+
+
+def _table(found: Sequence[Any]) -> Table:
+    table = Table(
+        "pool", "policy", "vote", "accuracy, %", "tokens", "pruned", "retracted", "steps",
+        "waiting, %", "seconds",
+    )  # fmt: skip
+    for one in found:
+        table.add_row(
+            str(one.pool), one.policy, one.vote,
+            f"{100 * one.accuracy.value:.1f} ± {100 * one.accuracy.error:.1f}",
+            f"{one.tokens:.0f}", f"{one.pruned:.1f}", f"{one.retracted:.1f}", f"{one.steps:.0f}",
+            f"{100 * one.wait_share:.0f}", f"{one.seconds:.2f}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,82 @@
+"""`step-sglang train`: a scorer from a store, with its figures and plots."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from step_sglang.cli.common import OUTPUT, QUESTIONS, RECIPE, RUNNING, err, out, warn
+from step_sglang.cli.evaluation import show_evaluation
+
+
+def train(
+    store: Annotated[Path, typer.Argument(help="Folder of collected traces.")],
+    folder: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Folder for scorer and figures.", rich_help_panel=OUTPUT),
+    ],
+    test_store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure on this store instead of a share of STORE.", rich_help_panel=QUESTIONS
+        ),
+    ] = None,
+    validation: Annotated[
+        float, typer.Option(help="Share of questions.", rich_help_panel=QUESTIONS)
+    ] = 0.15,
+    test: Annotated[
+        float, typer.Option(help="Share of questions.", rich_help_panel=QUESTIONS)
+    ] = 0.15,
+    objective: Annotated[
+        str, typer.Option(help="bce (the paper's) or pairwise.", rich_help_panel=RECIPE)
+    ] = "bce",
+    epochs: Annotated[
+        int, typer.Option(min=1, help="At most so many.", rich_help_panel=RECIPE)
+    ] = 20,
+    patience: Annotated[
+        int,
+        typer.Option(min=1, help="Epochs without a better one.", rich_help_panel=RECIPE),
+    ] = 5,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.", rich_help_panel=RECIPE)] = 1e-4,
+    seed: Annotated[int, typer.Option(help="Of split and order.", rich_help_panel=RECIPE)] = 0,
+    memory_mb: Annotated[
+        int,
+        typer.Option(min=1, help="Of hidden states at a time.", rich_help_panel=RUNNING),
+    ] = 512,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of torch.", rich_help_panel=RUNNING)
+    ] = os.cpu_count() or 1,
+    skip_bad_shards: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad-shards", help="Leave damaged shards out.", rich_help_panel=RUNNING
+        ),
+    ] = False,
+) -> None:
+    """Train a scorer on a store; write it with its figures and plots."""
+    import torch
+
+    from step_sglang.training.fit import Epoch, Recipe
+    from step_sglang.training.train import Shares, train_scorer
+
+    torch.set_num_threads(threads)
+    recipe = Recipe(
+        objective=objective, learning_rate=learning_rate, epochs=epochs, patience=patience,
+        seed=seed, memory_mb=memory_mb,
+    )  # fmt: skip
+
+    def show(number: int, epoch: Epoch) -> None:
+        err.print(
+            f"epoch {number:2}  loss {epoch.loss:.4f}  validation: step AUC {epoch.step_auc:.3f}, "
+            f"within the question {epoch.within:.3f}",
+            highlight=False,
+        )
+
+    trained = train_scorer(
+        store, folder, recipe, Shares(validation, test), test_store, skip_bad_shards, show
+    )
+    warn("", show_evaluation(trained.test, trained.linear_probe))
+    out.print(f"kept epoch {trained.fitted.best_epoch}; wrote {trained.scorer}", highlight=False)
