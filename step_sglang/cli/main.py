@@ -184,6 +184,9 @@ def train(
     seed: Annotated[int, typer.Option()] = 0,
     memory_mb: Annotated[int, typer.Option(min=1, help="Of hidden states at a time.")] = 512,
     threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
+    dtype: Annotated[
+        str, typer.Option(help="Of W1 in the file: bfloat16, or float32, twice as long to read.")
+    ] = "bfloat16",
     skip_bad_shards: Annotated[
         bool, typer.Option("--skip-bad-shards", help="Leave damaged shards out.")
     ] = False,
@@ -197,7 +200,7 @@ def train(
     torch.set_num_threads(threads)
     recipe = Recipe(
         objective=objective, learning_rate=learning_rate, epochs=epochs, patience=patience,
-        seed=seed, memory_mb=memory_mb,
+        seed=seed, memory_mb=memory_mb, dtype=dtype,
     )  # fmt: skip
 
     def show(number: int, epoch: Epoch) -> None:
