@@ -46,17 +46,20 @@ def replays(server: Server) -> list[dict]:
 def test_scores_of_replayed_passes(graphs: Server, models, scorer: Path) -> None:
     """Padded batches of every size, slots used again, stale boundary tokens in padded rows."""
     model, steps = models["qwen3"], 0
-    for n in (5, 3, 13, 1, 16, 6):
-        for answer in sample(graphs, n, 60):
-            steps += assert_scores(model, scorer, PROMPT, answer)
+    for _ in range(8):  # until chance leaves a boundary token in a padded row
+        for n in (5, 3, 13, 1, 16, 6):
+            for answer in sample(graphs, n, 60):
+                steps += assert_scores(model, scorer, PROMPT, answer)
+        stale = {i for line in replays(graphs) for i in line["padding_ids"]}
+        if step_positions(model, [*stale, 0]):
+            break
     assert steps > 100
     seen = replays(graphs)
     assert {line["padded"] for line in seen} == set(SIZES)
     assert all(slot == 0 for line in seen for slot in line["padding_slots"])
-    ids = {i for line in seen for i in line["padding_ids"]}
-    assert step_positions(model, [*ids, 0]), "no padded row ever held a boundary token"
-    first, last = (set(line["slots"]) for line in (seen[0], seen[-1]))
-    assert first & last, "no slot was used twice"
+    assert step_positions(model, [*stale, 0]), "no padded row ever held a boundary token"
+    # 44 traces, one after the other in at most 20 slots
+    assert len({slot for line in seen for slot in line["slots"]}) <= 20
     state = graphs.info()["internal_states"][0]["step"]
     assert state["passes_lost"] == 0 and state["stopped"] is None
     assert state["failures"] == {}
