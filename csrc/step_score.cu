@@ -1,7 +1,7 @@
-// The op on CUDA: one launch. Every block classifies the batch; without an active row it returns.
-// Otherwise each block computes kUnitsPerBlock hidden units for all active rows, so W1 leaves
-// device memory once, and the block that arrives last adds the blocks' shares in a fixed order and
-// stores.
+// The op on CUDA: one launch. Every block classifies the batch and writes the results of its share
+// of the rows without a step; without an active row it returns. Otherwise each block computes
+// kUnitsPerBlock hidden units for all active rows, so W1 leaves device memory once, and the block
+// that arrives last adds the blocks' shares in a fixed order and stores.
 //
 // The code also compiles as C++ against tests/simt/include, which runs it thread by thread.
 #include <cuda_fp16.h>
@@ -19,6 +19,15 @@ constexpr int kThreads = kWarp * kWarps;
 constexpr int kMaxTile = 8;  // active rows that share one pass over the block's slice of W1
 constexpr int kVector = 8;   // elements a thread takes at a time
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Blocks that must fit on a multiprocessor, which limits the registers: two, because some GPUs have
+// fewer multiprocessors than there are blocks. For Blackwell the compiler would spill then, and its
+// larger GPUs have more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMinBlocks = 1;
+#else
+constexpr int kMinBlocks = 2;
+#endif
 
 struct Shared {
     uint16_t active[kMaxRows];                          // rows of the batch, ascending
@@ -121,7 +130,16 @@ __device__ __forceinline__ float warp_sums(float (&v)[N], int lane) {
     return v[0];
 }
 
-// Fills Shared::active; the same in every block. Returns the number of active rows.
+// What a row without a step leaves behind. No block reads what this writes: a think-end row's
+// `thinking` is read by no row, and slots are distinct.
+__device__ void store_no_step(const Params& p, int i, const Row& row) {
+    if (row.kind == RowKind::kThinkEnd) p.thinking[row.slot] = 0;
+    p.out[2 * i] = __int_as_float(0x7fffffff);  // NaN
+    p.out[2 * i + 1] = row.kind == RowKind::kPadding ? 0.0f : p.score_sum[row.slot];
+}
+
+// Fills Shared::active; the same in every block. Returns the number of active rows. Of the other
+// rows each block stores every gridDim.x-th.
 __device__ int find_active(const Params& p, Shared& shared) {
     const int thread = static_cast<int>(threadIdx.x);
     const int lane = thread % kWarp;
@@ -129,7 +147,12 @@ __device__ int find_active(const Params& p, Shared& shared) {
     int total = 0;
     for (int first = 0; first < p.num_rows; first += kThreads) {
         const int i = first + thread;
-        const bool active = i < p.num_rows && classify(p, i).kind == RowKind::kStep;
+        bool active = false;
+        if (i < p.num_rows) {
+            const Row row = classify(p, i);
+            active = row.kind == RowKind::kStep;
+            if (!active && i % gridDim.x == blockIdx.x) store_no_step(p, i, row);
+        }
         const unsigned votes = __ballot_sync(kAllLanes, active);
         if (lane == 0) shared.warp_count[warp] = __popc(votes);
         __syncthreads();
@@ -164,6 +187,12 @@ __device__ __forceinline__ void score_tile(const Params& p, Shared& shared, int 
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
         start[r] = token_of(p, shared.active[first + r]) * p.hidden_stride;
+    }
+    // Fetched before the loop, used after it, by the lanes that finish the tile.
+    float b1 = 0.0f, w2 = 0.0f;
+    if (warp == 0 && lane < kSums) {
+        b1 = __ldg(p.b1 + unit + lane % kUnitsPerBlock);
+        w2 = __ldg(p.w2 + unit + lane % kUnitsPerBlock);
     }
     float sum[kSums] = {};
     for (int k = thread * kVector; k < p.dim; k += kThreads * kVector) {
@@ -204,11 +233,10 @@ __device__ __forceinline__ void score_tile(const Params& p, Shared& shared, int 
     if (warp == 0) {
         float share = 0.0f;
         if (lane < kSums) {
-            const int u = unit + lane % kUnitsPerBlock;
-            float a = __ldg(p.b1 + u);
+            float a = b1;
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) a += shared.warp_sum[w][lane];
-            share = __ldg(p.w2 + u) * (a < 0.0f ? 0.0f : a);  // NaN stays NaN
+            share = w2 * (a < 0.0f ? 0.0f : a);  // NaN stays NaN
         }
 #pragma unroll
         for (int distance = kUnitsPerBlock / 2; distance > 0; distance /= 2) {
@@ -273,18 +301,12 @@ __device__ void store_logit(const Params& p, int row, float logit) {
     p.out[2 * row + 1] = p.score_sum[slot];
 }
 
-// Writes everything the call leaves behind; runs in one block, after all blocks have classified.
+// Writes what the steps leave behind; runs in one block, after all blocks have classified.
 __device__ void finish(const Params& p, const Shared& shared, int num_active) {
     const int thread = static_cast<int>(threadIdx.x);
     const int lane = thread % kWarp;
     const int blocks = static_cast<int>(gridDim.x);
-    for (int i = thread; i < p.num_rows; i += kThreads) {
-        const Row row = classify(p, i);
-        if (row.kind == RowKind::kStep) continue;
-        if (row.kind == RowKind::kThinkEnd) p.thinking[row.slot] = 0;
-        p.out[2 * i] = __int_as_float(0x7fffffff);
-        p.out[2 * i + 1] = row.kind == RowKind::kPadding ? 0.0f : p.score_sum[row.slot];
-    }
+    const float b2 = __ldg(p.b2);
     const float* shares = reinterpret_cast<const float*>(p.workspace + kWorkspaceHeader);
     for (int a = thread / kWarp; a < num_active; a += kWarps) {
         float sum = 0.0f;
@@ -295,18 +317,16 @@ __device__ void finish(const Params& p, const Shared& shared, int num_active) {
         for (int distance = kWarp / 2; distance > 0; distance /= 2) {
             sum += __shfl_xor_sync(kAllLanes, sum, distance);
         }
-        if (lane == 0) store_logit(p, shared.active[a], sum + __ldg(p.b2));
+        if (lane == 0) store_logit(p, shared.active[a], sum + b2);
     }
 }
 
 template <DType kHidden, DType kWeight>
-__global__ void __launch_bounds__(kThreads, 2) step_score_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    step_score_kernel(const __grid_constant__ Params p) {
     __shared__ Shared shared;
     const int num_active = find_active(p, shared);
-    if (num_active == 0) {
-        if (blockIdx.x == 0) finish(p, shared, 0);
-        return;
-    }
+    if (num_active == 0) return;
     score_rows<kHidden, kWeight>(p, shared, num_active);
     if (arrive(p, shared)) finish(p, shared, num_active);
 }

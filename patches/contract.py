@@ -239,6 +239,22 @@ GET_INTERNAL_STATE = Target(
     why="shows STEP in /server_info",
     until="plugins may add to the internal state",
 )
+MODEL_FORWARD = Target(
+    "sglang.srt.model_executor.model_runner.ModelRunner.forward",
+    (
+        "self", "forward_batch", "skip_attn_backend_init", "pp_proxy_tensors",
+        "reinit_attn_backend", "split_forward_count",
+    ),
+    why="learns whether a captured graph was replayed, in which no Python runs",
+    until="the batch that is sampled says so",
+)  # fmt: skip
+CAPTURE_ONE_SHAPE = Target(
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+    ".capture_one_shape",
+    ("self", "size", "forward", "stream_idx", "variant_label", "attention_variant"),
+    why="makes sure that the op is in every decode graph",
+    until="plugins may add work to the forward pass that is captured",
+)
 RECORD_WEIGHT_VERSION = Target(
     "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
     ".record_weight_version_after_update",
@@ -274,6 +290,8 @@ HOOKED = (
     SEND_ABORT_OUTPUT,
     FORWARD_BATCH_GENERATION,
     LOGITS_FORWARD,
+    MODEL_FORWARD,
+    CAPTURE_ONE_SHAPE,
     SAMPLE,
     GET_INTERNAL_STATE,
     RECORD_WEIGHT_VERSION,
@@ -293,6 +311,8 @@ USED = (
         "sglang.srt.managers.schedule_batch.FINISH_ABORT",
         ("message", "status_code", "err_type"),
     ),
+    Target("sglang.srt.utils.common.get_cuda_graph_max_batch_size", ("max_batch_size",)),
+    Target("sglang.srt.utils.common.get_eager_max_batch_size", ("max_batch_size",)),
     Target("sglang.srt.managers.auxiliary_output.append_auxiliary_output", ("current", "output")),
     Target(f"{_ADDER}._get_running_request_total_token_offset", ("self", "req")),
     Target(f"{_ADDER}.add_one_req", ("self", "req", "has_chunked_req", "truncation_align_size")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +17,10 @@ from step_sglang.config import (
     take_options,
 )
 from step_sglang.errors import ConfigError, StepError
-from step_sglang.patches import contract, hooks, preflight
+from step_sglang.patches import contract, engine_check, hooks, preflight
 from step_sglang.patches.record import attach
+
+logger = logging.getLogger(__name__)
 
 
 def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
@@ -77,6 +80,23 @@ def enable(server_args: Any, **options: Any) -> None:
     _enable(server_args, config, from_cli=False)
 
 
+def _check_engine() -> None:
+    found = engine_check.differences()
+    if not found:
+        return
+    text = "\n".join(str(difference) for difference in found)
+    if not engine_check.accepted(found):
+        may = (
+            ""
+            if any(d.fatal for d in found)
+            else (f"\nIf you have made sure that it works, start with {protocol.UNTESTED_ENV}=1")
+        )
+        raise ConfigError(
+            f"the installed SGLang is not one this version was tested with:\n{text}{may}"
+        )
+    logger.warning("STEP runs on an SGLang that it was not tested with:\n%s", text)
+
+
 def _enable(server_args: Any, config: StepConfig, *, from_cli: bool) -> None:
     wrong = contract.mismatches()
     if wrong:
@@ -84,6 +104,7 @@ def _enable(server_args: Any, config: StepConfig, *, from_cli: bool) -> None:
             "the installed SGLang is not the one this version was made for:\n"
             + "\n".join(str(finding) for finding in wrong)
         )
+    _check_engine()
     preflight.refuse_unsupported(server_args)
     hooks.install(hooks.TOKENIZER)
     if from_cli:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from step_sglang.scoring.capture import Capture
 from step_sglang.scoring.confidence import token_confidences
 from step_sglang.scoring.slots import SlotReset, SlotState
 
+logger = logging.getLogger(__name__)
+
+# Lost passes in a row after which scoring is given up: about one step of text without a score.
+MAX_LOST_PASSES = 64
+
 
 @dataclass
 class _Active:
@@ -27,10 +33,16 @@ class _Active:
     slots: SlotState
     groups: GroupRegistry
     metrics: StepMetrics | None = None
+    alone: bool = True  # no other rank could see a failure that this one does not
     prefilled: _PrefilledRows | None = None  # of the pass that is being enqueued
-    lost: bool = False  # that pass was not scored
-    missed_any: bool = False  # some pass was not: a slot may have missed its think-end token
+    asked: bool = False  # that pass came to the scoring hook
+    scored: bool = False  # and was scored there
+    replayed: bool = False  # that pass was a captured graph, in which the op is
+    missed_any: bool = False  # some pass was lost: a slot may have missed its think-end token
     steps_unscored: int = 0  # their scores were not finite
+    passes_lost: int = 0  # with live traces, but not scored
+    lost_in_a_row: int = 0
+    captured: set[int] = field(default_factory=set)  # batch sizes whose graph has the op in it
 
 
 @dataclass(frozen=True)
@@ -43,14 +55,25 @@ class _PrefilledRows:
 
 _UNSURE = "step_unsure"  # on a request whose slot could not be set: what is scored is not its own
 
+_UNTOUCHED = -1.0  # no step score, not even of a row without a step
+
 # One model per scheduler process; LogitsProcessor and ModelRunner know no scheduler.
 _active: _Active | None = None
 
 
-def activate(slots: SlotState, groups: GroupRegistry, metrics: StepMetrics | None) -> None:
-    """Score every forward pass of this process from now on."""
+def activate(
+    slots: SlotState, groups: GroupRegistry, metrics: StepMetrics | None, *, alone: bool
+) -> None:
+    """Score every forward pass of this process from now on.
+
+    Args:
+        slots: the op's state.
+        groups: the traces of this process.
+        metrics: counts what happens; None without metrics.
+        alone: whether no other tensor-parallel rank runs the same passes.
+    """
     global _active  # noqa: PLW0603
-    _active = _Active(slots, groups, metrics)
+    _active = _Active(slots, groups, metrics, alone)
 
 
 def forward_batch_generation(worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -61,7 +84,7 @@ def forward_batch_generation(worker: Any, batch: Any, *args: Any, **kwargs: Any)
     """
     if _active is None:
         return
-    _active.lost = False
+    _active.asked = _active.scored = _active.replayed = False
     if batch is None or not batch.forward_mode.is_extend():
         return
     with guard(protocol.IN_SCORING) as beginning:
@@ -132,18 +155,64 @@ def logits_forward(
     """BEFORE ``LogitsProcessor.forward``: inside the captured graph, after the final norm."""
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    # A model or a plugin may pass a LogitsMetadata, which does not say whose rows these are: then
+    # the pass is lost, and counted in `sample`.
     if _active is None or not isinstance(logits_metadata, ForwardBatch):
         return
+    compiled = torch.compiler.is_compiling()  # then no Python of this runs in later passes
+    if not compiled:
+        _active.asked = True
     with guard(protocol.IN_SCORING) as scoring:
         _score(_active, hidden_states, logits_metadata)
-    if scoring.failed:
-        _active.lost = _active.missed_any = True
+    if not compiled and not scoring.failed:
+        _active.scored = True
+
+
+def model_forward(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ``ModelRunner.forward``: whether a graph was replayed, without any Python.
+
+    A decode graph holds the op: :func:`capture_one_shape` has seen it run.
+    """
+    if _active is not None and result.can_run_graph:
+        _active.replayed = True
+
+
+def capture_one_shape(
+    original: Callable[..., None], runner: Any, size: int, *args: Any, **kwargs: Any
+) -> None:
+    """AROUND ``DecodeCudaGraphRunner.capture_one_shape``: did the op run in what it records?
+
+    The passes that warm a shape up run the same Python as the one that is recorded. They must
+    write a result to every row, whatever way the model takes to its head.
+    """
+    if _active is None:
+        original(runner, size, *args, **kwargs)
+        return
+    results = _active.slots.out[:size, 0]
+    results.fill_(_UNTOUCHED)
+    original(runner, size, *args, **kwargs)
+    if not bool((results == _UNTOUCHED).any()):
+        _active.captured.add(size)
+
+
+def uncaptured(sizes: Sequence[int]) -> list[int]:
+    """Those of the captured batch sizes whose graph would not score."""
+    return [size for size in sizes if _active is None or size not in _active.captured]
+
+
+def _may_be_replayed(hidden_states: torch.Tensor) -> bool:
+    """Whether this pass may be captured or compiled, to be repeated with traces in it."""
+    from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
+
+    return (
+        hidden_states.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or bool(get_is_capture_mode())
+    )
 
 
 def _score(active: _Active, hidden_states: torch.Tensor, forward: Any) -> None:
-    # A pass that is captured or compiled may be replayed with traces in it.
-    replayable = hidden_states.device.type != "cpu" or torch.compiler.is_compiling()
-    if not replayable and not active.groups.num_live:
+    if not active.groups.num_live and not _may_be_replayed(hidden_states):
         return
     if forward.forward_mode.is_decode():
         rows = None
@@ -164,14 +233,60 @@ def sample(
     carries values to the host.
     """
     mode = forward_batch.forward_mode
-    if _active is None or not _active.groups.num_live or not (mode.is_decode() or mode.is_extend()):
+    if (
+        _active is None
+        or not _active.groups.num_live
+        or _active.groups.stopped
+        or not (mode.is_decode() or mode.is_extend())
+    ):
         return original(runner, logits_output, forward_batch)
+    # A prefill graph holds the body alone: the head, and the hook, run in Python after it.
+    lost = not (_active.scored or (_active.replayed and mode.is_decode()))
+    if lost or _active.lost_in_a_row:
+        _count_lost(_active, lost)
     confidences = None
     with guard(protocol.IN_SCORING):
         confidences = _confidences(_active.groups, logits_output.next_token_logits)
     tokens = original(runner, logits_output, forward_batch)
-    _append_output(logits_output, forward_batch.batch_size, confidences)
+    _append_output(logits_output, forward_batch.batch_size, confidences, lost)
     return tokens
+
+
+def _count_lost(active: _Active, lost: bool) -> None:
+    """Count a pass that live traces were in and nothing scored; give up when all are lost."""
+    if not lost:
+        active.lost_in_a_row = 0
+        return
+    active.missed_any = True
+    active.passes_lost += 1
+    if active.metrics is not None:
+        with guard(protocol.IN_METRICS):
+            active.metrics.pass_lost()
+    if not active.asked and active.passes_lost == 1:
+        logger.error(
+            "STEP lost a forward pass: the model did not call LogitsProcessor.forward with a "
+            "ForwardBatch, so its steps have no scores; further lost passes are only counted"
+        )
+    # A failure may be one rank's own, and ranks that disagree on whether STEP runs would hang.
+    if active.asked and not active.alone:
+        return
+    active.lost_in_a_row += 1
+    if active.lost_in_a_row >= MAX_LOST_PASSES:
+        _stop(active)
+
+
+def _stop(active: _Active) -> None:
+    why = "failed" if active.asked else "was bypassed by the model or a plugin"
+    reason = f"scoring {why} in {active.lost_in_a_row} forward passes in a row"
+    active.groups.stop(reason)
+    if active.metrics is not None:
+        with guard(protocol.IN_METRICS):
+            active.metrics.has_stopped()
+    logger.error(
+        "STEP stopped for good: %s. Nothing is scored or pruned any more, and requests are served "
+        "as without STEP; restart the server when the cause is gone",
+        reason,
+    )
 
 
 def _confidences(groups: GroupRegistry, logits: torch.Tensor) -> Confidences | None:
@@ -179,13 +294,15 @@ def _confidences(groups: GroupRegistry, logits: torch.Tensor) -> Confidences | N
     return Confidences(top_ks, token_confidences(logits, top_ks)) if top_ks else None
 
 
-def _append_output(logits_output: Any, batch: int, confidences: Confidences | None) -> None:
+def _append_output(
+    logits_output: Any, batch: int, confidences: Confidences | None, lost: bool
+) -> None:
     from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
     assert _active is not None
     output = None
     with guard(protocol.IN_SCORING):
-        output = _results(_active, batch, confidences)
+        output = _results(_active, batch, confidences, lost)
     if output is None:
         return
     logits_output.auxiliary_device_output = append_auxiliary_output(
@@ -193,10 +310,12 @@ def _append_output(logits_output: Any, batch: int, confidences: Confidences | No
     )
 
 
-def _results(active: _Active, batch: int, confidences: Confidences | None) -> StepDeviceOutput:
+def _results(
+    active: _Active, batch: int, confidences: Confidences | None, lost: bool
+) -> StepDeviceOutput:
     slots, prefilled = active.slots, active.prefilled
     active.prefilled = None
-    if active.lost:
+    if lost:
         # What the slots hold is of an earlier pass; the tokens may be wanted all the same.
         return StepDeviceOutput(slots.results(batch).fill_(math.nan), confidences=confidences)
     return StepDeviceOutput(
@@ -328,3 +447,8 @@ def _step_unscored() -> None:
 def steps_unscored() -> int:
     """Steps of traces that ended with a score that is not finite."""
     return 0 if _active is None else _active.steps_unscored
+
+
+def passes_lost() -> int:
+    """Forward passes that live traces were in and nothing scored."""
+    return 0 if _active is None else _active.passes_lost

@@ -54,7 +54,7 @@ HTTP = (
     Hook(contract.ANSWER_COMPLETION, HookType.AROUND, "http:answer_whole"),
 )
 SCHEDULER = (
-    Hook(contract.INIT_ALL_CUDA_GRAPHS, HookType.BEFORE, "scheduler:init_all_cuda_graphs"),
+    Hook(contract.INIT_ALL_CUDA_GRAPHS, HookType.AROUND, "scheduler:init_all_cuda_graphs"),
     Hook(contract.CREATE_GENERATION_REQ, HookType.AFTER, "scheduler:create_generation_req"),
     Hook(contract.UPDATE_RUNNING_BATCH, HookType.BEFORE, "pruning:update_running_batch"),
     Hook(contract.ADD_REQUEST_TO_QUEUE, HookType.AFTER, "queue:add_request_to_queue"),
@@ -64,6 +64,8 @@ SCHEDULER = (
     Hook(contract.SEND_ABORT_OUTPUT, HookType.AFTER, "scheduler:send_abort_output"),
     Hook(contract.FORWARD_BATCH_GENERATION, HookType.BEFORE, "forward:forward_batch_generation"),
     Hook(contract.LOGITS_FORWARD, HookType.BEFORE, "forward:logits_forward"),
+    Hook(contract.MODEL_FORWARD, HookType.AFTER, "forward:model_forward"),
+    Hook(contract.CAPTURE_ONE_SHAPE, HookType.AROUND, "forward:capture_one_shape"),
     Hook(contract.SAMPLE, HookType.AROUND, "forward:sample"),
     Hook(contract.GET_INTERNAL_STATE, HookType.AFTER, "scheduler:get_internal_state"),
     Hook(contract.RECORD_WEIGHT_VERSION, HookType.AFTER, "scheduler:record_weight_version"),

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from step_sglang import protocol
 from step_sglang.config import DEFAULT_DELIMITERS, StepConfig
 from step_sglang.errors import ConfigError, ScorerError, StepError
 from step_sglang.patches.endpoint import add_endpoint
 from step_sglang.patches.record import config_of, refuse
 from step_sglang.scoring.boundary import THINK_END, boundary_ids, think_end_id
+from step_sglang.scoring.build import BuildError
+from step_sglang.scoring.first_build import cuda_library
 from step_sglang.scoring.scorer import Scorer, blank_scorer, load_scorer
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_diffusion_pipelines(argv: Sequence[str]) -> None:
@@ -80,6 +89,21 @@ def refuse_unsupported(cfg: Any) -> None:
                 "deterministic inference (--enable-deterministic-inference): which trace is "
                 "pruned depends on what else runs",
             ),
+            (
+                cfg.enable_nvidia_megakernel,
+                "the megakernel (--enable-nvidia-megakernel): it replaces the forward pass in "
+                "which steps are scored",
+            ),
+            (
+                cfg.enable_lmcache,
+                "LMCache (--enable-lmcache): what it loads back is missing in the room that "
+                "pruning makes",
+            ),
+            (
+                cfg.enable_flexkv,
+                "FlexKV (--enable-flexkv): what it loads back is missing in the room that "
+                "pruning makes",
+            ),
             (cfg.use_ray, "Ray (--use-ray)"),
             (cfg.tokenizer_worker_num > 1, "several tokenizer workers (--tokenizer-worker-num)"),
             (cfg.smg_grpc_mode or cfg.grpc_mode, "gRPC mode"),
@@ -145,17 +169,21 @@ def _check(server_args: Any, config: StepConfig) -> None:
 def _check_op(device: str) -> None:
     """Refuse to start without the op, before a scheduler is launched that would need it."""
     try:
-        from step_sglang.scoring.op import has_cuda
+        from step_sglang.scoring.op import has_cuda, load_cuda
     except (ImportError, OSError) as error:
         raise ConfigError(str(error)) from error
     kind = device.split(":", maxsplit=1)[0]
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"STEP's op runs on cpu and cuda, not on device {device!r}")
+    if kind == "cuda" and torch.version.hip is not None:
+        raise ConfigError("STEP's op runs on NVIDIA GPUs and on the CPU; ROCm is not supported")
     if kind == "cuda" and not has_cuda():
-        raise ConfigError(
-            "STEP's CUDA op is not built: in the source checkout, with a CUDA toolkit, run "
-            "`STEP_CUDA=1 pip install --no-build-isolation -e .`"
-        )
+        try:
+            library = cuda_library(logger.warning)
+            load_cuda(library)
+        except (BuildError, OSError) as error:
+            raise ConfigError(str(error)) from error
+        os.environ[protocol.CUDA_LIBRARY_ENV] = str(library)  # for the schedulers
 
 
 def load_tokenizer(server_args: Any) -> Any:

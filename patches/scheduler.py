@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from step_sglang import protocol
 from step_sglang.baselines import EngineContext
 from step_sglang.baselines.embedding import load_embedding
-from step_sglang.errors import ConfigError
+from step_sglang.config import StepConfig
+from step_sglang.errors import ConfigError, StepError
 from step_sglang.patches import forward, guard, hooks
 from step_sglang.patches.preflight import (
     load_config_scorer,
@@ -29,16 +31,50 @@ from step_sglang.pruning.timeline import Timeline
 from step_sglang.scoring.boundary import bitmap
 from step_sglang.scoring.capture import Capture, boundary_positions
 from step_sglang.scoring.op import MAX_ROWS
+from step_sglang.scoring.self_check import check_op, describe_op
 from step_sglang.scoring.slots import SlotState
 
 logger = logging.getLogger(__name__)
 
 
-def init_all_cuda_graphs(scheduler: Any) -> None:
-    """BEFORE ``Scheduler.init_all_cuda_graphs``: the pools exist, and no graph yet."""
+def init_all_cuda_graphs(original: Callable[[Any], None], scheduler: Any) -> None:
+    """AROUND ``Scheduler.init_all_cuda_graphs``: the pools exist, and no graph yet.
+
+    Raises:
+        StepError: the op's results are wrong on this device, or a graph was captured without it.
+    """
     config = config_of(scheduler.server_args)
     if config is None:
+        original(scheduler)
         return
+    state = _begin(scheduler, config)
+    # Before the capture, so that the kernel is loaded; after it, what the server will use.
+    check_op(state.slots, state.hidden_dtype)
+    original(scheduler)
+    _require_op_in_graphs(scheduler.tp_worker.model_runner)
+    check_op(state.slots, state.hidden_dtype)
+    logger.info("STEP: the op's results are right: %s", describe_op(state.slots))
+
+
+def _require_op_in_graphs(runner: Any) -> None:
+    """Refuse decode graphs that would be replayed without scoring."""
+    from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+
+    graphs = runner.decode_cuda_graph_runner
+    if not isinstance(graphs, DecodeCudaGraphRunner):
+        return  # no graph, or one that another runner compiled, in which Python is compiled too
+    missing = forward.uncaptured(graphs.capture_bs)
+    if missing:
+        raise StepError(
+            f"STEP's op is not in the decode graphs of batch sizes {missing}: this model, or a "
+            "plugin, does not call LogitsProcessor.forward with a ForwardBatch. Serve it without "
+            "--enable-step"
+        )
+
+
+def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
+    from sglang.srt.runtime_context import get_parallel
+
     runner = scheduler.tp_worker.model_runner
     hidden_size = scheduler.model_config.hf_text_config.hidden_size
     scorer = load_config_scorer(config, hidden_size)
@@ -48,10 +84,11 @@ def init_all_cuda_graphs(scheduler: Any) -> None:
         logger.warning("STEP: the tokenizer has no think-end token, so every step is scored")
     hooks.verify(hooks.SCHEDULER)
     num_slots = runner.req_to_token_pool.req_to_token.shape[0]
-    if num_slots - 1 > MAX_ROWS:  # slot 0 pads
+    max_rows = _max_rows(runner.req_to_token_pool.size)
+    if max(num_slots - 1, max_rows) > MAX_ROWS:  # slot 0 pads
         raise ConfigError(
             f"STEP scores at most {MAX_ROWS} running requests, this server allows "
-            f"{num_slots - 1}: lower --max-running-requests"
+            f"{num_slots - 1} in batches of up to {max_rows} rows: lower --max-running-requests"
         )
     slots = SlotState(
         num_slots=num_slots,
@@ -60,6 +97,7 @@ def init_all_cuda_graphs(scheduler: Any) -> None:
         think_end_id=think_end,
         device=torch.device(runner.device),
         capture_dtype=runner.dtype if config.capture else None,
+        max_rows=max_rows,
     )
     groups = GroupRegistry()
     metrics = _metrics(scheduler, groups)
@@ -74,8 +112,19 @@ def init_all_cuda_graphs(scheduler: Any) -> None:
         metrics,
     )
     set_state(scheduler, state)
-    forward.activate(slots, groups, metrics)
+    forward.activate(slots, groups, metrics, alone=get_parallel().tp_size == 1)
     logger.info("STEP: %d boundary tokens, think-end %s, %s", len(ids), think_end, config)
+    return state
+
+
+def _max_rows(requests: int) -> int:
+    """Rows of the largest batch of that many requests.
+
+    An MoE model's all-to-all, or ``--moe-dense-tp-size``, pads batches to a multiple of the ranks.
+    """
+    from sglang.srt.utils.common import get_cuda_graph_max_batch_size, get_eager_max_batch_size
+
+    return int(max(get_cuda_graph_max_batch_size(requests), get_eager_max_batch_size(requests)))
 
 
 def _metrics(scheduler: Any, groups: GroupRegistry) -> StepMetrics | None:
@@ -150,6 +199,8 @@ def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
             "batch_limit": state.max_batch,
             "live_traces": state.groups.num_live,
             "steps_unscored": forward.steps_unscored(),
+            "passes_lost": forward.passes_lost(),
+            "stopped": state.groups.stopped,
             "failures": guard.counts(),
             "scorer_stale": state.scorer_stale,
         }

@@ -9,7 +9,7 @@ from step_sglang import protocol
 from step_sglang.patches.guard import guard
 from step_sglang.patches.queue import set_limits
 from step_sglang.patches.state import SchedulerStep, state_of, trace_of
-from step_sglang.pruning.groups import Trace, TraceStatus
+from step_sglang.pruning.groups import GroupRegistry, Trace, TraceStatus
 
 
 def get_output_streamer_class(base: type, scheduler: Any) -> type:
@@ -30,8 +30,11 @@ def _status(req: Any) -> TraceStatus:
 
 
 @guard(protocol.IN_RESPONSES)
-def _meta(trace: Trace) -> dict[str, Any]:
-    return trace.meta()
+def _meta(trace: Trace, groups: GroupRegistry) -> dict[str, Any]:
+    info = trace.meta()
+    if groups.stopped is not None:
+        info[protocol.META_STOPPED] = groups.stopped
+    return info
 
 
 @lru_cache(maxsize=4)
@@ -57,7 +60,9 @@ def _step_streamer(base: Any, state: SchedulerStep) -> type:
                         waited = req.time_stats.queue_duration_s
                         metrics.request_waited(waited, is_trace=trace is not None)
             if any(traces):
-                fields[protocol.META_KEY] = [None if t is None else _meta(t) for t in traces]
+                fields[protocol.META_KEY] = [
+                    None if t is None else _meta(t, groups) for t in traces
+                ]
             return fields
 
         def is_request_level_customized_info_key(self, key: str) -> bool:

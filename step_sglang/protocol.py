@@ -47,6 +47,7 @@ META_SCORE = "score"
 META_NUM_STEPS = "num_steps"
 META_PRUNED = "pruned"
 META_REASON = "reason"
+META_STOPPED = "stopped"
 META_STEP_SCORES = "step_scores"
 META_POSITIONS = "positions"
 META_HIDDEN_STATES = "hidden_states"
@@ -61,6 +62,10 @@ PRUNED_MESSAGE = "pruned by STEP"
 # Tells child processes that the engine's hooks are wanted; the configuration itself travels with
 # the server's arguments.
 HOOKS_ENV = "STEP_SGLANG_HOOKS"
+# Set to 1 by an operator: an SGLang that STEP was not tested with may be used.
+UNTESTED_ENV = "STEP_UNTESTED_SGLANG"
+# Tells them where the main process built the CUDA library, when the installation has none.
+CUDA_LIBRARY_ENV = "STEP_SGLANG_CUDA_LIBRARY"
 
 # Why a trace was pruned, in the response, the log line and the metrics.
 PRUNED_FOR_DECODE = "decode"  # the next decode step did not fit

@@ -42,6 +42,13 @@ def train(
     ] = 5,
     learning_rate: Annotated[float, typer.Option(help="Of Adam.", rich_help_panel=RECIPE)] = 1e-4,
     seed: Annotated[int, typer.Option(help="Of split and order.", rich_help_panel=RECIPE)] = 0,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of W1 in the file: bfloat16, or float32, twice as long to read.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "bfloat16",
     memory_mb: Annotated[
         int,
         typer.Option(min=1, help="Of hidden states at a time.", rich_help_panel=RUNNING),
@@ -65,7 +72,7 @@ def train(
     torch.set_num_threads(threads)
     recipe = Recipe(
         objective=objective, learning_rate=learning_rate, epochs=epochs, patience=patience,
-        seed=seed, memory_mb=memory_mb,
+        seed=seed, memory_mb=memory_mb, dtype=dtype,
     )  # fmt: skip
 
     def show(number: int, epoch: Epoch) -> None:

@@ -42,6 +42,7 @@ class Group:
     joined: int = 0  # traces so far
     ending: int = 0  # live traces that the baseline ends
     scored: bool = False  # any of its traces has reached a step boundary
+    stopped: bool = False  # STEP was given up: its traces are ordinary requests
     baseline: Baseline | None = None  # judges its traces; None: STEP
     method_state: Any = None  # what that method shares among them
     alone: bool = False  # of one request that named no group, so it stays its only trace
@@ -51,7 +52,7 @@ class Group:
     @property
     def for_memory(self) -> bool:
         """Whether its traces are pruned, not queued or retracted, when memory is short."""
-        return self.baseline is None or self.baseline.FOR_MEMORY
+        return not self.stopped and (self.baseline is None or self.baseline.FOR_MEMORY)
 
     @property
     def limited(self) -> bool:
@@ -206,6 +207,7 @@ class GroupRegistry:
     watched: Counter[int] = field(default_factory=Counter)
     num_ending: int = 0  # live traces that their baseline ends
     observer: Callable[[Trace], None] | None = None
+    stopped: str | None = None  # why STEP was given up
     changes: int = 0  # traces that joined or ended so far
 
     @property
@@ -244,6 +246,7 @@ class GroupRegistry:
         group = self._groups.get(group_id)
         if group is None:
             group = Group(group_id, weight, min_survivors, baseline=baseline, alone=alone)
+            group.stopped = self.stopped is not None
         trace = Trace(
             group,
             step_scores=[] if step_scores else None,
@@ -278,6 +281,12 @@ class GroupRegistry:
         if self.observer is not None:
             self.observer(trace)
         return trace
+
+    def stop(self, reason: str) -> None:
+        """Give STEP up for good: from now on no trace is pruned, and all reserve as others do."""
+        self.stopped = reason
+        for group in self._groups.values():
+            group.stopped = True
 
     def end_soon(self, trace: Trace) -> None:
         """Let its baseline end a live trace at the next opportunity, if that spares a survivor."""

@@ -52,6 +52,11 @@ class StepMetrics:
             "step_scorer_stale", "1 after an update of the weights that the scorer was trained for."
         )
         self._stale.set(0)
+        self._lost = counter(
+            "step_passes_lost_total", "Forward passes with live traces that were not scored."
+        )
+        self._stopped = gauge("step_stopped", "1 after STEP gave up, because passes were lost.")
+        self._stopped.set(0)
         self._scores = Histogram("step_score", "Step scores.", names, buckets=SCORE_BUCKETS).labels(
             **values
         )
@@ -94,6 +99,14 @@ class StepMetrics:
     def scorer_is_stale(self) -> None:
         """The model's weights were updated."""
         self._stale.set(1)
+
+    def pass_lost(self) -> None:
+        """A forward pass with live traces was not scored."""
+        self._lost.inc()
+
+    def has_stopped(self) -> None:
+        """STEP gave up for good."""
+        self._stopped.set(1)
 
     def request_waited(self, seconds: float, *, is_trace: bool) -> None:
         """A request that ended had spent this long in the waiting queue."""

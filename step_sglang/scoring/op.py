@@ -4,10 +4,15 @@ Decides nothing and keeps no state. `step_sglang.scoring.reference` says the sam
 """
 
 import ctypes
+import hashlib
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from step_sglang import protocol
 
 HIDDEN_UNITS = 512  # width of the scorer's hidden layer
 MAX_ROWS = 4096  # requests in one call
@@ -16,6 +21,27 @@ SCORE_FROM, THINKING, SCORE_SUM, NUM_STEPS = range(4)  # rows of `slots`
 _UNITS_PER_BLOCK = 4  # as in csrc/cuda.h
 _WORKSPACE_HEADER = 1
 _FOLDER = Path(__file__).parent
+_loaded: dict[str, Path] = {}
+
+
+def load_cuda(path: Path) -> None:
+    """Load the library that adds the CUDA implementation.
+
+    Raises:
+        OSError: it does not load.
+    """
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    _loaded["cuda"] = path
+
+
+def library(device_type: str) -> tuple[Path, str]:
+    """The file that runs on `cpu` or `cuda`, and its sha256.
+
+    Raises:
+        KeyError: none is loaded for it.
+    """
+    path = _loaded[device_type]
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _load_libraries() -> ctypes.CDLL:
@@ -26,9 +52,13 @@ def _load_libraries() -> ctypes.CDLL:
             " `pip install --no-build-isolation -e .` (STEP_CUDA=0 for a CPU-only build)."
         )
     torch.ops.load_library(str(cpu))  # type: ignore[no-untyped-call]
-    cuda = _FOLDER / "libstep_cuda.so"
+    _loaded["cpu"] = cpu
+    built = os.environ.get(protocol.CUDA_LIBRARY_ENV)
+    cuda = Path(built) if built else _FOLDER / "libstep_cuda.so"
     if cuda.is_file() and torch.version.cuda is not None:
-        torch.ops.load_library(str(cuda))  # type: ignore[no-untyped-call]
+        # One that was linked against another CUDA runtime is as good as none.
+        with suppress(OSError):
+            load_cuda(cuda)
     return ctypes.CDLL(str(cpu))
 
 

@@ -32,6 +32,8 @@ class SlotState:
 
     Args:
         num_slots: S, rows of the engine's request pool (row 0 is its padding row).
+        max_rows: rows of the largest batch. Engines pad batches, so it can be more than there are
+            slots; None: as many as there are slots.
         scorer: the MLP, moved to ``device`` here.
         boundary: [ceil(V / 32)] int32 bitmap of the boundary tokens.
         think_end_id: token after which a trace is scored no more, or None.
@@ -48,21 +50,25 @@ class SlotState:
         think_end_id: int | None,
         device: torch.device,
         capture_dtype: torch.dtype | None = None,
+        max_rows: int | None = None,
     ) -> None:
-        self.table = _packed([SlotReset(0)])[1:].repeat(1, num_slots).to(device)  # [4, S] int32
+        rows = max(num_slots, max_rows or 0)
+        self.table = (
+            packed_resets([SlotReset(0)])[1:].repeat(1, num_slots).to(device)
+        )  # [4, S] int32
         self.boundary = boundary.to(device)
         self.think_end_id = -1 if think_end_id is None else think_end_id
         self.w1 = scorer.w1.to(device)
         self.head = pack_head(scorer.b1, scorer.w2, scorer.b2).to(device)
         # Fixed addresses, because a captured graph writes them at every replay.
         self._hidden = (
-            torch.zeros((num_slots, scorer.hidden_size), dtype=capture_dtype, device=device)
+            torch.zeros((rows, scorer.hidden_size), dtype=capture_dtype, device=device)
             if capture_dtype is not None
             else None
         )
         self._kept: torch.Tensor | None = None
-        self.out = torch.full((num_slots, 2), torch.nan, dtype=torch.float32, device=device)
-        self.workspace = torch.zeros(workspace_size(num_slots), dtype=torch.int32, device=device)
+        self.out = torch.full((rows, 2), torch.nan, dtype=torch.float32, device=device)
+        self.workspace = torch.zeros(workspace_size(rows), dtype=torch.int32, device=device)
 
     @property
     def captures(self) -> bool:
@@ -77,7 +83,9 @@ class SlotState:
         """
         if not resets:
             return
-        packed = self._upload(_packed(resets))
+        # A launch that an error cut short would leave its count of blocks behind.
+        self.workspace[:1].zero_()
+        packed = self._upload(packed_resets(resets))
         self.table.index_copy_(1, packed[0].long(), packed[1:])
 
     def score(
@@ -99,10 +107,9 @@ class SlotState:
         """
         batch = slot_ids.shape[0]
         if self._hidden is not None:
-            if row_index is None:
-                self._hidden[:batch].copy_(hidden[:batch])
-            else:
-                torch.index_select(hidden, 0, row_index, out=self._hidden[:batch])
+            # Some models widen what they give the head; what is kept has the model's own dtype.
+            last = hidden[:batch] if row_index is None else hidden.index_select(0, row_index)
+            self._hidden[:batch].copy_(last)
         step_score_(
             hidden,
             row_index,
@@ -128,7 +135,8 @@ class SlotState:
 
     def keep_rows(self, hidden: torch.Tensor, rows: Sequence[int]) -> None:
         """Keep rows of a prefill pass's [T, D] hidden states until :meth:`kept_rows`."""
-        self._kept = hidden.index_select(0, self._upload(torch.tensor(rows, dtype=torch.int64)))
+        kept = hidden.index_select(0, self._upload(torch.tensor(rows, dtype=torch.int64)))
+        self._kept = kept if self._hidden is None else kept.to(self._hidden.dtype)
 
     def kept_rows(self) -> torch.Tensor | None:
         """The [K, D] rows kept last, once."""
@@ -142,7 +150,7 @@ class SlotState:
         return host.to(device, non_blocking=True)
 
 
-def _packed(resets: Sequence[SlotReset]) -> torch.Tensor:
+def packed_resets(resets: Sequence[SlotReset]) -> torch.Tensor:
     """[5, N] int32: the numbers of these slots, then what the op keeps of each."""
     sums = torch.tensor([r.score_sum for r in resets], dtype=torch.float32).view(torch.int32)
     fields = [

@@ -31,6 +31,9 @@ from step_sglang.training.reader import Reader
 from step_sglang.training.table import Floats, TraceTable
 
 _SCALE_PAIRS = 20_000
+# Of W1 in a scorer file, which is what the op streams. Rounding it to bfloat16 changes a score by
+# less than a model's own bfloat16 hidden states do (bench/weights_dtype.py), for half the bytes.
+WEIGHT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,16 @@ class Recipe:
     patience: int = 5  # epochs without a better validation figure
     seed: int = 0
     memory_mb: int = 512  # of hidden states at a time
+    dtype: str = "bfloat16"  # of W1 in the file
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise TrainError(
                 f"--objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}"
+            )
+        if self.dtype not in WEIGHT_DTYPES:
+            raise TrainError(
+                f"--dtype must be one of {', '.join(WEIGHT_DTYPES)}, not {self.dtype!r}"
             )
         if min(self.batch, self.epochs, self.patience, self.memory_mb) < 1:
             raise TrainError("batch, epochs, patience and memory must be at least 1")
@@ -89,10 +97,15 @@ class ScorerNetwork(nn.Module):
         logits: torch.Tensor = self.second(torch.relu(self.first(hidden)))
         return logits.squeeze(-1)
 
-    def as_scorer(self, info: ScorerInfo) -> Scorer:
-        """The weights as a scorer."""
+    def round_w1(self, dtype: torch.dtype) -> None:
+        """Round W1 to a dtype, in which :meth:`as_scorer` then loses nothing."""
+        with torch.no_grad():
+            self.first.weight.copy_(self.first.weight.to(dtype))
+
+    def as_scorer(self, info: ScorerInfo, dtype: torch.dtype = torch.float32) -> Scorer:
+        """The weights as a scorer; ``dtype`` is that of W1."""
         return Scorer(
-            self.first.weight.detach().clone(),
+            self.first.weight.detach().to(dtype, copy=True),
             self.first.bias.detach().clone(),
             self.second.weight.detach().reshape(-1).clone(),
             self.second.bias.detach().clone(),

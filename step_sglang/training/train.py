@@ -12,7 +12,7 @@ from typing import Any
 from step_sglang.scoring.scorer import ScorerInfo, load_scorer, save_scorer
 from step_sglang.training.errors import TrainError
 from step_sglang.training.evaluate import Evaluation, evaluate, score
-from step_sglang.training.fit import Epoch, Fitted, Recipe, ScorerNetwork, fit
+from step_sglang.training.fit import WEIGHT_DTYPES, Epoch, Fitted, Recipe, ScorerNetwork, fit
 from step_sglang.training.linear_probe import fit_linear_probe
 from step_sglang.training.metrics import RUNNING_MEAN
 from step_sglang.training.reader import Reader
@@ -81,6 +81,7 @@ def train_scorer(
     if not test:
         raise TrainError("no test questions: give a test share above 0 or a test store")
     fitted = fit(reader, split.train, split.validation, recipe, report)
+    fitted.network.round_w1(WEIGHT_DTYPES[recipe.dtype])  # the figures are those of the file
     scored = score(tested, test, fitted.network)
     probe = fit_linear_probe(reader, split.train, recipe.seed)
     trained = Trained(
@@ -99,7 +100,7 @@ def train_scorer(
         info = ScorerInfo(
             reader.meta.model, tuple(reader.meta.delimiters), reader.meta.think_end, summary
         )
-        save_scorer(fitted.network.as_scorer(info), trained.scorer)
+        save_scorer(fitted.network.as_scorer(info, WEIGHT_DTYPES[recipe.dtype]), trained.scorer)
         report_value = {
             "store": reader.meta.as_json(),
             "recipe": asdict(recipe),

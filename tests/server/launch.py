@@ -74,6 +74,10 @@ def one_core_each() -> str:
 # A test process that is killed cannot stop its server, so Linux does; SGLang's own follow it.
 GUARD = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
 
+# For `serve` on a GPU: the platform that SGLang finds itself. Later flags win.
+ON_CUDA = ("--device", "cuda", "--dtype", "bfloat16")
+CUDA_PLATFORM = {"SGLANG_PLATFORM": ""}
+
 LAUNCH_SERVER = ("-m", "sglang.launch_server")
 SGLANG_SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import platform
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+from step_sglang.scoring.build import CPU_SOURCES, ISA_FLAGS
 from tests.simt.emulator import COMPILER, CSRC, HERE, built, run
 
 FLAGS = [
@@ -17,18 +16,10 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def _setting(name: str) -> Any:
-    """A constant of setup.py, which cannot be imported."""
-    for node in ast.parse((CSRC.parent / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return ast.literal_eval(node.value)
-    raise LookupError(name)
-
-
 def build(edited: Mapping[str, str] | None = None) -> Path:
     """The driver's path; ``edited`` replaces the text of files in csrc."""
-    isa = _setting("ISA_FLAGS") if platform.machine() == "x86_64" else {}
-    wanted = [name for name in _setting("CPU_SOURCES") if name != "binding.cpp"]
+    isa = ISA_FLAGS if platform.machine() == "x86_64" else {}
+    wanted = [name for name in CPU_SOURCES if name not in ("binding.cpp", "compat.cpp")]
     files = {p.name: p.read_text() for p in CSRC.iterdir() if p.suffix in (".h", ".inl", ".cpp")}
     files = {**files, **(edited or {}), "driver.cpp": (HERE / "driver.cpp").read_text()}
     text = repr(sorted(files.items())) + repr(isa) + repr(FLAGS)
@@ -39,7 +30,7 @@ def build(edited: Mapping[str, str] | None = None) -> Path:
 
         def compiled(name: str) -> str:
             obj = work / f"{name}.o"
-            run([COMPILER, *FLAGS, *isa.get(name, []), "-c", str(work / name), "-o", str(obj)])
+            run([COMPILER, *FLAGS, *isa.get(name, ()), "-c", str(work / name), "-o", str(obj)])
             return str(obj)
 
         with ThreadPoolExecutor(2) as pool:

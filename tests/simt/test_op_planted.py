@@ -1,7 +1,7 @@
 """The proof can fail: defects planted in the device code must be found."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -129,6 +129,25 @@ def test_order_of_arrival_in_the_sum_is_found() -> None:
     for result in results:
         assert_matches(result, run_reference(sample))
     assert not results[0].out.equal(results[1].out)
+
+
+def test_a_think_end_row_that_reads_what_another_block_clears_is_found() -> None:
+    """Rows without a step are stored while other blocks still classify."""
+    rows = (emulator.CSRC / "rows.h").read_text()
+    kernel = (emulator.CSRC / "step_score.cu").read_text()
+    before, include = "!has_think_end || ends_thinking || p.thinking", '#include "rows.h"'
+    assert rows.count(before) == kernel.count(include) == 1
+    rows = rows.replace(before, "!has_think_end || p.thinking").replace("#pragma once", "")
+    sample = active_rows(4, dim=72, units=8)
+    sample = replace(sample, think_end_id=int(sample.input_ids[sample.row_index[1]]))
+    for source, wrong in ((kernel, False), (kernel.replace(include, rows), True)):
+        program = emulator.build("tsan", source)
+        if not wrong:
+            (result,) = emulate(program, sample, [Schedule(None, DESCENDING)])
+            assert_matches(result, run_reference(sample))
+            continue
+        with pytest.raises(EmulationError, match=RACE):
+            emulate(program, sample, [Schedule(None, DESCENDING)])
 
 
 def test_the_same_code_without_a_defect_is_clean() -> None:

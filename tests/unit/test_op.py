@@ -364,3 +364,24 @@ def test_missing_library_says_how_to_build(tmp_path: Path) -> None:
 def test_workspace_size() -> None:
     assert op.workspace_size(0) == 1
     assert op.workspace_size(64) - op.workspace_size(63) == op.HIDDEN_UNITS // 4
+
+
+def test_the_lines_of_torch_in_the_documentation_are_the_op() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs/kernel.md").read_text()
+    lines = page.split("```python\n")[2].split("```")[0]
+    for seed in range(20):
+        sample = make_sample(seed, rows=12, dim=16, boundary_share=0.6)
+        sample.slot_ids.copy_(torch.randperm(15)[:12])  # the lines leave padding out
+        told = sample.clone()
+        b1, w2, b2 = told.head.split((told.units, told.units, 1))
+        names = {
+            **{name: getattr(told, name) for name in ("hidden", "row_index", "slot_ids", "w1")},
+            **{name: getattr(told, name) for name in ("input_ids", "positions", "think_end_id")},
+            **{name: getattr(told, name) for name in ("score_from", "thinking", "score_sum")},
+            **{"num_steps": told.num_steps, "out": told.out[:12], "b1": b1, "w2": w2, "b2": b2},
+            **{"torch": torch, "nan": torch.nan},
+            "is_boundary": lambda ids, s=told: reference.is_boundary(ids, s.boundary),
+        }
+        exec(lines, names)
+        found = run_op(sample)
+        assert_matches(found, replace(told, out=told.out.double()))

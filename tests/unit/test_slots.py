@@ -12,7 +12,9 @@ from step_sglang.scoring.scorer import Scorer
 from step_sglang.scoring.slots import NEVER, SlotReset, SlotState
 
 
-def make_state(num_slots: int, capture: torch.dtype | None = None) -> SlotState:
+def make_state(
+    num_slots: int, capture: torch.dtype | None = None, max_rows: int | None = None
+) -> SlotState:
     g = torch.Generator().manual_seed(0)
     scorer = Scorer(
         torch.randn(HIDDEN_UNITS, 16, generator=g),
@@ -20,7 +22,7 @@ def make_state(num_slots: int, capture: torch.dtype | None = None) -> SlotState:
         torch.randn(HIDDEN_UNITS, generator=g) / HIDDEN_UNITS,
         torch.zeros(1),
     )
-    return SlotState(num_slots, scorer, bitmap([5]), 9, torch.device("cpu"), capture)
+    return SlotState(num_slots, scorer, bitmap([5]), 9, torch.device("cpu"), capture, max_rows)
 
 
 def contents(state: SlotState, slot: int) -> tuple[int, int, float, int]:
@@ -78,3 +80,37 @@ def test_hidden_states_are_kept_of_each_requests_last_token() -> None:
     state.score(hidden[:3], None, torch.tensor([1, 2, 3]), ids[:3], ids[:3])
     kept = state.last_hidden(3)
     assert kept is not None and torch.equal(kept, hidden[:3])
+
+
+def test_a_batch_may_have_more_rows_than_there_are_slots() -> None:
+    """Engines pad: 3 requests on 8 ranks become 8 rows, and row 0 of the pool pads."""
+    state = make_state(4, capture=torch.float32, max_rows=8)
+    hidden = torch.randn(8, 16)
+    slot_ids = torch.tensor([1, 2, 3, 0, 0, 0, 0, 0])
+    ids = torch.full((8,), 5)
+    state.reset([SlotReset(slot, 4) for slot in (1, 2, 3)])
+    state.score(hidden, None, slot_ids, ids, torch.tensor([6, 6, 6, 0, 0, 0, 0, 0]))
+    scores = state.results(8)[:, 0]
+    assert scores.isnan().tolist() == [False] * 3 + [True] * 5
+    kept = state.last_hidden(8)
+    assert kept is not None and torch.equal(kept, hidden)
+
+
+def test_hidden_states_that_a_model_widened_are_kept_in_its_own_dtype() -> None:
+    state = make_state(4, capture=torch.bfloat16)
+    hidden = torch.randn(5, 16)
+    ids = torch.tensor([1] * 5)
+    state.score(hidden, torch.tensor([4, 1]), torch.tensor([1, 2]), ids, ids)
+    kept = state.last_hidden(2)
+    assert kept is not None and torch.equal(kept, hidden[[4, 1]].bfloat16())
+    state.keep_rows(hidden, [3])
+    kept = state.kept_rows()
+    assert kept is not None and torch.equal(kept, hidden[[3]].bfloat16())
+
+
+def test_a_reset_cleans_the_workspace() -> None:
+    """The op leaves its count of blocks at zero, unless an error cut a launch short."""
+    state = make_state(3)
+    state.workspace[0] = 5
+    state.reset([SlotReset(1, 4)])
+    assert state.workspace[0] == 0

@@ -68,6 +68,7 @@ def test_the_planted_signal_is_found(store: Path, tmp_path: Path, objective: str
     for name in PLOTS:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
+    assert scorer.w1.dtype == torch.bfloat16
     # the file scores as the network that was trained
     again = evaluate_file(trained.scorer, store)
     assert again.questions == 60 and again.ranking[RUNNING_MEAN][1.0].auc_within.value > 0.95
@@ -261,3 +262,19 @@ def test_an_unwritable_folder(store: Path, tmp_path: Path) -> None:
 
 def test_jsonable() -> None:
     assert jsonable({0.25: (float("nan"), 1.0), "a": [None]}) == {"25%": [None, 1.0], "a": [None]}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "w1"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)]
+)
+def test_the_weights_dtype_is_that_of_the_file(
+    store: Path, tmp_path: Path, dtype: str, w1: torch.dtype
+) -> None:
+    recipe = Recipe("bce", **{**QUICK, "epochs": 1}, dtype=dtype)
+    trained = train_scorer(store, tmp_path / "out", recipe)
+    scorer = load_scorer(trained.scorer)
+    assert scorer.w1.dtype == w1 and scorer.b1.dtype == torch.float32
+    # nothing was rounded after it was measured
+    assert torch.equal(scorer.w1.float(), trained.fitted.network.first.weight)
+    with pytest.raises(TrainError, match="--dtype must be one of bfloat16, float32"):
+        Recipe(dtype="float16")

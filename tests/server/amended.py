@@ -1,0 +1,49 @@
+"""Amends modules in the processes of a real server, from outside: the product has no hook for it.
+
+A ``sitecustomize`` module on PYTHONPATH calls a test's function with each module it names, when
+that has been imported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+PROGRAM = """
+import importlib, importlib.abc, sys
+
+AMENDMENTS = %r
+
+
+class Amender(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name not in AMENDMENTS:
+            return None
+        functions = AMENDMENTS.pop(name)
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (f.find_spec(name, path, target) for f in others)))
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            for function in functions:
+                where, _, what = function.partition(":")
+                getattr(importlib.import_module(where), what)(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, Amender())
+"""
+
+
+def amend(folder: Path, *amendments: tuple[str, str]) -> dict[str, str]:
+    """The environment of a server in which ("module", "tests.module:function") are applied."""
+    by_module: dict[str, list[str]] = {}
+    for module, function in amendments:
+        by_module.setdefault(module, []).append(function)
+    (folder / "sitecustomize.py").write_text(PROGRAM % by_module)
+    paths = filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH")))
+    return {"PYTHONPATH": os.pathsep.join(paths)}

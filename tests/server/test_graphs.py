@@ -1,0 +1,113 @@
+"""Scoring inside SGLang's real decode-graph runner, where Python does not run at replay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.amended import amend
+from tests.server.expected import assert_scores, step_positions
+from tests.server.launch import Server, serve
+from tests.server.recorded_graphs import GRAPHS, LOG
+from tests.server.test_pruning import PROMPT, sample
+
+pytestmark = pytest.mark.server
+
+SIZES = (4, 8, 16)
+FLAGS = (
+    *("--cuda-graph-bs-decode", *map(str, SIZES), "--cuda-graph-backend-decode", "full"),
+    *("--disable-prefill-cuda-graph", "--max-running-requests", "20", "--max-total-tokens", "3000"),
+)
+
+
+@pytest.fixture(scope="module")
+def graphs(
+    models: dict[str, Path], scorer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("graphs")
+    with serve(
+        models["qwen3"],
+        *("--enable-step", "--step-scorer", str(scorer), *FLAGS),
+        log=folder / "graphs.log",
+        **{LOG: str(folder / "replays")},
+        **amend(folder, *GRAPHS),
+    ) as server:
+        yield server
+
+
+def replays(server: Server) -> list[dict]:
+    lines = (server.log.parent / "replays").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_scores_of_replayed_passes(graphs: Server, models, scorer: Path) -> None:
+    """Padded batches of every size, slots used again, stale boundary tokens in padded rows."""
+    model, steps = models["qwen3"], 0
+    for _ in range(8):  # until chance leaves a boundary token in a padded row
+        for n in (5, 3, 13, 1, 16, 6):
+            for answer in sample(graphs, n, 60):
+                steps += assert_scores(model, scorer, PROMPT, answer)
+        stale = {i for line in replays(graphs) for i in line["padding_ids"]}
+        if step_positions(model, [*stale, 0]):
+            break
+    assert steps > 100
+    seen = replays(graphs)
+    assert {line["padded"] for line in seen} == set(SIZES)
+    assert all(slot == 0 for line in seen for slot in line["padding_slots"])
+    assert step_positions(model, [*stale, 0]), "no padded row ever held a boundary token"
+    # 44 traces, one after the other in at most 20 slots
+    assert len({slot for line in seen for slot in line["slots"]}) <= 20
+    state = graphs.info()["internal_states"][0]["step"]
+    assert state["passes_lost"] == 0 and state["stopped"] is None
+    assert state["failures"] == {}
+
+
+def test_traces_beside_ordinary_requests_and_pruning(graphs: Server, models, scorer: Path) -> None:
+    """Twenty running requests: the largest graph and eager passes take turns while it prunes."""
+    answers = sample(graphs, 20, 200)
+    pruned = [a for a in answers if a["meta_info"]["step"]["pruned"]]
+    assert pruned
+    for answer in answers:
+        assert_scores(models["qwen3"], scorer, PROMPT, answer)
+    ordinary = sample(graphs, 1, 10, custom_params=None)[0]
+    assert "step" not in ordinary["meta_info"]
+    assert graphs.info()["internal_states"][0]["step"]["passes_lost"] == 0
+
+
+@pytest.mark.parametrize("fault", ["after_capture", "only_with_traces"])
+def test_a_graph_without_the_op_is_refused(
+    fault: str, models: dict[str, Path], scorer: Path, tmp_path: Path
+) -> None:
+    where = {"after_capture": "scheduler", "only_with_traces": "forward"}[fault]
+    planted = (f"step_sglang.patches.{where}", f"tests.server.recorded_graphs:{fault}")
+    flags = ("--enable-step", "--step-scorer", str(scorer), *FLAGS)
+    with (
+        pytest.raises(RuntimeError, match=r"not in the decode graphs of batch sizes \[4, 8, 16"),
+        serve(
+            models["qwen3"],
+            *flags,
+            log=tmp_path / "log",
+            **amend(tmp_path, *GRAPHS, planted),
+        ),
+    ):
+        pass
+
+
+def test_these_tests_find_state_that_was_replaced_after_capture(
+    models: dict[str, Path], scorer: Path, tmp_path: Path
+) -> None:
+    planted = ("step_sglang.patches.scheduler", "tests.server.recorded_graphs:another_table")
+    with serve(
+        models["qwen3"],
+        *("--enable-step", "--step-scorer", str(scorer), *FLAGS),
+        log=tmp_path / "log",
+        **amend(tmp_path, *GRAPHS, planted),
+    ) as server:
+        answers = sample(server, 4, 60)
+    assert any(step_positions(models["qwen3"], a["output_ids"]) for a in answers)
+    with pytest.raises(AssertionError):
+        for answer in answers:
+            assert_scores(models["qwen3"], scorer, PROMPT, answer)
