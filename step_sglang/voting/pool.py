@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from typing import NamedTuple
 
 from step_sglang.voting.classes import FormQuestion, Question, Reply
 from step_sglang.voting.comparer import READY, decode, encode
@@ -47,21 +48,27 @@ class Account:
         return self.spent >= self.budget
 
 
+class Settled(NamedTuple):
+    """What became of a question."""
+
+    reply: Reply
+    final: bool  # it would be the same at another time
+
+
 class Ticket:
     """A question that waits for its reply. Cancelling its future gives it up."""
 
     def __init__(self, question: Question, account: Account) -> None:
         self.question = question
         self.account = account
-        self.future: Future[Reply] = Future()
+        self.future: Future[Settled] = Future()
         self.since = time.monotonic()
         self.long = False  # the short limit did not suffice
-        self.final = False  # the reply would be the same at another time
 
-    def settle(self, reply: Reply) -> None:
-        """Give the reply, unless it was given or is not wanted any more."""
+    def settle(self, reply: Reply, *, final: bool = False) -> None:
+        """Give the reply, unless one was given or none is wanted any more."""
         with suppress(InvalidStateError):
-            self.future.set_result(reply)
+            self.future.set_result(Settled(reply, final))
 
 
 class _Child:
@@ -106,9 +113,12 @@ class _Child:
         stdout = self._process.stdout
         assert stdout is not None
         deadline = time.monotonic() + seconds
+        ready = (
+            select.poll()
+        )  # select() knows no descriptor from 1024 on: a server has many clients
+        ready.register(stdout, select.POLLIN)
         while not given_up() and time.monotonic() < deadline:
-            readable, _, _ = select.select([stdout], [], [], _TICK)
-            if readable:
+            if ready.poll(_TICK * 1000):
                 return stdout.readline().strip() or None
         return None
 
@@ -175,11 +185,10 @@ class Pool:
                     return
                 self.counts["starts"] += 1
             child = None
-            with suppress(OSError):
-                child = _Child()
-            if child is not None and not child.wait_until_ready(START_LIMIT, self._is_closed):
-                child.kill()
-                child = None
+            try:
+                child = self._start()
+            except Exception:  # a thread that ended would leave all questions waiting
+                logger.exception("STEP could not start a process that compares answers")
             with self._state:
                 if child is not None and self._closed:
                     child.kill()
@@ -191,6 +200,17 @@ class Pool:
                 self._failed_starts += 1
                 self._state.notify_all()
                 self._state.wait_for(self._is_closed, min(_BACKOFF, 0.5 * 2**self._failed_starts))
+
+    def _start(self) -> _Child | None:
+        """A child that is ready; None: it was not in time."""
+        child = _Child()
+        ready = False
+        try:
+            ready = child.wait_until_ready(START_LIMIT, self._is_closed)
+        finally:
+            if not ready:
+                child.kill()
+        return child if ready else None
 
     def _is_closed(self) -> bool:
         return self._closed
@@ -275,11 +295,9 @@ class Pool:
             self.counts["kills"] += 1
             if not ticket.long and limit < self._limit and not account.empty:
                 ticket.long = True
-                if not given_up():
-                    self.submit(ticket)
+                self.submit(ticket)
                 return False
-        # Not with what was left of a budget: another group may find out.
-        ticket.final = line is not None or limit >= self._limit
-        if not given_up():
-            ticket.settle(reply)
+        # Not with what was left of a budget, nor of the pool's time: another may find out.
+        whole = limit >= self._limit and not self._closed
+        ticket.settle(reply, final=line is not None or whole)
         return not grown

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from step_sglang.voting.answers import quickly_equivalent
 from step_sglang.voting.classes import PairQuestion, Question, Reply, Steps
-from step_sglang.voting.pool import Account, Pool, Ticket
+from step_sglang.voting.pool import Account, Pool, Settled, Ticket
 
 T = TypeVar("T")
 TIME_LIMIT = 5.0  # seconds of processor time for one question
@@ -97,12 +97,12 @@ class Comparison:
         """One question's reply; blocks. None: that cannot be told, or not in time."""
         ticket = self._issue(question)
         try:
-            reply = ticket.future.result()
+            settled = ticket.future.result()
         except CancelledError:
-            reply = None
+            return None
         finally:
             ticket.future.cancel()
-        return self._learn(ticket, reply)
+        return self._learn(question, settled)
 
     def run(self, steps: Steps[T]) -> T:
         """Go through all steps; blocks while children work."""
@@ -124,7 +124,7 @@ class Comparison:
             while True:
                 ticket = self._issue(question)
                 # Cancelling it cancels the ticket, which whoever works on it notices.
-                reply = self._learn(ticket, await asyncio.wrap_future(ticket.future))
+                reply = self._learn(question, await asyncio.wrap_future(ticket.future))
                 question = steps.send(reply)
         except StopIteration as end:
             result: T = end.value
@@ -141,10 +141,10 @@ class Comparison:
             self._pool.submit(ticket)
         return ticket
 
-    def _learn(self, ticket: Ticket, reply: Reply) -> Reply:
-        if ticket.final:
-            self._replies.put(ticket.question, reply)
-        return reply
+    def _learn(self, question: Question, settled: Settled) -> Reply:
+        if settled.final:
+            self._replies.put(question, settled.reply)
+        return settled.reply
 
 
 class _Replies:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import psutil
 import pytest
 
 from step_sglang.voting.classes import FormQuestion, PairQuestion
+from step_sglang.voting.pool import Account, Settled, Ticket
 from step_sglang.voting.tally import Ballot, Tally, tallying
 from step_sglang.voting.verifier import AnswerVerifier, Comparison
 
@@ -159,6 +162,49 @@ def test_attackers_delay_others_by_one_short_limit_each(verifier: AnswerVerifier
             assert not thread.is_alive()
     finally:
         slow.close()
+
+
+def test_a_reply_after_a_stop_is_neither_given_nor_kept() -> None:
+    ticket = Ticket(PairQuestion("x+1", "1+x"), Account(1.0))
+    ticket.settle(None)
+    ticket.settle(True, final=True)
+    assert ticket.future.result() == Settled(None, final=False)
+
+
+def test_whoever_waits_when_it_is_closed_waits_no_longer() -> None:
+    patient = AnswerVerifier(time_limit=500.0, budget=1000.0)
+    found: list[list[Tally]] = []
+    works = [
+        threading.Thread(
+            target=lambda one=one: found.append(vote(patient.comparison(), one)), daemon=True
+        )
+        for one in ENDLESS[:2]
+    ]
+    for work in works:
+        work.start()
+    wait_for(lambda: any(child.cpu_times().user > 2 for child in children()))
+    patient.close()
+    for work in works:
+        work.join(10)
+    assert [len(tallies) for tallies in found] == [1, 1]
+
+
+def test_it_works_in_a_process_with_thousands_of_open_files(verifier: AnswerVerifier) -> None:
+    """As a server with many clients has them."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, before[1]), before[1]))
+    with ExitStack() as files:
+        files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        last = 0
+        while last < 1100:
+            last = files.enter_context(open(os.devnull)).fileno()
+        found: list[bool] = []
+        work = threading.Thread(
+            target=lambda: found.append(verifier.same("x+1", "1+x")), daemon=True
+        )
+        work.start()
+        work.join(60)
+        assert found == [True]
 
 
 def test_a_closed_one_answers_by_text_and_has_no_child(verifier: AnswerVerifier) -> None:
