@@ -50,6 +50,9 @@ _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
+_REGISTRY = "sglang.srt.plugins.hook_registry.HookRegistry"
+_REQUEST = "sglang.srt.managers.schedule_batch.Req"
+_TIME_STATS = "sglang.srt.observability.req_time_stats"
 _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 
 # Flags and engine arguments: hooked in every process, because only they can ask for STEP.
@@ -300,19 +303,37 @@ HOOKED = (
 # Called or subclassed, not hooked.
 USED = (
     Target(f"{_ENGINE}.server_args_class"),
-    Target("sglang.srt.plugins.hook_registry.HookRegistry.apply_hooks", ("cls",)),
+    Target(f"{_SERVER_ARGS}.resolve_once", ("self",)),
+    Target("sglang.srt.environ.envs.SGLANG_RUST_SERVER"),
+    Target("sglang.cli.utils.get_is_diffusion_model", ("model_path",)),
+    Target("sglang.cli.utils.try_get_model_path", ("extra_argv",)),
+    Target("sglang.srt.plugins.hook_registry.HookSource", ("plugin_name", "dist_name")),
+    Target("sglang.srt.plugins.hook_registry.HookType"),
+    Target(f"{_REGISTRY}.register", ("cls", "target", "hook", "hook_type", "source")),
+    Target(f"{_REGISTRY}.apply_hooks", ("cls",)),
+    Target(f"{_REGISTRY}._apply_target", ("cls", "target", "hooks")),
+    Target(f"{_REGISTRY}._patched"),
     Target(f"{_SCHEDULER}._reqs_finishing_inflight", ("self", "batch")),
+    Target(f"{_REQUEST}.finished", ("self",)),
+    Target(f"{_REQUEST}.release_mm_inputs_on_abort", ("self",)),
+    Target(f"{_BATCH}.is_empty", ("self",)),
     Target(f"{_BATCH}.check_decode_mem", ("self", "selected_indices")),
     Target(f"{_BATCH}.new_tokens_required_next_decode", ("self", "selected_indices")),
     Target(f"{_BATCH}.filter_batch", ("self", "reqs_to_exclude", "keep_indices")),
     Target("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "checkpoint")),
-    Target("sglang.srt.managers.schedule_batch.Req.release_mm_inputs_on_abort", ("self",)),
     Target(
         "sglang.srt.managers.schedule_batch.FINISH_ABORT",
         ("message", "status_code", "err_type"),
     ),
     Target("sglang.srt.utils.common.get_cuda_graph_max_batch_size", ("max_batch_size",)),
     Target("sglang.srt.utils.common.get_eager_max_batch_size", ("max_batch_size",)),
+    Target("sglang.srt.managers.schedule_batch.FINISH_ABORT.to_json", ("self",)),
+    Target("sglang.srt.model_executor.forward_batch_info.ForwardBatch"),
+    Target("sglang.srt.model_executor.forward_batch_info.ForwardMode.is_decode", ("self",)),
+    Target(
+        "sglang.srt.model_executor.forward_batch_info.ForwardMode.is_extend",
+        ("self", "include_draft_extend_v2"),
+    ),
     Target("sglang.srt.managers.auxiliary_output.append_auxiliary_output", ("current", "output")),
     Target(f"{_ADDER}._get_running_request_total_token_offset", ("self", "req")),
     Target(f"{_ADDER}.add_one_req", ("self", "req", "has_chunked_req", "truncation_align_size")),
@@ -324,11 +345,16 @@ USED = (
     Target(f"{_ADDER}.cur_rem_tokens"),
     Target(f"{_ADDER}.rem_total_tokens"),
     Target("sglang.srt.managers.tp_worker.TpModelWorker.get_decode_cuda_graph_bs", ("self",)),
+    Target("sglang.srt.constrained.grammar_manager.GrammarManager.has_waiting_grammars", ("self",)),
     Target("sglang.srt.managers.schedule_policy.AddReqResult.NO_TOKEN"),
+    Target("sglang.srt.managers.schedule_policy.AddReqResult.OTHER"),
     Target("sglang.srt.managers.schedule_policy.CLIP_MAX_NEW_TOKENS"),
     Target(f"{_TOKENIZER}._handle_abort_req", ("self", "recv_obj")),
     Target("sglang.srt.managers.io_struct.TokenizedGenerateReqInput.routed_dp_rank"),
-    Target("sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.queue_duration_s"),
+    Target("sglang.srt.managers.io_struct.AbortReq"),
+    Target(f"{_TIME_STATS}.SchedulerReqTimeStats.queue_duration_s"),
+    Target(f"{_TIME_STATS}.SchedulerReqTimeStats.set_completion_time", ("self", "ts")),
+    Target(f"{_TIME_STATS}.APIServerReqTimeStats.set_finished_time", ("self", "ts", "span_attrs")),
     Target("sglang.srt.utils.auth.auth_level", ("level",)),
     Target("sglang.srt.utils.auth.AuthLevel.ADMIN_OPTIONAL"),
     Target(f"{_STREAMER}.stream_output", ("self", "reqs", "return_logprob", "skip_req")),
@@ -341,7 +367,9 @@ USED = (
     Target("sglang.srt.constants.HEALTH_CHECK_RID_PREFIX"),
     Target("sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments"),
     Target("sglang.srt.managers.io_struct.GenerateReqInput.regenerate_rid", ("self",)),
+    Target("sglang.srt.managers.io_struct.GenerateReqInput.__getitem__", ("self", "i")),
     Target("sglang.srt.entrypoints.http_server._global_state"),
+    Target("sglang.srt.entrypoints.http_server.app"),
     Target(
         "sglang.lang.backend.runtime_endpoint.RuntimeEndpoint.generate",
         ("self", "s", "sampling_params"),
