@@ -31,7 +31,7 @@ START_LIMIT = 60.0  # seconds until a child is ready: it imports math-verify
 SHORT_LIMIT = 1.0  # seconds of processor time at the first attempt
 WAIT_LIMIT = 60.0  # seconds by the clock; then there is no reply
 _SLOWEST = 8.0  # times the limit: seconds by the clock, for a child that gets little of a processor
-_TICK = 0.05  # seconds between two looks at a ticket that may have been given up
+_TICK = 0.05  # seconds between two looks at a question that may have been given up
 _BACKOFF = 30.0  # seconds at most between two starts that failed
 
 
@@ -55,7 +55,7 @@ class Settled(NamedTuple):
     final: bool  # it would be the same at another time
 
 
-class Ticket:
+class Asked:
     """A question that waits for its reply. Cancelling its future gives it up."""
 
     def __init__(self, question: Question, account: Account) -> None:
@@ -124,7 +124,7 @@ class _Child:
 
 
 class Pool:
-    """Children, the threads that serve them, and the tickets that wait.
+    """Children, the threads that serve them, and the questions that wait.
 
     Args:
         limit: seconds of processor time for one question.
@@ -137,20 +137,20 @@ class Pool:
         self._size = children
         self._spares = int(spare)
         self._state = threading.Condition()
-        self._tickets: list[Ticket] = []
+        self._waiting: list[Asked] = []
         self._ready: list[_Child] = []
         self._wanted = 0  # by workers that wait for a child
         self._failed_starts = 0
         self._started = self._closed = False
         self.counts: Counter[str] = Counter()
 
-    def submit(self, ticket: Ticket) -> None:
-        """Put a ticket into the queue."""
+    def submit(self, asked: Asked) -> None:
+        """Put a question into the queue."""
         with self._state:
             if self._closed:
-                ticket.settle(None)
+                asked.settle(None)
                 return
-            self._tickets.append(ticket)
+            self._waiting.append(asked)
             if not self._started:
                 self._started = True
                 # Daemons: the end of the interpreter does not wait for them.
@@ -166,11 +166,11 @@ class Pool:
         """End everything; what waits gets no reply."""
         with self._state:
             self._closed = True
-            tickets, self._tickets = self._tickets, []
+            waiting, self._waiting = self._waiting, []
             children, self._ready = self._ready, []
             self._state.notify_all()
-        for ticket in tickets:
-            ticket.settle(None)
+        for asked in waiting:
+            asked.settle(None)
         for child in children:
             child.kill()
 
@@ -218,47 +218,47 @@ class Pool:
     def _work(self, place: int) -> None:
         child: _Child | None = None
         while True:
-            ticket = self._next(place)
-            if ticket is None:
+            asked = self._next(place)
+            if asked is None:
                 if child is not None:
                     child.kill()
                 return
             if child is None:
                 child = self._take()
             if child is None:
-                ticket.settle(None)
+                asked.settle(None)
                 continue
             try:
-                usable = self._serve(ticket, child)
+                usable = self._serve(asked, child)
             except Exception:  # a thread that ended would leave all others waiting
                 logger.exception("STEP could not compare an answer")
-                ticket.settle(None)
+                asked.settle(None)
                 usable = False
             if not usable:
                 child.kill()
                 child = None
 
-    def _next(self, place: int) -> Ticket | None:
-        """Wait for the ticket to serve; None: the pool is closed."""
+    def _next(self, place: int) -> Asked | None:
+        """Wait for the question to serve; None: the pool is closed."""
         with self._state:
             while True:
                 if self._closed:
                     return None
                 self._expire()
                 # With more than one child, the first takes no questions that are known to be long.
-                fit = [t for t in self._tickets if place > 0 or self._size == 1 or not t.long]
+                fit = [t for t in self._waiting if place > 0 or self._size == 1 or not t.long]
                 if fit:
-                    ticket = min(fit, key=lambda t: int(t.account.spent / SHORT_LIMIT))
-                    self._tickets.remove(ticket)
-                    return ticket
-                self._state.wait(WAIT_LIMIT if self._tickets else None)
+                    asked = min(fit, key=lambda t: int(t.account.spent / SHORT_LIMIT))
+                    self._waiting.remove(asked)
+                    return asked
+                self._state.wait(WAIT_LIMIT if self._waiting else None)
 
     def _expire(self) -> None:
         oldest = time.monotonic() - WAIT_LIMIT
-        for ticket in self._tickets:
-            if ticket.since < oldest:
-                ticket.settle(None)
-        self._tickets = [t for t in self._tickets if not t.future.done()]
+        for asked in self._waiting:
+            if asked.since < oldest:
+                asked.settle(None)
+        self._waiting = [t for t in self._waiting if not t.future.done()]
 
     def _take(self) -> _Child | None:
         """A child that is ready; None: there is none to be had."""
@@ -274,18 +274,18 @@ class Pool:
             self._state.notify_all()
             return child
 
-    def _serve(self, ticket: Ticket, child: _Child) -> bool:
+    def _serve(self, asked: Asked, child: _Child) -> bool:
         """Ask a child; whether it can go on."""
-        account = ticket.account
-        limit = self._limit if ticket.long else min(SHORT_LIMIT, self._limit)
+        account = asked.account
+        limit = self._limit if asked.long else min(SHORT_LIMIT, self._limit)
         limit = min(limit, max(0.1, account.budget - account.spent))
-        self.counts["forms" if isinstance(ticket.question, FormQuestion) else "pairs"] += 1
+        self.counts["forms" if isinstance(asked.question, FormQuestion) else "pairs"] += 1
         started = time.monotonic()
 
         def given_up() -> bool:
-            return self._closed or ticket.future.done()
+            return self._closed or asked.future.done()
 
-        line = child.ask(encode(ticket.question, limit), _SLOWEST * limit, given_up)
+        line = child.ask(encode(asked.question, limit), _SLOWEST * limit, given_up)
         try:
             reply, seconds, grown = (None, limit, True) if line is None else decode(line)
         except (ValueError, KeyError, TypeError):
@@ -293,11 +293,11 @@ class Pool:
         account.spent += min(seconds, time.monotonic() - started) if given_up() else seconds
         if line is None:
             self.counts["kills"] += 1
-            if not ticket.long and limit < self._limit and not account.empty:
-                ticket.long = True
-                self.submit(ticket)
+            if not asked.long and limit < self._limit and not account.empty:
+                asked.long = True
+                self.submit(asked)
                 return False
         # Not with what was left of a budget, nor of the pool's time: another may find out.
         whole = limit >= self._limit and not self._closed
-        ticket.settle(reply, final=line is not None or whole)
+        asked.settle(reply, final=line is not None or whole)
         return not grown

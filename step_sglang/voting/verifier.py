@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from step_sglang.voting.answers import quickly_equivalent
 from step_sglang.voting.classes import PairQuestion, Question, Reply, Steps
-from step_sglang.voting.pool import Account, Pool, Settled, Ticket
+from step_sglang.voting.pool import Account, Asked, Pool, Settled
 
 T = TypeVar("T")
 TIME_LIMIT = 5.0  # seconds of processor time for one question
@@ -78,7 +78,7 @@ class Comparison:
         self._pool = pool
         self._replies = replies
         self._account = Account(budget)
-        self._ticket: Ticket | None = None
+        self._asked: Asked | None = None
         self._stopped = False
 
     @property
@@ -89,19 +89,19 @@ class Comparison:
     def stop(self) -> None:
         """End the work at once, from any thread: all that follows compares as text."""
         self._stopped = True
-        ticket = self._ticket
-        if ticket is not None:
-            ticket.settle(None)
+        asked = self._asked
+        if asked is not None:
+            asked.settle(None)
 
     def ask(self, question: Question) -> Reply:
         """One question's reply; blocks. None: that cannot be told, or not in time."""
-        ticket = self._issue(question)
+        asked = self._submit(question)
         try:
-            settled = ticket.future.result()
+            settled = asked.future.result()
         except CancelledError:
             return None
         finally:
-            ticket.future.cancel()
+            asked.future.cancel()
         return self._learn(question, settled)
 
     def run(self, steps: Steps[T]) -> T:
@@ -122,9 +122,9 @@ class Comparison:
         try:
             question = next(steps)
             while True:
-                ticket = self._issue(question)
-                # Cancelling it cancels the ticket, which whoever works on it notices.
-                reply = self._learn(question, await asyncio.wrap_future(ticket.future))
+                asked = self._submit(question)
+                # Cancelling it gives the question up, which whoever works on it notices.
+                reply = self._learn(question, await asyncio.wrap_future(asked.future))
                 question = steps.send(reply)
         except StopIteration as end:
             result: T = end.value
@@ -132,14 +132,14 @@ class Comparison:
         finally:
             steps.close()
 
-    def _issue(self, question: Question) -> Ticket:
-        ticket = self._ticket = Ticket(question, self._account)
+    def _submit(self, question: Question) -> Asked:
+        asked = self._asked = Asked(question, self._account)
         known, reply = self._replies.get(question)
         if known or self._stopped or self._account.empty:
-            ticket.settle(reply)
+            asked.settle(reply)
         else:
-            self._pool.submit(ticket)
-        return ticket
+            self._pool.submit(asked)
+        return asked
 
     def _learn(self, question: Question, settled: Settled) -> Reply:
         if settled.final:

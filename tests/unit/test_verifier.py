@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from step_sglang.voting.classes import FormQuestion, PairQuestion
-from step_sglang.voting.pool import Account, Settled, Ticket
+from step_sglang.voting.pool import Account, Asked, Settled
 from step_sglang.voting.tally import Ballot, Tally, tallying
 from step_sglang.voting.verifier import AnswerVerifier, Comparison
 
@@ -165,10 +165,10 @@ def test_attackers_delay_others_by_one_short_limit_each(verifier: AnswerVerifier
 
 
 def test_a_reply_after_a_stop_is_neither_given_nor_kept() -> None:
-    ticket = Ticket(PairQuestion("x+1", "1+x"), Account(1.0))
-    ticket.settle(None)
-    ticket.settle(True, final=True)
-    assert ticket.future.result() == Settled(None, final=False)
+    asked = Asked(PairQuestion("x+1", "1+x"), Account(1.0))
+    asked.settle(None)
+    asked.settle(True, final=True)
+    assert asked.future.result() == Settled(None, final=False)
 
 
 def test_whoever_waits_when_it_is_closed_waits_no_longer() -> None:
