@@ -57,51 +57,65 @@ def set_limits(scheduler: Any, state: SchedulerStep) -> None:
 def add_request_to_queue(result: None, scheduler: Any, req: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``Scheduler._add_request_to_queue``: try it, though others did not fit before."""
     state = state_of(scheduler)
-    if state is not None:
-        state.queued += 1
-        if state.config.makes_room and state.groups.num_live:
-            scheduler.running_batch.batch_is_full = False
+    if state is None:
+        return
+    state.queued += 1
+    if state.came is not None and scheduler.waiting_queue[-1:] == [req]:
+        state.came.append(scheduler.waiting_queue.pop())
+    if state.config.makes_room and state.groups.num_live:
+        scheduler.running_batch.batch_is_full = False
 
 
 def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
     """AROUND ``Scheduler.get_new_batch_prefill``: it sees who may start now, by turn.
 
     SGLang stops at the first request that does not fit, and some policies sort what it sees again.
+    Who comes in the middle of a pass, as a grammar is ready or by preemption, is tried in the next.
     """
     state, shown = state_of(scheduler), None
-    if state is not None and not scheduler.waiting_queue:
+    if state is not None and not (scheduler.waiting_queue and state.groups.num_live):
         _say_waiting(state, 0)
     if state is not None and _has_to_choose(scheduler, state, running_batch):
         with guard(protocol.IN_ADMISSION):
             shown = _show(scheduler, state, running_batch)
     if state is None or shown is None:
         return original(scheduler, running_batch)
-    queue = scheduler.waiting_queue
-    scheduler.waiting_queue, state.refused = shown.queue, None
+    queue: list[Any] = scheduler.waiting_queue
+    came: list[Any] = []
+    nobody = not shown.queue
+    scheduler.waiting_queue, state.refused, state.came = shown.queue, None, came
     try:
         plan = original(scheduler, running_batch)
     finally:
-        left = scheduler.waiting_queue
-        waiting = {*left, *shown.held}
-        known = set(queue)
-        scheduler.waiting_queue = [
-            *(req for req in queue if req in waiting),
-            *(req for req in left if req not in known),
-        ]
+        left, state.came = scheduler.waiting_queue, None
+        scheduler.waiting_queue = [*(queue if nobody else _rest(queue, left, shown.held)), *came]
     with guard(protocol.IN_ADMISSION):
         # In the order in which they were tried: a policy sorts the list in its place.
-        _account(state, shown, [req for req in shown.queue if req not in waiting], plan)
+        _account(state, shown, left, plan)
     return plan
 
 
+def _rest(queue: list[Any], left: list[Any], held: list[Any]) -> list[Any]:
+    """Who still waits, by arrival."""
+    waiting = {*left, *held}
+    return [req for req in queue if req in waiting]
+
+
 def _has_to_choose(scheduler: Any, state: SchedulerStep, running_batch: Any) -> bool:
-    if state.config.capture or not state.groups.num_live or not scheduler.waiting_queue:
+    if state.config.capture or not state.groups.num_live:
         return False
     if not state.config.makes_room and state.group_limit is None and state.max_batch is None:
         return False
-    # SGLang itself tries nobody then, but where it may preempt.
-    return not running_batch.batch_is_full or bool(
-        running_batch.is_empty() or scheduler.enable_priority_preemption or scheduler.is_hybrid_swa
+    if scheduler.grammar_manager.has_waiting_grammars():
+        return True  # what comes from there is tried at once, whatever was said before
+    # SGLang itself tries nobody otherwise, but where it may preempt.
+    return bool(scheduler.waiting_queue) and (
+        not running_batch.batch_is_full
+        or bool(
+            running_batch.is_empty()
+            or scheduler.enable_priority_preemption
+            or scheduler.is_hybrid_swa
+        )
     )
 
 
@@ -160,8 +174,11 @@ def _show(scheduler: Any, state: SchedulerStep, running_batch: Any) -> _Shown:
 
 
 def _group_of(req: Any) -> Group | None:
+    """None also for what is on its way out, in one last pass: it waits for nobody's turn."""
     trace = trace_of(req)
-    return None if trace is None else trace.group
+    if trace is None or not trace.is_live or req.to_finish is not None:
+        return None
+    return trace.group
 
 
 def _priority(scheduler: Any, req: Any) -> int:
@@ -231,7 +248,9 @@ def _say_waiting(state: SchedulerStep, groups: int) -> None:
                 state.metrics.groups_wait(groups)
 
 
-def _account(state: SchedulerStep, shown: _Shown, admitted: Sequence[Any], plan: Any) -> None:
+def _account(state: SchedulerStep, shown: _Shown, left: Sequence[Any], plan: Any) -> None:
+    waiting = set(left)
+    admitted = [req for req in shown.queue if req not in waiting]
     for req in admitted:
         if (group := _group_of(req)) is not None:
             group.began = True

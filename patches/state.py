@@ -36,6 +36,7 @@ class SchedulerStep:
     groups_waiting: int = 0  # that may not begin yet
     queued: int = 0  # requests so far
     all_held: Any = None  # what the last admission pass saw, if everybody was held back in it
+    came: list[Any] | None = None  # requests that came in the admission pass that goes on, if any
     refused: Any = None  # the request that did not fit in the admission pass that goes on
     warned_unscored: bool = False  # a group was pruned that has no scored step
     scorer_stale: bool = False  # the weights that it was trained for were replaced

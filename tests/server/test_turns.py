@@ -13,7 +13,7 @@ import pytest
 
 from step_sglang.client.abort import abort_group
 from step_sglang.pruning.admission import PATIENCE
-from tests.server.idle import free_tokens
+from tests.server.idle import free_tokens, step_state
 from tests.server.launch import Server, serve
 from tests.server.pruned import wait_until
 
@@ -141,11 +141,6 @@ def limited(
         yield running
 
 
-def step_state(server: Server) -> dict[str, Any]:
-    found: dict[str, Any] = server.info()["internal_states"][0]["step"]
-    return found
-
-
 def test_groups_run_two_at_a_time(limited, threads) -> None:
     groups = [threads.submit(send, limited, 60, n=4, step={"group": f"g{i}"}) for i in range(6)]
     begun = [0]
@@ -187,6 +182,50 @@ def test_a_group_that_is_aborted_while_it_waits_leaves_nothing(limited, threads)
         assert len(group.result()) == 2
     wait_until(lambda: step_state(limited)["live_traces"] == 0)
     assert free_tokens(limited) == 8192
+
+
+def in_grammar(server: Server, groups: int, members: int, regex: str, tokens: int) -> list[Any]:
+    """The answers of so many groups, whose members are requests of their own in one body."""
+    names = [f"grammar {i}" for i in range(groups) for _ in range(members)]
+    return server.generate(
+        input_ids=[PROMPT] * len(names),
+        sampling_params=[
+            {
+                "max_new_tokens": tokens,
+                "regex": regex + name[-1],
+                "custom_params": {"step": {"group": name}},
+            }
+            for name in names
+        ],
+    )
+
+
+def test_limits_hold_for_requests_that_waited_for_their_grammar(limited, threads) -> None:
+    """SGLang puts them into the queue in the middle of a pass, and tries them in it."""
+    start = len(limited.log_text())
+    answers = threads.submit(in_grammar, limited, 6, 4, "([a-f]{2,9}x){60}", 60)
+    begun = [0]
+    while not answers.done():
+        begun.append(step_state(limited)["groups_begun"])
+    assert len(answers.result()) == 24
+    assert max(begun) == 2
+    running = [int(n) for n in re.findall(r"#running-req: (\d+)", limited.log_text()[start:])]
+    assert max(running) <= 12
+
+
+def test_what_cannot_run_does_not_wait_for_its_turn(limited, threads) -> None:
+    """A grammar that SGLang refuses is answered, though the group may not begin yet."""
+    running = [threads.submit(send, limited, 400, n=2, step={"group": f"r{i}"}) for i in range(2)]
+    wait_until(lambda: step_state(limited)["groups_begun"] == 2)
+    body = {
+        "input_ids": PROMPT,
+        "sampling_params": {"regex": "([a-", "custom_params": {"step": {"group": "refused"}}},
+    }
+    for _ in range(2):  # the second time SGLang knows at once
+        assert limited.post("/generate", body).status_code == 400
+    assert not any(group.done() for group in running)
+    for group in running:
+        group.result()
 
 
 def test_a_batch_with_traces_stays_within_its_limit(limited, threads) -> None:
