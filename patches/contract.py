@@ -328,6 +328,9 @@ USED = (
     Target("sglang.srt.utils.common.get_cuda_graph_max_batch_size", ("max_batch_size",)),
     Target("sglang.srt.utils.common.get_eager_max_batch_size", ("max_batch_size",)),
     Target("sglang.srt.managers.schedule_batch.FINISH_ABORT.to_json", ("self",)),
+    Target("sglang.version.__version__"),
+    Target("sglang.srt.runtime_context.get_parallel", ()),
+    Target("sglang.srt.model_executor.runner_utils.capture_mode.get_is_capture_mode", ()),
     Target("sglang.srt.model_executor.forward_batch_info.ForwardBatch"),
     Target("sglang.srt.model_executor.forward_batch_info.ForwardMode.is_decode", ("self",)),
     Target(

@@ -47,6 +47,7 @@ class Body:
 _MODEL = "sglang.srt.model_executor"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _BATCH = "sglang.srt.managers.schedule_batch"
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager"
 
 # What hooks read or set. A class, and names that it declares or that its methods set.
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -57,7 +58,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     f"{_BATCH}.Req": (
         "rid", "kv", "output_ids", "origin_input_ids", "sampling_params", "finished_reason",
         "to_finish", "prefix_len", "extend_len", "full_untruncated_fill_ids", "last_node",
-        "extra_key", "skip_radix_cache_insert", "return_logprob", "time_stats",
+        "extra_key", "skip_radix_cache_insert", "return_logprob", "time_stats", "priority",
     ),
     f"{_BATCH}.ReqKvInfo": ("req_pool_idx", "cache_protected_len", "kv_allocated_len"),
     f"{_BATCH}.ScheduleBatch": (
@@ -79,6 +80,22 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     f"{_MODEL}.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner": ("capture_bs",),
     "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token", "size"),
+    _SCHEDULER: (
+        "waiting_queue", "running_batch", "chunked_req", "grammar_manager", "policy", "page_size",
+        "enable_priority_scheduling", "enable_priority_preemption", "is_hybrid_swa", "tree_cache",
+        "tp_worker", "tp_group", "tp_cpu_group", "output_streamer", "server_args", "tokenizer",
+        "model_config", "metrics_collector", "metrics_collector_context",
+    ),
+    f"{_BATCH}.NextBatchPlan": ("running_batch",),
+    "sglang.srt.managers.schedule_policy.SchedulePolicy": ("priority_sign",),
+    f"{_TOKENIZER}.TokenizerManager": (
+        "rid_to_state", "server_args", "gracefully_exit", "incremental_streaming_output",
+    ),
+    f"{_TOKENIZER}.ReqState": ("obj", "out_list", "time_stats", "lora_released"),
+    "sglang.srt.managers.io_struct.GenerateReqInput": (
+        "rid", "stream", "sampling_params", "is_single", "batch_size", "parallel_sample_num",
+        "session_params", "return_logprob",
+    ),
 }  # fmt: skip
 
 BODIES: tuple[Body, ...] = (
@@ -94,6 +111,11 @@ BODIES: tuple[Body, ...] = (
         f"{_SCHEDULER}.update_running_batch",
         "76674da3b22d550d",
         "memory is checked there, and retracts there",
+    ),
+    Body(
+        f"{_SCHEDULER}._get_new_batch_prefill_raw",
+        "5e9fe2612420c458",
+        "it starts only requests of waiting_queue, and adds to it by _add_request_to_queue alone",
     ),
     Body(
         "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
