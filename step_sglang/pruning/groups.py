@@ -208,7 +208,7 @@ class GroupRegistry:
     num_ending: int = 0  # live traces that their baseline ends
     observer: Callable[[Trace], None] | None = None
     stopped: str | None = None  # why STEP was given up
-    changes: int = 0  # traces that joined or ended so far
+    changes: int = 0  # traces that joined or ended so far, and STEP's own end
 
     @property
     def num_begun(self) -> int:
@@ -285,6 +285,7 @@ class GroupRegistry:
     def stop(self, reason: str) -> None:
         """Give STEP up for good: from now on no trace is pruned, and all reserve as others do."""
         self.stopped = reason
+        self.changes += 1
         for group in self._groups.values():
             group.stopped = True
 

@@ -29,6 +29,18 @@ def test_survivors_are_live_or_finished_normally() -> None:
     assert groups.join("q").group.survivors == 1  # a group used again begins anew
 
 
+def test_when_step_is_given_up_no_group_is_limited_or_pruned_and_whoever_looks_sees_it() -> None:
+    groups = GroupRegistry()
+    for _ in range(3):
+        group = groups.join("q").group
+    assert group.limited and group.prunable
+    before = groups.changes  # those that are held back are looked at again when this changes
+    groups.stop("why")
+    later = groups.join("r").group
+    assert groups.changes > before + 1
+    assert not any(one.limited or one.prunable for one in (group, later))
+
+
 def test_the_largest_weight_and_minimum_of_a_group_win() -> None:
     groups = GroupRegistry()
     group = groups.join("q", weight=0.5, min_survivors=2).group
