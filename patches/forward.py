@@ -110,7 +110,6 @@ def _begin(active: _Active, batch: Any) -> None:
 
 
 def _slot_reset(req: Any, slots: SlotState) -> SlotReset:
-
     trace = trace_of(req)
     if trace is None or (trace.capture is not None and trace.capture.prompt_tokens is not None):
         return SlotReset(req.kv.req_pool_idx)
@@ -128,7 +127,6 @@ def _slot_reset(req: Any, slots: SlotState) -> SlotReset:
 
 
 def _prefilled_rows(batch: Any, slots: SlotState) -> _PrefilledRows | None:
-
     rows: list[int] = []
     owners: list[tuple[Capture, int]] = []
     offset = 0
@@ -395,7 +393,6 @@ class StepHostOutput:
             capture.keep_prefilled(position, self.kept[row].clone())
 
     def _record_step(self, row: int, req: Any, commit: Any) -> None:
-
         trace = trace_of(req)
         # The pass consumed the token before the one it made visible.
         position = commit.output_index - 1

@@ -16,7 +16,7 @@ MAX_WEIGHT = 1e6  # of a group; its inverse is the least
 
 @dataclass(frozen=True)
 class StepRequest:
-    """A request's step_request. ``group`` None: the request forms a group of its own.
+    """What a request says of itself as a trace. ``group`` None: it forms a group of its own.
 
     ``weight``: of the group's claim to the KV pool. ``min_survivors`` None: the server's setting.
     ``trace``: the request continues the group's trace of that name, and its score.
@@ -49,7 +49,7 @@ def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None
     Absent, null and false mean that the request does not use STEP; true and ``{}`` mean defaults.
 
     Returns:
-        The step_request, or None for a request that does not use STEP.
+        What it says, or None for a request that does not use STEP.
 
     Raises:
         RequestError: the value has a wrong type or an unknown member.
