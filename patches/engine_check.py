@@ -94,7 +94,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     f"{_TOKENIZER}.ReqState": ("obj", "out_list", "time_stats", "lora_released"),
     "sglang.srt.managers.io_struct.GenerateReqInput": (
         "rid", "stream", "sampling_params", "is_single", "batch_size", "parallel_sample_num",
-        "session_params", "return_logprob",
+        "session_params", "return_logprob", "background",
     ),
 }  # fmt: skip
 

@@ -133,7 +133,7 @@ async def _answer(
     comparison = _verifier.comparison()
     getattr(whole, PROGRESS).sessions.append(session)
     chunks = original(manager, inner, request)
-    connected = None if request is None else _connection(manager, request, item.rid, comparison)
+    connected = None if request is None else _connection(manager, request, item, comparison)
     check = partial(_raise_errors, whole.stream)
     try:
         last = await run(chunks, session, check, connected, comparison, live.is_aborted)
@@ -152,11 +152,13 @@ def _length_limit(wish: VoteRequest, inner: Any) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
-def _connection(manager: Any, request: Any, rid: str, comparison: Comparison) -> Callable[[], Any]:
+def _connection(manager: Any, request: Any, item: Any, comparison: Comparison) -> Callable[[], Any]:
+    rid = item.rid
+
     async def connected() -> None:
         if manager.gracefully_exit:
             comparison.stop()
-        if await request.is_disconnected():
+        if not item.background and await request.is_disconnected():
             raise ValueError(f"Request is disconnected from the client side. Abort request {rid=}")
 
     return connected

@@ -241,3 +241,24 @@ def test_a_client_that_goes_away_ends_the_group(
             time.sleep(0.05)
         left.result()
     assert wait_until_empty(server) < 15
+
+
+def test_a_request_in_the_background_goes_on_without_its_client(server: Server) -> None:
+    """As without a vote: SGLang's responses API makes such requests."""
+    params = {"max_new_tokens": 1500, "ignore_eos": True, "temperature": 1.0}
+    whole = {
+        "text": "1;A+1",
+        "rid": "in the background",
+        "background": True,
+        "sampling_params": {**params, "custom_params": {"step": {"traces": TRACES}}},
+    }
+    with ThreadPoolExecutor(1) as pool:
+        left = pool.submit(requests.post, f"{server.url}/generate", json=whole, timeout=3)
+        while standing(server)[1] < TRACES:
+            assert not left.done(), "it did not begin"
+        with pytest.raises(requests.RequestException):
+            left.result()
+    time.sleep(2)  # the server looks after its client several times a second
+    assert standing(server)[1] == TRACES
+    assert server.post("/abort_request", {"rid": whole["rid"]}).status_code == 200
+    assert wait_until_empty(server) < 15
