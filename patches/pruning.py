@@ -12,7 +12,7 @@ from step_sglang.errors import safe_repr
 from step_sglang.patches.guard import guard
 from step_sglang.patches.state import SchedulerStep, state_of, trace_of
 from step_sglang.pruning.groups import Group, TraceStatus
-from step_sglang.pruning.policy import Candidates, GroupView, TraceView
+from step_sglang.pruning.policy import Candidates, GroupView, TraceView, above_watermark
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,35 @@ def update_running_batch(scheduler: Any, batch: Any) -> None:
         return _fits(batch, finishing)
 
     # Where some finish, SGLang skips one decode step: their memory comes free by itself.
-    if fits() or finishing:
+    if finishing:
+        fits()
         return
-    PruningRound(scheduler, state, batch).prune_until(fits, partial(_short, batch))
+    if state.kv_limit is not None:
+        _prune_to(scheduler, state, batch, state.kv_limit)
+    if not fits():
+        PruningRound(scheduler, state, batch).prune_until(fits, partial(_short, batch))
+
+
+def _prune_to(scheduler: Any, state: SchedulerStep, batch: Any, limit: int) -> None:
+    """Prune until groups hold at most ``limit`` KV tokens after the next decode step."""
+    page = batch.token_to_kv_pool_allocator.page_size
+
+    def above() -> int:
+        # Ranks agree on it: their memory is the same.
+        return above_watermark(
+            (own_tokens(r, page, 1) for r in batch.reqs if _gives_memory(r)), limit
+        )
+
+    if above():
+        PruningRound(scheduler, state, batch).prune_until(
+            lambda: not above(), above, protocol.PRUNED_FOR_WATERMARK
+        )
+
+
+def _gives_memory(req: Any) -> bool:
+    """Whether it is a trace that memory may be taken from, its group's minimum left aside."""
+    trace = trace_of(req)
+    return trace is not None and trace.is_live and trace.group.for_memory
 
 
 def _staying(batch: Any, finishing: Sequence[Any] = ()) -> list[int]:
@@ -98,20 +124,26 @@ class PruningRound:
                 _views(self._reqs, self._page, self._spared), self._state.config
             )
 
-    def prune_until(self, enough: Callable[[], bool], short: Callable[[], int]) -> None:
+    def prune_until(
+        self,
+        enough: Callable[[], bool],
+        short: Callable[[], int],
+        reason: str = protocol.PRUNED_FOR_DECODE,
+    ) -> None:
         """Prune the worst traces, until there is enough room or none may be pruned any more.
 
         Args:
             enough: whether there is; it and not ``short`` decides, because only the engine knows
                 what a victim frees beyond its own pages. Ranks must agree on it.
             short: KV tokens that are missing.
+            reason: one of the words for it.
         """
         gone: list[Any] = []
         while not enough():
             tokens, victims = short(), []
             with guard(protocol.IN_PRUNING) as choosing:
                 victims = self.candidates.take_until(tokens)
-            pruned = self._prune(victims, protocol.PRUNED_FOR_DECODE, choosing.failed, enough)
+            pruned = self._prune(victims, reason, choosing.failed, enough)
             if not pruned:
                 break
             gone += pruned
@@ -151,7 +183,7 @@ def _views(reqs: Sequence[Any], page: int, spared: set[Any]) -> list[GroupView]:
     members: dict[str, tuple[Group, list[TraceView]]] = {}
     for index, req in enumerate(reqs):
         trace = trace_of(req)
-        if trace is None or not trace.is_live or not trace.group.for_memory or req in spared:
+        if trace is None or not _gives_memory(req) or req in spared:
             continue
         group = trace.group
         if group.group_id not in members:
@@ -172,14 +204,14 @@ def _views(reqs: Sequence[Any], page: int, spared: set[Any]) -> list[GroupView]:
     ]
 
 
-def own_tokens(req: Any, page: int) -> int:
-    """KV tokens of a running request that no other can share.
+def own_tokens(req: Any, page: int, more: int = 0) -> int:
+    """KV tokens of a running request that no other can share, once ``more`` are allocated to it.
 
     The shared prompt stays. What else the tree holds of it (after a resume) becomes evictable
     with it, so it counts as its own.
     """
     shared = min(req.kv.cache_protected_len, len(req.origin_input_ids))
-    return int(-(-req.kv.kv_allocated_len // page) * page - shared)
+    return int(-(-(req.kv.kv_allocated_len + more) // page) * page - shared)
 
 
 def _end_aborted(state: SchedulerStep, reqs: Sequence[Any]) -> None:

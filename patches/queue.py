@@ -26,6 +26,7 @@ from step_sglang.pruning.admission import (
     line_of_running,
 )
 from step_sglang.pruning.groups import Group
+from step_sglang.pruning.policy import watermark
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 def set_limits(scheduler: Any, state: SchedulerStep) -> None:
     """Resolve the limits of a scheduler that knows its decode graphs."""
     groups, batch = state.config.group_limit, state.config.batch_limit
+    state.kv_limit = watermark(scheduler.max_total_num_tokens, state.config.prune_at)
     if groups != OFF:
         state.group_limit = GroupLimit(None if groups == AUTO else int(groups))
     if batch not in (AUTO, OFF):
@@ -234,6 +236,8 @@ def _late_groups(scheduler: Any, state: SchedulerStep, running: _Running) -> set
         ]
 
     pool = scheduler.max_total_num_tokens - running.others
+    if state.kv_limit is not None:
+        pool = min(pool, state.kv_limit)
     number = state.group_limit.may_begin(demands(began), demands(waiting), pool)
     late = set(list(waiting)[number:])
     _say_waiting(state, len(late))

@@ -197,6 +197,7 @@ def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
             "groups_waiting": state.groups_waiting,
             "group_limit": state.group_limit and state.group_limit.most,
             "batch_limit": state.max_batch,
+            "kv_limit": state.kv_limit,
             "live_traces": state.groups.num_live,
             "steps_unscored": forward.steps_unscored(),
             "passes_lost": forward.passes_lost(),

@@ -32,6 +32,7 @@ class SchedulerStep:
     turns: Turns = field(default_factory=Turns)
     lengths: TraceLengths = field(default_factory=TraceLengths)
     group_limit: GroupLimit | None = None
+    kv_limit: int | None = None  # KV tokens that groups may hold together; None: the pool
     max_batch: int | None = None  # requests; no further trace starts then
     groups_waiting: int = 0  # that may not begin yet
     queued: int = 0  # requests so far

@@ -86,6 +86,15 @@ class StepConfig:
             "only choice, and the default, with --step-policy paper).",
         },
     )
+    prune_at: float = field(
+        default=1.0,
+        metadata={
+            "metavar": "F",
+            "help": "The share of the KV pool that groups may fill, above 0 and at most 1, before "
+            "their worst traces are pruned. 1: pruning waits until memory is short (the only "
+            "choice with --step-policy paper).",
+        },
+    )
     max_groups: str | int = field(
         default=OFF,
         metadata={
@@ -171,6 +180,7 @@ class StepConfig:
                 "--step-policy paper knows no groups, so --step-admit fair contradicts it: leave "
                 "--step-admit out, or use --step-policy fair"
             )
+        self._check_watermark()
         self._check_limits()
         for flag, value in (
             ("--step-min-survivors", self.min_survivors),
@@ -196,6 +206,20 @@ class StepConfig:
             raise ConfigError(f"--step-embedding must be a name, not {self.embedding!r}")
         if not isinstance(self.temperature, int | float) or not 0 < self.temperature < 100:
             raise ConfigError(f"--step-temperature must be above 0, not {self.temperature!r}")
+
+    def _check_watermark(self) -> None:
+        share = self.prune_at
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not (number and 0 < share <= 1):
+            raise ConfigError(
+                f"--step-prune-at must be a share of the KV pool, above 0 and at most 1, not "
+                f"{share!r}"
+            )
+        if self.policy == "paper" and share < 1:
+            raise ConfigError(
+                "--step-policy paper prunes when memory is full, so --step-prune-at contradicts "
+                "it: leave --step-prune-at out, or use --step-policy fair"
+            )
 
     def _check_limits(self) -> None:
         if self.policy == "paper" and self.max_groups != OFF:

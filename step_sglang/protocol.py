@@ -69,6 +69,7 @@ CUDA_LIBRARY_ENV = "STEP_SGLANG_CUDA_LIBRARY"
 
 # Why a trace was pruned, in the response, the log line and the metrics.
 PRUNED_FOR_DECODE = "decode"  # the next decode step did not fit
+PRUNED_FOR_WATERMARK = "watermark"  # groups would hold more than their share of the pool
 PRUNED_FOR_ADMISSION = "admission"  # a waiting request did not fit
 PRUNED_FOR_CONFIDENCE = "confidence"  # DeepConf
 PRUNED_FOR_SIMILARITY = "similarity"  # Slim-SC

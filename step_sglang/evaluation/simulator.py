@@ -25,7 +25,13 @@ from step_sglang.pruning.admission import (
     line_of_running,
 )
 from step_sglang.pruning.groups import Group
-from step_sglang.pruning.policy import Candidates, GroupView, TraceView
+from step_sglang.pruning.policy import (
+    Candidates,
+    GroupView,
+    TraceView,
+    above_watermark,
+    watermark,
+)
 
 # SGLang 0.5.23: the share of a request's possible output that admission reserves, see `Reserve`.
 _INIT_RATIO, _MIN_RATIO, _DECAY_STEPS, _CLIP, _RETRACT_STEPS = 0.7, 0.7 * 0.14, 600, 4096, 20
@@ -126,12 +132,15 @@ class Simulator:
     now: int = 0
     history: list[DecodeStep] = field(default_factory=list)
     limit: GroupLimit | None = None
+    # Who no longer runs, because this request finished; the caller's early end.
+    ended_by: Callable[[Request], Sequence[Request]] = lambda request: ()
     turns: Turns = field(default_factory=Turns)
     lengths: TraceLengths = field(default_factory=TraceLengths)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self._fresh: list[Request] = []  # admitted in this step
+        self._kv_limit = watermark(self.pool, self.config.prune_at)
 
     def run(self, arrivals: list[Request], max_steps: int = 20_000) -> None:
         """Serve requests until all have ended."""
@@ -256,7 +265,8 @@ class Simulator:
                 for group, r in groups.items()
             ]
 
-        number = self.limit.may_begin(demands(began), demands(late), self.pool)
+        pool = self.pool if self._kv_limit is None else self._kv_limit
+        number = self.limit.may_begin(demands(began), demands(late), pool)
         return set(list(late)[number:])
 
     def _start(self, request: Request) -> bool:
@@ -291,10 +301,13 @@ class Simulator:
 
     def _decode(self) -> None:
         prefilled = sum(r.tokens + 1 for r in self._fresh)
-        candidates = None
+        while self._above():
+            victim = self._views().take()
+            if victim is None:
+                break
+            self._prune([victim], "watermark")
         while self._needed() > self.free:
-            candidates = self._views()
-            victim = candidates.take()
+            victim = self._views().take()
             if victim is None:
                 self._retract()
                 continue
@@ -303,12 +316,33 @@ class Simulator:
         self.history.append(DecodeStep(len(self.running), held, prefilled))
         if self.reserve is not None:
             self.reserve.decay()
-        for request in list(self.running):
+        for request in self.running:
             request.generated += 1
             self._score(request)
-            if request.generated >= request.length:
-                self._end(request, "finished")
+        finished = [r for r in self.running if r.generated >= r.length]
+        for request in finished:
+            self._end(request, "finished")
+        for request in finished:
+            for other in self.ended_by(request):
+                self._cancel(other)
         assert self.free >= 0
+
+    def _above(self) -> int:
+        if self._kv_limit is None:
+            return 0
+        tokens = (self.pages(r.tokens + 1) for r in self.running if r.group is not None)
+        return above_watermark(tokens, self._kv_limit)
+
+    def _cancel(self, request: Request) -> None:
+        if request in self.running:
+            self._end(request, "cancelled")
+        elif request in self.waiting:
+            self.waiting.remove(request)
+            request.waited += self.now - request.queued
+            self.ended.append(request)
+            request.fate = "cancelled"
+            if request.group is not None:
+                request.group.live -= 1
 
     def _score(self, request: Request) -> None:
         if request.steps is not None:

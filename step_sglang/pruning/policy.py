@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +29,29 @@ class GroupView:
     weight: float  # of its kv_share to the pool, against the other groups'
     traces: Sequence[TraceView]
     min_steps: int | None = None  # before a score counts; None: the server's setting
+
+
+def watermark(pool: int, prune_at: float) -> int | None:
+    """KV tokens that all groups may hold together; None: whatever the pool has.
+
+    Only what pruning can free counts, so neither ordinary requests nor prompts that traces share.
+
+    Args:
+        pool: its KV tokens.
+        prune_at: the share of it, of the server's settings.
+    """
+    return None if prune_at >= 1 else int(pool * prune_at)
+
+
+def above_watermark(next_tokens: Iterable[int], limit: int) -> int:
+    """KV tokens by which groups would exceed their limit in the next decode step; 0 if they do not.
+
+    Args:
+        next_tokens: of every running trace that memory may be taken from, the KV tokens that
+            pruning it would free after that step.
+        limit: see :func:`watermark`.
+    """
+    return max(0, sum(next_tokens) - limit)
 
 
 class Candidates:
