@@ -67,11 +67,12 @@ def bench(
     methods: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: cot, sc, slim-sc (slim-sc-diversity), slim-sc-random, deepconf "
-            "(deepconf-low), deepconf-high, random, longest, step-paper, step, step-early.",
+            help="Comma-separated: cot, sc, sc-early, sc-exact, slim-sc (slim-sc-diversity), "
+            "slim-sc-random, deepconf (deepconf-low), deepconf-high, random, longest, step-paper, "
+            "step, step-early, step-exact.",
             rich_help_panel=METHODS,
         ),
-    ] = "cot,sc,slim-sc,deepconf,step-paper,step",
+    ] = "cot,sc,sc-early,slim-sc,deepconf,random,longest,step-paper,step,step-early",
     n: Annotated[
         str,
         typer.Option("--n", help="Traces per question; comma-separated.", rich_help_panel=METHODS),
@@ -87,6 +88,16 @@ def bench(
     warmup: Annotated[
         int, typer.Option(min=1, help="DeepConf's warm-up traces.", rich_help_panel=METHODS)
     ] = 16,
+    tau: Annotated[
+        float,
+        typer.Option(
+            "--deepconf-tau",
+            min=0,
+            max=1,
+            help="Share of the vote at which DeepConf stops sampling; 0 = it samples all traces.",
+            rich_help_panel=METHODS,
+        ),
+    ] = 0.95,
     slim_delay: Annotated[
         int | None,
         typer.Option(
@@ -177,8 +188,8 @@ def bench(
         data_dir=data_dir, split=split, question_field=question_field, answer_field=answer_field,
         question_seed=question_seed, suffix=suffix, temperature=temperature, top_p=top_p,
         top_k=top_k, max_new_tokens=max_new_tokens, window=window, warmup=warmup,
-        slim_delay=slim_delay, slim_similarity=slim_similarity, record=record, watch=watch,
-        timeout=timeout,
+        tau=tau, slim_delay=slim_delay, slim_similarity=slim_similarity, record=record,
+        watch=watch, timeout=timeout,
     )  # fmt: skip
     _run(options, folder)
 

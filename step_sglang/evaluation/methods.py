@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from step_sglang.errors import nearest
 from step_sglang.evaluation.errors import BenchError
-from step_sglang.voting.session import SampledTrace
+from step_sglang.voting.session import SampledTrace, VoteRules
 from step_sglang.voting.tally import weight_of
 
 Step = bool | Mapping[str, Any]  # custom_params.step
@@ -26,13 +27,14 @@ class MethodSettings:
     """Parameters of the methods; the defaults are those of their papers.
 
     DeepConf (arXiv 2508.15260): groups of 2,048 tokens and the 20 most likely candidates
-    (section 4.1), 16 warm-up traces (its online algorithm). Slim-SC (arXiv 2509.13990): similarity
-    above 0.95, compared after 20 steps.
+    (section 4.1), 16 warm-up traces and a consensus of 0.95 (its online algorithm). Slim-SC
+    (arXiv 2509.13990): similarity above 0.95, compared after 20 steps.
     """
 
     window: int = 2048  # tokens of a DeepConf group
     top_k: int = 20  # candidates of a token's confidence
     warmup: int = 16  # traces
+    tau: float = 0.95  # share of DeepConf's vote at which it stops sampling; 0: it never does
     similarity: float = 0.95
     delay: int = 20  # steps of a trace before Slim-SC compares it
 
@@ -45,6 +47,19 @@ class Part:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Consensus:
+    """Ends a group once the leading answer holds a share of the vote.
+
+    ``weigh``: of a finished trace, None keeps it out of the vote. ``before``: finished traces of
+    earlier requests, which vote too; where they agree already, nothing is sampled.
+    """
+
+    share: float
+    weigh: Callable[[SampledTrace], float | None]
+    before: tuple[SampledTrace, ...] = ()
+
+
 class Sampler(Protocol):
     """Samples traces of the question at hand."""
 
@@ -53,8 +68,8 @@ class Sampler(Protocol):
         """Parameters of the method."""
         ...
 
-    async def ask(self, n: int, step: Step, early: str = "off") -> Part:
-        """Sample n traces as one group; ``early`` ends it as `client.solve` does."""
+    async def ask(self, n: int, step: Step, until: VoteRules | Consensus | None = None) -> Part:
+        """Sample n traces as one group; ``until`` ends it before its last trace."""
         ...
 
 
@@ -104,16 +119,23 @@ def stop_threshold(confidences: Sequence[float], keep: float) -> float:
     return float(np.percentile(np.asarray(confidences, np.float64), 100.0 - keep))
 
 
-def _one_request(step: Step | Callable[[MethodSettings], Step], early: str = "off") -> Ask:
+def _one_request(
+    step: Step | Callable[[MethodSettings], Step], until: VoteRules | None = None
+) -> Ask:
     async def ask(sampler: Sampler, n: int) -> SampleResult:
         value = step(sampler.settings) if callable(step) else step
-        return SampleResult((await sampler.ask(n, value, early),))
+        return SampleResult((await sampler.ask(n, value, until),))
 
     return ask
 
 
 def _deepconf(keep: float) -> Ask:
-    """Warm-up traces run to their end and set the threshold; the engine stops the others below."""
+    """Warm-up traces run to their end and set the threshold; the engine stops the others below.
+
+    Sampling ends once the leading answer holds ``tau`` of the vote (adaptive sampling, the paper's
+    online algorithm), which may be after the warm-up. The paper samples the others one after the
+    other; here they run at once, and those that still run then end.
+    """
 
     async def ask(sampler: Sampler, n: int) -> SampleResult:
         settings = sampler.settings
@@ -129,7 +151,11 @@ def _deepconf(keep: float) -> Ask:
         if n <= settings.warmup:
             return SampleResult((warmup,), threshold)
         stopping = {**baseline, "stop_below": threshold}
-        rest = await sampler.ask(n - settings.warmup, {"baseline": stopping})
+        until = None
+        if settings.tau > 0:
+            weigh = partial(_by_confidence, threshold=threshold)
+            until = Consensus(settings.tau, weigh, warmup.traces)
+        rest = await sampler.ask(n - settings.warmup, {"baseline": stopping}, until)
         return SampleResult((warmup, rest), threshold)
 
     return ask
@@ -152,6 +178,14 @@ def _control(name: str) -> Ask:
     return _one_request({"baseline": {"name": name}})
 
 
+def _sc(rule: str) -> Ask:
+    return _one_request(False, VoteRules("majority", rule))
+
+
+def _step(rule: str) -> Ask:
+    return _one_request(True, VoteRules("weighted", rule))
+
+
 def _majority(trace: SampledTrace, threshold: float | None) -> float:
     return 1.0
 
@@ -168,8 +202,8 @@ def _by_confidence(trace: SampledTrace, threshold: float | None) -> float | None
     return confidence
 
 
-EARLY = "step-early"
-# STEP waits for all survivors, as the paper's does; `step-early` ends the group by the exact rule.
+# STEP waits for all survivors, as the paper's does; `step-early` ends the group once it is
+# improbable that the others change the answer, `step-exact` once they cannot. Likewise SC.
 # `step-paper` differs from `step` in the victims alone: both weigh the traces that finished, while
 # the reference's script also counts pruned traces whose text contains "boxed".
 METHODS = {
@@ -177,6 +211,8 @@ METHODS = {
     for method in (
         Method("cot", "CoT", _one_request(False), _majority, policy=None, single=True),
         Method("sc", "SC", _one_request(False), _majority, policy=None),
+        Method("sc-early", "SC, ends early", _sc("posterior"), _majority, policy=None),
+        Method("sc-exact", "SC, ends when certain", _sc("exact"), _majority, None),
         Method("slim-sc-random", "Slim-SC (random)", _slim_sc("random"), _majority),
         Method("slim-sc-diversity", "Slim-SC (diversity)", _slim_sc("diversity"), _majority),
         Method("deepconf-low", "DeepConf-low", _deepconf(10.0), _by_confidence),
@@ -185,7 +221,8 @@ METHODS = {
         Method("longest", "longest victim", _control("longest"), _by_score),
         Method("step-paper", "STEP (paper policy)", _one_request(True), _by_score, policy="paper"),
         Method("step", "STEP", _one_request(True), _by_score),
-        Method(EARLY, "STEP, ends early", _one_request(True, "exact"), _by_score),
+        Method("step-early", "STEP, ends early", _step("posterior"), _by_score),
+        Method("step-exact", "STEP, ends when certain", _step("exact"), _by_score),
     )
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.machine import machines_of
-from step_sglang.evaluation.methods import EARLY, METHODS, REFERENCE, Method
+from step_sglang.evaluation.methods import METHODS, REFERENCE, Method
 from step_sglang.evaluation.ranking import Rankings, recorded_rankings
 from step_sglang.evaluation.results import Loaded, load_results
 from step_sglang.evaluation.stats import Mean, Paired
@@ -32,9 +32,10 @@ _NOTE = (
     "prefill and decode: a trace's own, mean, by the server's time stamps."
 )
 _CUT_SHORT = (
-    "Tokens of {}: a cancelled trace counts with those that had been sent, which happens every "
-    f"{STREAM_INTERVAL} tokens. Later ones, and what the server made until it heard of the end, "
-    "are missing: the figure is too small by so much."
+    "Tokens of {}: a trace that was cancelled by an early end counts with the tokens that had been "
+    f"sent, which happens every {STREAM_INTERVAL} tokens. Up to {STREAM_INTERVAL - 1} later ones, "
+    "and what the server made until it heard of the end, are missing for each: the figure is too "
+    "small, without the latter by at most {} a question."
 )
 
 
@@ -75,7 +76,7 @@ def write_report(
     rankings = recorded_rankings(folders, loaded.meta["settings"]["window"])
     if rankings:
         tables.append(ranking_table(rankings))
-    early = [s.title for s in summaries if s.method == EARLY]
+    early = [_cut_short(s) for s in summaries if s.cancelled]
     fewest = min(s.questions for s in summaries)
     warnings = (few_questions(fewest),) if fewest < FEW_QUESTIONS else ()
     heading = _heading(loaded, machines_of(folders))
@@ -111,13 +112,14 @@ def breakdown_table(summaries: Sequence[Summary]) -> Table:
     """The paper's Table 2: where the time of a trace goes, and what happened to the traces."""
     head = (
         "method", "n", "wait, s", "longest wait, s", "prefill, s", "decode, s", "pruned",
-        "retracted", "pool in use, %", "at most, %",
+        "retracted", "ended early", "pool in use, %", "at most, %",
     )  # fmt: skip
     rows = [
         (
             s.title, str(s.n), _number(s.wait, 2), _number(s.longest_wait, 2),
             _number(s.prefill, 3), _number(s.decode, 2), _number(s.pruned, 1),
-            _number(s.retracted, 1), _number(s.usage, 0, 100), _number(s.peak_usage, 0, 100),
+            _number(s.retracted, 1), _number(s.cancelled, 1),
+            _number(s.usage, 0, 100), _number(s.peak_usage, 0, 100),
         )
         for s in summaries
     ]  # fmt: skip
@@ -214,9 +216,14 @@ def _markdown(
     drawn: Sequence[Path],
 ) -> str:
     plots = [f"![{_PLOTS[f.name]}]({f.name})\n" for f in drawn if f.name in _PLOTS]
-    notes = [_NOTE, *(f"\n{_CUT_SHORT.format(name)}" for name in dict.fromkeys(early))]
+    notes = [_NOTE, *(f"\n{note}" for note in early)]
     warned = [f"**Warning:** {warning}.\n" for warning in warnings]
     return "\n".join([heading, *warned, *(markdown(table) for table in tables), *plots, *notes, ""])
+
+
+def _cut_short(summary: Summary) -> str:
+    name = f"{summary.title}, n = {summary.n}, {summary.memory}"
+    return _CUT_SHORT.format(name, f"{(STREAM_INTERVAL - 1) * summary.cancelled:.0f}")
 
 
 def _mean(mean: Mean, scale: float, digits: int) -> str:

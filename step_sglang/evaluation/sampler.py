@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 
@@ -11,6 +12,7 @@ from step_sglang.client.result import server_times
 from step_sglang.client.sampling import Sampling
 from step_sglang.client.source import TraceSource, reading_chunks
 from step_sglang.evaluation.methods import (
+    Consensus,
     Method,
     MethodSettings,
     Part,
@@ -20,6 +22,7 @@ from step_sglang.evaluation.methods import (
 )
 from step_sglang.evaluation.trial_result import TrialTrace
 from step_sglang.voting.answers import Extractor
+from step_sglang.voting.classes import Steps
 from step_sglang.voting.session import (
     STREAM_INTERVAL,
     SampledTrace,
@@ -27,7 +30,7 @@ from step_sglang.voting.session import (
     VoteRules,
     VoteSession,
 )
-from step_sglang.voting.tally import Ballot, tallying
+from step_sglang.voting.tally import Ballot, Poll, share_of, tallying
 from step_sglang.voting.verifier import AnswerVerifier
 
 # Only the end of a trace is sent: streaming every token would cost the server time.
@@ -45,17 +48,25 @@ class ServerSampler:
     extract: Extractor
     verifier: AnswerVerifier
 
-    async def ask(self, n: int, step: Step, early: str = "off") -> Part:
+    async def ask(self, n: int, step: Step, until: VoteRules | Consensus | None = None) -> Part:
         """Sample n traces in one request.
 
-        The time ends with the last trace. Votes are counted meanwhile only where ``early`` asks
-        for it.
+        The time ends with the last trace, or when ``until`` ends the group. Votes are counted only
+        where it asks for that, and the time that it takes is counted too.
 
         Raises:
             RequestRefused: the server refused it.
             ServerError: it does not answer, breaks off, or answers something unusable.
         """
-        interval = _NEVER if early == "off" else STREAM_INTERVAL
+        started = time.perf_counter()
+        comparison = self.verifier.comparison()
+        agreed = None
+        if isinstance(until, Consensus):
+            agreed = _Agreement(until)
+            await comparison.arun(agreed.counting(until.before))
+            if agreed.reached():
+                return Part((), time.perf_counter() - started)
+        interval = _NEVER if until is None else STREAM_INTERVAL
         body = {
             "input_ids": self.prompt,
             "sampling_params": {
@@ -66,26 +77,54 @@ class ServerSampler:
                 "custom_params": {protocol.REQUEST_KEY: step},
             },
         }
-        rules = VoteRules("weighted", early)
-        limit = self.sampling.max_new_tokens
-        session = VoteSession(n, rules, self.extract, limit)
-        comparison = self.verifier.comparison()
-        started = session.started = time.perf_counter()
+        rules = until if isinstance(until, VoteRules) else VoteRules(early="off")
+        session = VoteSession(n, rules, self.extract, self.sampling.max_new_tokens)
+        session.started = time.perf_counter()
         chunks = self.source.stream(body)
         async with aclosing(chunks):
             async for chunk in chunks:
                 with reading_chunks():
                     ended = session.feed(chunk)
-                if ended and early != "off":
+                if not ended or until is None:
+                    continue
+                trace = session.traces[chunk.get("index", 0)]
+                if agreed is None:
                     await comparison.arun(session.counting())
-                    if session.decided():
-                        break
+                elif trace.fate is TraceFate.FINISHED:
+                    trace.answer = self.extract(trace.text)
+                    await comparison.arun(agreed.counting([trace]))
+                if session.decided() if agreed is None else agreed.reached():
+                    break
         seconds = time.perf_counter() - started
         session.cancel()
         for trace in session.traces:
             if trace.answer is None and trace.fate is not TraceFate.CANCELLED:
                 trace.answer = self.extract(trace.text)
         return Part(tuple(session.traces), seconds)
+
+
+class _Agreement:
+    """The vote of a method that ends its group by :class:`Consensus`."""
+
+    def __init__(self, until: Consensus) -> None:
+        self._until, self._poll = until, Poll()
+
+    def counting(self, traces: Sequence[SampledTrace]) -> Steps[None]:
+        """Count traces that ended, in steps that may take long."""
+        for trace in traces:
+            if (ballot := _ballot(trace, self._until.weigh(trace))) is not None:
+                yield from self._poll.adding(ballot)
+
+    def reached(self) -> bool:
+        tallies = self._poll.tallies()
+        return bool(tallies) and share_of(tallies) >= self._until.share
+
+
+def _ballot(trace: SampledTrace, weight: float | None) -> Ballot | None:
+    """Of a trace that finished with an answer, unless its method keeps it out of the vote."""
+    if trace.fate is not TraceFate.FINISHED or trace.answer is None or weight is None:
+        return None
+    return Ballot(trace.answer, weight)
 
 
 @dataclass(frozen=True)
@@ -110,10 +149,8 @@ def grade(method: Method, asked: SampleResult, gold: str, verifier: AnswerVerifi
 
     ballots = []
     for trace in asked.traces:
-        if trace.fate is TraceFate.FINISHED and trace.answer is not None:
-            weight = method.weigh(trace, asked.threshold)
-            if weight is not None:
-                ballots.append(Ballot(trace.answer, weight))
+        if (ballot := _ballot(trace, method.weigh(trace, asked.threshold))) is not None:
+            ballots.append(ballot)
     tallies = verifier.comparison().run(tallying(ballots))
     answer = tallies[0].answer if tallies else None
     traces = tuple(_trace_result(trace, is_right(trace.answer)) for trace in asked.traces)

@@ -37,7 +37,7 @@ from step_sglang.evaluation.trial_result import TrialResult
 from step_sglang.voting.suffix import default_suffix
 
 QUESTION_SEED = 2  # reasoner questions that neither its card (0) nor the demo (1) has looked at
-DEFAULT_METHODS = "cot,sc,slim-sc,deepconf,step-paper,step"
+DEFAULT_METHODS = "cot,sc,sc-early,slim-sc,deepconf,random,longest,step-paper,step,step-early"
 Say = Callable[[str], None]
 
 
@@ -70,6 +70,7 @@ class BenchOptions:
     max_new_tokens: int | None = None
     window: int | None = None
     warmup: int = 16
+    tau: float = 0.95
     slim_delay: int | None = None
     slim_similarity: float = 0.95
     record: bool = False
@@ -124,6 +125,7 @@ def set_up(options: BenchOptions, say: Say) -> Setup:
     settings = MethodSettings(
         window=options.window or profile.window,
         warmup=options.warmup,
+        tau=options.tau,
         similarity=options.slim_similarity,
         delay=profile.delay if options.slim_delay is None else options.slim_delay,
     )

@@ -32,6 +32,7 @@ class Summary:
     longest_wait: float | None
     pruned: float  # traces per question
     retracted: float  # retractions per question
+    cancelled: float  # traces per question that an early end cut short
     usage: float | None  # share of the pool in use, mean over time
     peak_usage: float | None
     accuracy_gap: Paired | None  # against the reference with as many traces, in the same memory
@@ -83,6 +84,7 @@ def _summary(
         longest_wait=max(waits, default=None),
         pruned=sum(result.pruned for result in results) / len(results),
         retracted=sum(result.retracted for result in results) / len(results),
+        cancelled=sum(result.cancelled for result in results) / len(results),
         usage=sum(shares) / len(shares) if shares else None,
         peak_usage=max(shares, default=None),
         accuracy_gap=compare(accuracy, _values(reference, _correct)) if compared else None,

@@ -79,6 +79,11 @@ class TrialResult:
         return sum(trace.fate == "pruned" for trace in self.traces)
 
     @property
+    def cancelled(self) -> int:
+        """Traces that an early end cut short."""
+        return sum(trace.fate == "cancelled" for trace in self.traces)
+
+    @property
     def retracted(self) -> int:
         """How often SGLang took a trace's KV cache and queued it again."""
         return sum(trace.retractions for trace in self.traces)

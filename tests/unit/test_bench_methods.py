@@ -16,6 +16,7 @@ from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.methods import (
     METHODS,
     RECORD,
+    Consensus,
     MethodSettings,
     Part,
     methods_named,
@@ -26,7 +27,8 @@ from step_sglang.evaluation.sampler import ServerSampler, grade
 from step_sglang.evaluation.serving import PoolSize, Serving, parse_pool_sizes
 from step_sglang.evaluation.watch import read_gauges
 from step_sglang.voting.answers import extract_boxed
-from step_sglang.voting.session import SampledTrace, TraceFate
+from step_sglang.voting.classes import run_here
+from step_sglang.voting.session import SampledTrace, TraceFate, VoteRules
 from step_sglang.voting.verifier import AnswerVerifier, Comparison
 
 SETTINGS = MethodSettings(window=10, warmup=4, delay=3)
@@ -50,10 +52,10 @@ class Script:
 
     def __init__(self, *parts: list[SampledTrace]) -> None:
         self.parts = list(parts)
-        self.asked: list[tuple[int, Any, str]] = []
+        self.asked: list[tuple[int, Any, Any]] = []
 
-    async def ask(self, n: int, step: Any, early: str = "off") -> Part:
-        self.asked.append((n, step, early))
+    async def ask(self, n: int, step: Any, until: Any = None) -> Part:
+        self.asked.append((n, step, until))
         return Part(tuple(self.parts.pop(0)), 1.0)
 
 
@@ -83,18 +85,28 @@ def test_what_each_method_says_to_the_server() -> None:
         "longest": {"baseline": {"name": "longest"}},
         "step": True,
         "step-paper": True,
+        "sc-early": False,
+        "sc-exact": False,
         "step-early": True,
+        "step-exact": True,
     }
+    rules = {
+        "sc-early": VoteRules("majority", "posterior"),
+        "sc-exact": VoteRules("majority", "exact"),
+        "step-early": VoteRules("weighted", "posterior"),
+        "step-exact": VoteRules("weighted", "exact"),
+    }
+    assert {*expected, "deepconf-low", "deepconf-high"} == {*METHODS}
     for name, step in expected.items():
         script = Script([trace(0, "7")])
         asyncio.run(METHODS[name].ask(script, 1))
-        assert script.asked == [(1, step, "exact" if name == "step-early" else "off")]
+        assert script.asked == [(1, step, rules.get(name))]
 
 
 def test_recorded_traces_are_never_pruned() -> None:
     script = Script([trace(0, "7"), trace(1, "7")])
     asyncio.run(RECORD.ask(script, 2))
-    assert script.asked == [(2, {"record": True, "step_scores": True, "min_survivors": 2}, "off")]
+    assert script.asked == [(2, {"record": True, "step_scores": True, "min_survivors": 2}, None)]
     whole = replace(plan("sc,step", questions=1, ns=(8, 16)), methods=(METHODS["step"], RECORD))
     small, large = blocks(whole, frozenset())
     assert small.serving == Serving("fair", PoolSize(512))
@@ -122,10 +134,23 @@ def test_deepconf_stops_below_what_the_best_of_the_warmup_reach() -> None:
         asked = asyncio.run(METHODS[name].ask(script, 5))
         baseline = {"name": "deepconf", "window": 10, "top_k": 20}
         assert asked.threshold == pytest.approx(threshold)
-        assert script.asked == [
-            (4, {"baseline": baseline}, "off"),
-            (1, {"baseline": {**baseline, "stop_below": asked.threshold}}, "off"),
+        assert [one[:2] for one in script.asked] == [
+            (4, {"baseline": baseline}),
+            (1, {"baseline": {**baseline, "stop_below": asked.threshold}}),
         ]
+        assert script.asked[0][2] is None
+        until = script.asked[1][2]
+        assert (until.share, until.before) == (0.95, tuple(warmup))
+        # Those below the threshold have no vote, here as in the end.
+        weights = [until.weigh(t) for t in warmup]
+        assert weights == [c if c >= threshold else None for c in (1.0, 2.0, 3.0, 4.0)]
+
+
+def test_deepconf_without_adaptive_sampling_samples_all() -> None:
+    script = Script([trace(i, "3", confidence=1.0 + i) for i in range(4)], [trace(0, "7")])
+    script.settings = replace(SETTINGS, tau=0)
+    asyncio.run(METHODS["deepconf-low"].ask(script, 5))
+    assert [one[2] for one in script.asked] == [None, None]
 
 
 def test_deepconf_votes_by_confidence_without_those_below_the_threshold() -> None:
@@ -192,7 +217,62 @@ def test_answers_are_read_and_not_compared_while_a_question_is_asked() -> None:
     assert [trace.answer for trace in part.traces] == ["x+1", None, "1+x"]
     assert {trace.fate for trace in part.traces} == {TraceFate.FINISHED}
     with pytest.raises(AssertionError):
-        asyncio.run(session.ask(3, False, "exact"))
+        asyncio.run(session.ask(3, False, VoteRules("majority", "exact")))
+
+
+class Judge(AnswerVerifier):
+    """Compares in this process."""
+
+    def comparison(self) -> Comparison:
+        return InPlace()
+
+
+class InPlace(Comparison):
+    def __init__(self) -> None:
+        pass
+
+    async def arun(self, steps: Any) -> Any:
+        return run_here(steps)
+
+
+def streamed(*texts: str) -> ServerSampler:
+    return ServerSampler(Streamed(*texts), [1], Sampling(), SETTINGS, extract_boxed, Judge())
+
+
+def fates(part: Part) -> list[str]:
+    return [trace.fate.value for trace in part.traces]
+
+
+def test_a_vote_ends_its_group_by_the_rule_that_the_method_names() -> None:
+    texts = ["\\boxed{7}"] * 8
+    for rule, finished in (("off", 8), ("exact", 5), ("posterior", 4)):
+        part = asyncio.run(streamed(*texts).ask(8, False, VoteRules("majority", rule)))
+        assert fates(part) == ["finished"] * finished + ["cancelled"] * (8 - finished), rule
+
+
+def test_a_consensus_ends_the_group_and_may_make_it_needless() -> None:
+    def weigh(one: SampledTrace) -> float | None:
+        return one.meta_info.get("weight", 1.0)
+
+    def ask(share: float, before: tuple[SampledTrace, ...], *texts: str) -> Part:
+        until = Consensus(share, weigh, before)
+        return asyncio.run(streamed(*texts).ask(len(texts), False, until))
+
+    sevens = ["\\boxed{7}"] * 4
+    three, seven = trace(0, "3"), trace(1, "7")
+    # 1 of 2, then 2 of 3, 3 of 4: three quarters.
+    part = ask(0.75, (three, seven), *sevens)
+    assert fates(part) == ["finished", "finished", "cancelled", "cancelled"]
+    assert [t.answer for t in part.traces[:2]] == ["7", "7"]
+    # What does not vote does not hinder: pruned, without an answer, without a weight.
+    silent = (trace(0, "3", fate=TraceFate.PRUNED), trace(1, None), trace(2, "3"))
+    silent[2].meta_info = {"weight": None}
+    assert ask(0.95, (*silent, seven), *sevens).traces == ()
+    # No vote is no consensus, and another spelling is no other answer.
+    part = ask(0.95, silent, "no answer", "\\boxed{7.0}", *sevens)
+    assert fates(part)[:3] == ["finished", "finished", "cancelled"]
+    part = ask(0.95, (three, trace(1, "7.0")), *sevens)
+    assert fates(part) == ["finished"] * 4
 
 
 def plan(methods: str, questions: int = 3, **changes: Any) -> Plan:

@@ -231,7 +231,7 @@ def test_the_report_has_tables_and_plots(tmp_path: Path) -> None:
     }  # fmt: skip
     for file in written.files:
         assert file.stat().st_size > 500
-    assert "counts with those that had been sent" not in written.markdown
+    assert "Tokens of" not in written.markdown
     assert "| STEP | 2 | 100.0 ± 0.0 | 140 ± 0 | 3.50 ± 0.76 | +50.0 [" in written.markdown
     tex = (tmp_path / "report.tex").read_text()
     assert tex.count(r"\toprule") == 2 and r"100.0 $\pm$ 0.0" in tex
@@ -245,9 +245,18 @@ def test_the_report_has_tables_and_plots(tmp_path: Path) -> None:
 def test_an_early_end_has_its_footnote(tmp_path: Path) -> None:
     with ResultWriter(tmp_path, META) as writer:
         for one in some_results():
-            writer.add(replace(one, method="step-early") if one.method == "step" else one)
+            if one.method == "step":
+                cut = replace(one.traces[0], fate="cancelled")
+                one = replace(one, method="step-early", traces=(cut, *one.traces[1:]))
+            writer.add(one)
     text = write_report([tmp_path], tmp_path).markdown
-    assert "Tokens of STEP, ends early: a cancelled trace counts with those" in text
+    notes = [line for line in text.splitlines() if line.startswith("Tokens of")]
+    assert len(notes) == 1
+    assert notes[0].startswith("Tokens of STEP, ends early, n = 2, ")
+    assert notes[0].endswith("without the latter by at most 15 a question.")
+    head = next(line for line in text.splitlines() if "ended early" in line)
+    broken = [line for line in text.splitlines() if line.startswith("| STEP, ends early")][1]
+    assert broken.split("|")[head.split("|").index(" ended early ")].strip() == "1.0"
 
 
 def test_several_memories_become_a_column_and_a_plot(tmp_path: Path) -> None:
