@@ -55,6 +55,17 @@ def numbers(flag: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in text.split(",")))
 
 
+def shares(flag: str, text: str) -> tuple[float, ...]:
+    """Comma-separated shares, above 0 and at most 1, each once; raises SourceError."""
+    try:
+        found = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < share <= 1 for share in found):
+        raise SourceError(f"{flag} takes shares above 0 and at most 1, such as 1,0.5, not {text!r}")
+    return found
+
+
 def names(text: str) -> list[str]:
     """Comma-separated names."""
     return [part.strip() for part in text.split(",")]

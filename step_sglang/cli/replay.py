@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from step_sglang.cli.common import MEMORY, OUTPUT, err, names, numbers, out
+from step_sglang.cli.common import MEMORY, OUTPUT, err, names, numbers, out, shares
 
 
 def replay(
@@ -23,6 +23,18 @@ def replay(
     votes: Annotated[
         str, typer.Option(help="Comma-separated: weighted, majority, best.")
     ] = "weighted,majority",
+    early: Annotated[
+        str,
+        typer.Option(help="When the vote ends a group; comma-separated: off, exact, posterior."),
+    ] = "off",
+    prune_at: Annotated[
+        str,
+        typer.Option(
+            help="Shares of the pool that a group may fill, comma-separated; not for none and "
+            "paper.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = "1",
     n: Annotated[
         int | None, typer.Option("-n", min=1, help="Traces of a group. Default: as recorded.")
     ] = None,
@@ -33,7 +45,7 @@ def replay(
         bool, typer.Option("--json", help="Print JSON lines.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
-    """Evaluate pruning policies and votes on recorded traces, in a model of the memory."""
+    """Evaluate pruning, votes and early ends on recorded traces, in a model of the memory."""
     from step_sglang.evaluation.cost_model import fit_cost_model
     from step_sglang.evaluation.replay import predict, split_groups
     from step_sglang.evaluation.traces import load_groups
@@ -51,8 +63,11 @@ def replay(
     try:
         pools = numbers("--pool", pool)
         found = list(
-            predict(groups, names(policies), names(votes), pools, cost_model, page, verifier)
-        )
+            predict(
+                groups, names(policies), names(votes), pools, cost_model, page, verifier,
+                names(early), shares("--prune-at", prune_at),
+            )
+        )  # fmt: skip
     finally:
         verifier.close()
     if as_json:
@@ -70,14 +85,15 @@ def replay(
 
 def _table(found: Sequence[Any]) -> Table:
     table = Table(
-        "pool", "policy", "vote", "accuracy, %", "tokens", "pruned", "retracted", "steps",
-        "waiting, %", "seconds",
+        "pool", "share", "policy", "vote", "early end", "accuracy, %", "tokens", "pruned",
+        "ended early", "retracted", "steps", "waiting, %", "seconds",
     )  # fmt: skip
     for one in found:
         table.add_row(
-            str(one.pool), one.policy, one.vote,
+            str(one.pool), f"{one.prune_at:g}", one.policy, one.vote, one.early,
             f"{100 * one.accuracy.value:.1f} ± {100 * one.accuracy.error:.1f}",
-            f"{one.tokens:.0f}", f"{one.pruned:.1f}", f"{one.retracted:.1f}", f"{one.steps:.0f}",
-            f"{100 * one.wait_share:.0f}", f"{one.seconds:.2f}",
+            f"{one.tokens:.0f}", f"{one.pruned:.1f}", f"{one.cancelled:.1f}",
+            f"{one.retracted:.1f}", f"{one.steps:.0f}", f"{100 * one.wait_share:.0f}",
+            f"{one.seconds:.2f}",
         )  # fmt: skip
     return table

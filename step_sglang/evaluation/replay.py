@@ -21,12 +21,16 @@ from step_sglang.evaluation.stats import Mean, mean_of
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
 from step_sglang.pruning.groups import Group
 from step_sglang.voting.classes import run_here
-from step_sglang.voting.tally import Ballot, tallying, weight_of
+from step_sglang.voting.early_stopping import highest_weight, is_settled
+from step_sglang.voting.session import VoteRules
+from step_sglang.voting.tally import Ballot, Poll, tallying, weight_of
 from step_sglang.voting.verifier import AnswerVerifier
 
 Rank = Callable[[Request], tuple[float, int]]
 POLICIES = ("none", "fair", "paper", "random", "longest")
+WATERMARKED = ("fair", "random", "longest")  # that a share of the pool applies to
 NO_PRUNING = "none"  # self-consistency: SGLang reserves, queues and retracts
+NEVER_EARLY = VoteRules(early="off")
 _LAG = 2  # a boundary token is scored when it is consumed: one token later, known the next step
 
 
@@ -37,6 +41,7 @@ class ReplayOutcome:
     question: str
     finished: tuple[RecordedTrace, ...]
     pruned: int
+    cancelled: int  # cut short by the early end
     retracted: int
     tokens: int
     steps: int  # decode steps until the last trace ended
@@ -50,12 +55,15 @@ class Prediction:
 
     policy: str
     vote: str
+    early: str  # rule by which the vote ends a group
+    prune_at: float  # share of the pool that the group may fill
     n: int
     pool: int
     groups: int
     accuracy: Mean
     tokens: float  # of a group, mean
     pruned: float
+    cancelled: float
     retracted: float
     steps: float
     seconds: float
@@ -93,6 +101,10 @@ def simulate(
     cost_model: CostModel,
     page: int = 1,
     seed: int = 0,
+    rules: VoteRules = NEVER_EARLY,
+    prune_at: float = 1.0,
+    unit: int = 1,
+    verifier: AnswerVerifier | None = None,
 ) -> ReplayOutcome:
     """The outcome of a group in a pool of that size.
 
@@ -103,28 +115,39 @@ def simulate(
         cost_model: of the machine.
         page: KV tokens of a page.
         seed: of the random policy.
+        rules: by which the group ends early: at once, when the deciding trace has ended. A real
+            client hears of that end, and the server of the client's, a little later.
+        prune_at: the share of the pool that the group may fill; for :data:`WATERMARKED` policies.
+        unit: real tokens that a token of ``group`` stands for, where the caller made it coarser.
+        verifier: compares answers for ``rules``; None: in this process.
 
     Raises:
-        ReplayError: there is no such policy, or the pool cannot hold the longest trace.
+        ReplayError: there is no such policy, it has no such share, or the pool cannot hold
+            the longest trace.
     """
     if policy not in POLICIES:
         near = nearest(policy, POLICIES)
         known = ", ".join(POLICIES)
         raise ReplayError(f"there is no policy {policy[:40]!r}{near}; there are {known}")
+    if prune_at != 1 and policy not in WATERMARKED:
+        raise ReplayError(f"the policy {policy} has no share of the pool: leave it at 1")
     room = pool - -(-group.prompt_tokens // page) * page
     longest = max(trace.tokens for trace in group.traces)
     if longest + 2 * page > room:
         raise ReplayError(
             f"a pool of {pool} tokens cannot hold a trace of {group.prompt_tokens} + {longest}"
         )
-    config = StepConfig("recorded", policy="paper" if policy == "paper" else "fair")
+    engine = "paper" if policy == "paper" else "fair"
+    config = StepConfig("recorded", policy=engine, prune_at=prune_at)
     alive = None if policy == NO_PRUNING else Group(group.question)
     limit = min(group.max_new_tokens, room - 2)  # as SGLang cuts it to the pool
-    simulator = Simulator(room, page, config, reserve=Reserve(limit))
+    simulator = Simulator(room, page, config, reserve=Reserve(limit, unit=unit))
     requests = [
         Request(0, 0, trace.tokens, alive, steps=_score_events(trace), rank=rank)
         for trace, rank in zip(group.traces, _ranks(policy, group, seed), strict=True)
     ]
+    if rules.early != "off":
+        simulator.ended_by = _EarlyEnd(group, requests, rules, limit, verifier)
     simulator.run(list(requests), max_steps=20 * sum(trace.tokens for trace in group.traces))
     steps = len(simulator.history)
     return ReplayOutcome(
@@ -135,6 +158,7 @@ def simulate(
             if request.fate == "finished"
         ),
         pruned=sum(request.fate == "pruned" for request in requests),
+        cancelled=sum(request.fate == "cancelled" for request in requests),
         retracted=sum(request.retractions for request in requests),
         tokens=sum(request.generated for request in requests),
         steps=steps,
@@ -151,37 +175,112 @@ def predict(
     cost_model: CostModel,
     page: int = 1,
     verifier: AnswerVerifier | None = None,
+    early: Sequence[str] = ("off",),
+    prune_at: Sequence[float] = (1.0,),
 ) -> Iterator[Prediction]:
-    """Every policy with every vote in every pool; ``verifier`` compares answers (None: we do).
+    """Every policy with every vote, rule and share of every pool.
+
+    Policies without a share (``none``, ``paper``) are evaluated once, at 1. ``verifier`` compares
+    answers (None: we do).
 
     Raises:
         ReplayError: as for :func:`simulate`.
-        VoteError: there is no such vote.
+        VoteError: there is no such vote or rule.
+        ConfigError: a share is none.
     """
     for pool in pools:
         for policy in policies:
-            fates = [
-                simulate(group, policy, pool, cost_model, page, seed=number)
-                for number, group in enumerate(groups)
-            ]
-            for vote in votes:
-                right: dict[str, list[float]] = defaultdict(list)
-                for fate in fates:
-                    right[fate.question].append(float(is_right(fate, vote, verifier)))
-                yield Prediction(
-                    policy=policy,
-                    vote=vote,
-                    n=len(groups[0].traces),
-                    pool=pool,
-                    groups=len(fates),
-                    accuracy=mean_of(right),
-                    tokens=_mean([fate.tokens for fate in fates]),
-                    pruned=_mean([fate.pruned for fate in fates]),
-                    retracted=_mean([fate.retracted for fate in fates]),
-                    steps=_mean([fate.steps for fate in fates]),
-                    seconds=_mean([fate.seconds for fate in fates]),
-                    wait_share=_mean([fate.wait_share for fate in fates]),
-                )
+            for share in prune_at if policy in WATERMARKED else (1.0,):
+
+                def outcomes(
+                    rules: VoteRules, policy: str = policy, pool: int = pool, share: float = share
+                ) -> list[ReplayOutcome]:
+                    return [
+                        simulate(
+                            group, policy, pool, cost_model, page, number, rules, share,
+                            verifier=verifier,
+                        )
+                        for number, group in enumerate(groups)
+                    ]  # fmt: skip
+
+                whole = outcomes(NEVER_EARLY)  # whatever the vote is
+                for vote in votes:
+                    for rule in early:
+                        found = whole if rule == "off" else outcomes(VoteRules(vote, rule))
+                        yield _prediction(
+                            found, policy, vote, rule, share, pool, len(groups[0].traces), verifier
+                        )
+
+
+def _prediction(
+    fates: Sequence[ReplayOutcome],
+    policy: str,
+    vote: str,
+    early: str,
+    prune_at: float,
+    pool: int,
+    n: int,
+    verifier: AnswerVerifier | None,
+) -> Prediction:
+    right: dict[str, list[float]] = defaultdict(list)
+    for fate in fates:
+        right[fate.question].append(float(is_right(fate, vote, verifier)))
+    return Prediction(
+        policy=policy,
+        vote=vote,
+        early=early,
+        prune_at=prune_at,
+        n=n,
+        pool=pool,
+        groups=len(fates),
+        accuracy=mean_of(right),
+        tokens=_mean([fate.tokens for fate in fates]),
+        pruned=_mean([fate.pruned for fate in fates]),
+        cancelled=_mean([fate.cancelled for fate in fates]),
+        retracted=_mean([fate.retracted for fate in fates]),
+        steps=_mean([fate.steps for fate in fates]),
+        seconds=_mean([fate.seconds for fate in fates]),
+        wait_share=_mean([fate.wait_share for fate in fates]),
+    )
+
+
+class _EarlyEnd:
+    """Ends a simulated group by its vote, as `voting.session` ends a real one."""
+
+    def __init__(
+        self,
+        group: RecordedGroup,
+        requests: Sequence[Request],
+        rules: VoteRules,
+        limit: int,
+        verifier: AnswerVerifier | None,
+    ) -> None:
+        self._traces = dict(zip(requests, group.traces, strict=True))
+        self._rules, self._limit = rules, limit
+        self._comparison = None if verifier is None else verifier.comparison()
+        self._poll = Poll(rules.vote)
+
+    def __call__(self, finished: Sequence[Request]) -> Sequence[Request]:
+        """Those who need not go on, once these have finished."""
+        rules = self._rules
+        for request in finished:
+            trace = self._traces[request]
+            if trace.answer is not None:
+                ballot = Ballot(str(trace.answer), weight_of(trace.score, rules.vote))
+                counting = self._poll.adding(ballot)
+                if self._comparison is None:
+                    run_here(counting)
+                else:
+                    self._comparison.run(counting)
+        going = [request for request in self._traces if request.fate == "waiting"]
+        weights = [
+            highest_weight(r.score_sum, r.num_steps, self._limit - r.generated, rules.vote)
+            for r in going
+        ]
+        settled = is_settled(
+            self._poll.tallies(), weights, rules.vote, rules.early, rules.threshold
+        )
+        return going if settled else ()
 
 
 def is_right(fate: ReplayOutcome, vote: str, verifier: AnswerVerifier | None = None) -> bool:

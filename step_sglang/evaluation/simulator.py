@@ -96,18 +96,20 @@ class Reserve:
 
     max_new_tokens: int
     ratio: float = _INIT_RATIO
+    unit: int = 1  # real tokens that one of the model stands for
 
     def future(self, request: Request) -> int:
         """Tokens that it may still generate, up to SGLang's limit for this estimate."""
-        return min(max(self.max_new_tokens - request.generated, 0), _CLIP)
+        return min(max(self.max_new_tokens - request.generated, 0), _CLIP // self.unit)
 
     def decay(self) -> None:
         """One decode step passed."""
-        self.ratio = max(self.ratio - (_INIT_RATIO - _MIN_RATIO) / _DECAY_STEPS, _MIN_RATIO)
+        decay = self.unit * (_INIT_RATIO - _MIN_RATIO) / _DECAY_STEPS
+        self.ratio = max(self.ratio - decay, _MIN_RATIO)
 
     def retracted(self, running: Sequence[Request]) -> None:
         """A request was retracted; ``running`` are left."""
-        decoded = sum(r.generated + _RETRACT_STEPS for r in running)
+        decoded = sum(r.generated + _RETRACT_STEPS / self.unit for r in running)
         self.ratio = min(1.0, decoded / (self.max_new_tokens * len(running) + 1))
 
 
@@ -132,8 +134,8 @@ class Simulator:
     now: int = 0
     history: list[DecodeStep] = field(default_factory=list)
     limit: GroupLimit | None = None
-    # Who no longer runs, because this request finished; the caller's early end.
-    ended_by: Callable[[Request], Sequence[Request]] = lambda request: ()
+    # Whom the caller ends early, because these requests finished in one step.
+    ended_by: Callable[[Sequence[Request]], Sequence[Request]] | None = None
     turns: Turns = field(default_factory=Turns)
     lengths: TraceLengths = field(default_factory=TraceLengths)
 
@@ -322,9 +324,9 @@ class Simulator:
         finished = [r for r in self.running if r.generated >= r.length]
         for request in finished:
             self._end(request, "finished")
-        for request in finished:
-            for other in self.ended_by(request):
-                self._cancel(other)
+        if finished and self.ended_by is not None:
+            for request in self.ended_by(finished):
+                self._cancel(request)
         assert self.free >= 0
 
     def _above(self) -> int:

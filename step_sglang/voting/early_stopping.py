@@ -110,3 +110,28 @@ def change_probability(tallies: Sequence[Tally], num_open: int, vote: str) -> fl
     chance = betabinom.pmf(won, num_open, others + 1, leader + 1)  # [O, num_open + 1]
     overtakes = others + won >= leader + num_open - won - _ROUNDING
     return min(1.0, float(chance[overtakes].sum()))
+
+
+def is_settled(
+    tallies: Sequence[Tally],
+    open_weights: Sequence[float],
+    vote: str,
+    early: str,
+    threshold: float = DEFAULT_THRESHOLD,
+) -> bool:
+    """Whether a group may end before its open traces.
+
+    Args:
+        tallies: the answers so far, the winner first; without any, nothing is settled.
+        open_weights: for every trace that has not ended, the most that it can weigh.
+        vote: one of the votes.
+        early: one of the rules.
+        threshold: of the posterior rule.
+    """
+    if early == "off" or not tallies:
+        return False
+    if cannot_change(tallies, open_weights, vote):
+        return True
+    if early == "exact":
+        return False
+    return change_probability(tallies, len(open_weights), vote) < threshold

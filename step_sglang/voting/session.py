@@ -18,10 +18,9 @@ from step_sglang.voting.answers import Extractor, extract_boxed
 from step_sglang.voting.classes import Same, Steps, run_here
 from step_sglang.voting.early_stopping import (
     DEFAULT_THRESHOLD,
-    cannot_change,
-    change_probability,
     check_rule,
     highest_weight,
+    is_settled,
 )
 from step_sglang.voting.tally import Ballot, Poll, Tally, check_vote, share_of, weight_of
 
@@ -178,15 +177,8 @@ class VoteSession:
         running = [t for t in self.traces if t.fate is TraceFate.RUNNING]
         if not running:
             return True
-        if self.rules.early == "off" or not self._voters:
-            return False
-        tallies = self._poll.tallies()
-        if cannot_change(tallies, [self._highest(t) for t in running], self.rules.vote):
-            return True
-        if self.rules.early == "exact":
-            return False
-        probability = change_probability(tallies, len(running), self.rules.vote)
-        return probability < self.rules.threshold
+        rules, weights = self.rules, [self._highest(t) for t in running]
+        return is_settled(self._poll.tallies(), weights, rules.vote, rules.early, rules.threshold)
 
     def cancel(self) -> None:
         """Mark what still runs as cancelled."""

@@ -12,10 +12,19 @@ import pytest
 from typer.testing import CliRunner
 
 from step_sglang.cli.main import app
+from step_sglang.errors import SourceError
 from step_sglang.evaluation.cost_model import CostModel, fit_cost_model
 from step_sglang.evaluation.errors import ReplayError
 from step_sglang.evaluation.ranking import build, recorded_rankings
-from step_sglang.evaluation.replay import POLICIES, is_right, predict, simulate, split_groups
+from step_sglang.evaluation.replay import (
+    POLICIES,
+    WATERMARKED,
+    ReplayOutcome,
+    is_right,
+    predict,
+    simulate,
+    split_groups,
+)
 from step_sglang.evaluation.simulator import DecodeStep, Request, Reserve
 from step_sglang.evaluation.traces import (
     TRACES,
@@ -25,6 +34,8 @@ from step_sglang.evaluation.traces import (
     write_group,
 )
 from step_sglang.training.metrics import RUNNING_MEAN
+from step_sglang.voting.session import VoteRules
+from step_sglang.voting.tally import Ballot, tally, weight_of
 
 STEP = 10  # tokens
 PROMPT = 20
@@ -153,6 +164,64 @@ def test_predictions_by_policy_vote_and_pool() -> None:
     assert ample.seconds == by["none", "weighted", AMPLE].seconds
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("vote", ["weighted", "majority", "best"])
+def test_an_exact_end_changes_no_answer_and_a_posterior_one_saves_more(
+    policy: str, vote: str
+) -> None:
+    saved = dict.fromkeys(("exact", "posterior"), 0)
+    for pool in (TIGHT, AMPLE):
+        for one in GROUPS:
+            whole = simulate(one, policy, pool, CLOCK)
+            for rule in saved:
+                fate = simulate(one, policy, pool, CLOCK, rules=VoteRules(vote, rule))
+                assert len(fate.finished) + fate.pruned + fate.cancelled == len(one.traces)
+                assert fate.steps <= whole.steps and fate.seconds <= whole.seconds
+                # Up to the end everything went as it did in the whole group.
+                finished = [t for t in whole.finished if t in fate.finished]
+                assert list(fate.finished) == finished
+                if rule == "exact":
+                    assert winner(fate, vote) == winner(whole, vote)
+                saved[rule] += whole.tokens - fate.tokens
+    assert saved["posterior"] > 0
+    assert saved["posterior"] >= saved["exact"]
+    if vote == "majority":
+        assert saved["exact"] > 0  # ten or more of sixteen agree
+
+
+def winner(fate: ReplayOutcome, vote: str) -> str | None:
+    voters = [t for t in fate.finished if t.answer is not None]
+    tallies = tally([Ballot(str(t.answer), weight_of(t.score, vote)) for t in voters], vote=vote)
+    return tallies[0].answer if tallies else None
+
+
+def test_a_share_of_the_pool_prunes_more_and_ends_sooner() -> None:
+    for policy in WATERMARKED:
+        whole = [simulate(one, policy, TIGHT, CLOCK) for one in GROUPS]
+        same = [simulate(one, policy, TIGHT, CLOCK, prune_at=1) for one in GROUPS]
+        half = [simulate(one, policy, TIGHT, CLOCK, prune_at=0.5) for one in GROUPS]
+        assert whole == same
+        assert sum(f.pruned for f in half) > sum(f.pruned for f in whole)
+        assert sum(f.tokens for f in half) < sum(f.tokens for f in whole)
+    for policy in set(POLICIES) - set(WATERMARKED):
+        with pytest.raises(ReplayError, match="has no share of the pool"):
+            simulate(GROUPS[0], policy, TIGHT, CLOCK, prune_at=0.5)
+
+
+def test_predictions_by_share_and_early_end() -> None:
+    found = list(
+        predict(
+            GROUPS[:2], ["none", "fair"], ["weighted"], [TIGHT], CLOCK,
+            early=["off", "posterior"], prune_at=[1.0, 0.5],
+        )
+    )  # fmt: skip
+    assert [(p.policy, p.prune_at, p.early) for p in found] == [
+        ("none", 1.0, "off"), ("none", 1.0, "posterior"), ("fair", 1.0, "off"),
+        ("fair", 1.0, "posterior"), ("fair", 0.5, "off"), ("fair", 0.5, "posterior"),
+    ]  # fmt: skip
+    assert all(p.cancelled == 0 for p in found if p.early == "off")
+
+
 def test_votes_are_those_of_the_traces_that_finished() -> None:
     fate = simulate(GROUPS[0], "fair", AMPLE, CLOCK)
     assert not is_right(fate, "majority")
@@ -189,6 +258,20 @@ def test_the_command_takes_lists_with_blanks(tmp_path: Path) -> None:
         ("none", "weighted", 16), ("none", "best", 16), ("fair", "weighted", 16),
         ("fair", "best", 16),
     ]  # fmt: skip
+    shared = ("--policies", "fair", "--votes", "weighted", "--early", "off,posterior")
+    more = ("--pool", str(TIGHT), *shared, "--prune-at", "1,0.5")
+    ran = CliRunner().invoke(app, ["replay", str(tmp_path), *more])
+    assert ran.exit_code == 0, ran.output
+    ran = CliRunner().invoke(app, ["replay", str(tmp_path), *more, "--json"])
+    found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    assert [(one["prune_at"], one["early"]) for one in found] == [
+        (1.0, "off"), (1.0, "posterior"), (0.5, "off"), (0.5, "posterior"),
+    ]  # fmt: skip
+    for share in ("0", "1.5", "half", ""):
+        bad = ["replay", str(tmp_path), "--pool", str(TIGHT), "--prune-at", share]
+        ran = CliRunner().invoke(app, bad)
+        assert isinstance(ran.exception, SourceError), ran.output
+        assert "--prune-at takes shares" in str(ran.exception)
     # Groups of another size are another measurement.
     write_group(tmp_path, replace(GROUPS[0], traces=GROUPS[0].traces[:4]))
     ran = CliRunner().invoke(app, ["replay", str(tmp_path), *options, "--json"])

@@ -245,10 +245,9 @@ def test_the_report_has_tables_and_plots(tmp_path: Path) -> None:
 def test_an_early_end_has_its_footnote(tmp_path: Path) -> None:
     with ResultWriter(tmp_path, META) as writer:
         for one in some_results():
-            if one.method == "step":
-                cut = replace(one.traces[0], fate="cancelled")
-                one = replace(one, method="step-early", traces=(cut, *one.traces[1:]))
-            writer.add(one)
+            cut = replace(one.traces[0], fate="cancelled")
+            early = replace(one, method="step-early", traces=(cut, *one.traces[1:]))
+            writer.add(early if one.method == "step" else one)
     text = write_report([tmp_path], tmp_path).markdown
     notes = [line for line in text.splitlines() if line.startswith("Tokens of")]
     assert len(notes) == 1
