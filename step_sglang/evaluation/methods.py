@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -132,8 +131,9 @@ def _one_request(
 def _deepconf(keep: float) -> Ask:
     """Warm-up traces run to their end and set the threshold; the engine stops the others below.
 
-    Sampling ends once the leading answer holds ``tau`` of the vote (adaptive sampling, the paper's
-    online algorithm), which may be after the warm-up. The paper samples the others one after the
+    Sampling ends once the leading answer holds ``tau`` of the confidence of all traces that
+    finished (adaptive sampling, the paper's online algorithm), which may be after the warm-up. The
+    vote itself is over those that reach the threshold. The paper samples the others one after the
     other; here they run at once, and those that still run then end.
     """
 
@@ -153,8 +153,8 @@ def _deepconf(keep: float) -> Ask:
         stopping = {**baseline, "stop_below": threshold}
         until = None
         if settings.tau > 0:
-            weigh = partial(_by_confidence, threshold=threshold)
-            until = Consensus(settings.tau, weigh, warmup.traces)
+            # All finished traces, or two of the warm-up that reach the threshold would be one.
+            until = Consensus(settings.tau, confidence_of, warmup.traces)
         rest = await sampler.ask(n - settings.warmup, {"baseline": stopping}, until)
         return SampleResult((warmup, rest), threshold)
 
