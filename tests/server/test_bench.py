@@ -45,7 +45,7 @@ def server(reasoner: Server) -> Server:
 def run(*arguments: object, status: int = 0) -> str:
     """Run the command to its end; returns what it printed, or its messages if it is to fail."""
     process = start(*arguments)
-    out, err = process.communicate(timeout=500)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == status, err
     return err if status else out
 
