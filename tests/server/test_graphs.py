@@ -12,7 +12,7 @@ from tests.server.amended import amend
 from tests.server.expected import assert_scores, step_positions
 from tests.server.launch import Server, serve
 from tests.server.recorded_graphs import GRAPHS, LOG
-from tests.server.test_pruning import PROMPT, sample
+from tests.server.traces import PROMPT, sample
 
 pytestmark = pytest.mark.server
 
@@ -72,7 +72,7 @@ def test_traces_beside_ordinary_requests_and_pruning(graphs: Server, models, sco
     assert pruned
     for answer in answers:
         assert_scores(models["qwen3"], scorer, PROMPT, answer)
-    ordinary = sample(graphs, 1, 10, custom_params=None)[0]
+    ordinary = graphs.generate(input_ids=PROMPT, sampling_params={"max_new_tokens": 10})
     assert "step" not in ordinary["meta_info"]
     assert graphs.info()["internal_states"][0]["step"]["passes_lost"] == 0
 

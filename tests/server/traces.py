@@ -23,8 +23,10 @@ def sample(server: Server, n: int = TRACES, tokens: int = NEW_TOKENS, **step: An
             "custom_params": {"step": {"step_scores": True, **step}},
         },
     )
+    # SGLang answers one sample with an object, several with a list.
+    answers = answers if isinstance(answers, list) else [answers]
     assert len(answers) == n
-    return list(answers)
+    return answers
 
 
 def victims(server: Server) -> dict[int, list[str]]:
