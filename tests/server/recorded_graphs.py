@@ -19,6 +19,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+SIZES = (4, 8, 16)
+FLAGS = (  # of a server that decodes in graphs of these sizes
+    *("--cuda-graph-bs-decode", *map(str, SIZES), "--cuda-graph-backend-decode", "full"),
+    *("--disable-prefill-cuda-graph", "--max-running-requests", "20", "--max-total-tokens", "3000"),
+)
 LOG = "STEP_TEST_REPLAYS"  # a file that gets one line per replay
 NOT_IN_A_GRAPH = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "equal"}
 

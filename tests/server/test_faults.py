@@ -29,7 +29,7 @@ FAULTS = (
     Fault("step_sglang.pruning.policy", "Candidates.take", every=7, after=True),
     Fault("step_sglang.pruning.policy", "Candidates.reclaim", every=2),
     Fault("step_sglang.pruning.policy", "Candidates.reclaimable", every=4),
-    Fault("step_sglang.pruning.groups", "Trace.record", every=50),
+    Fault("step_sglang.pruning.groups", "Trace.add_step", every=50),
     Fault("step_sglang.pruning.groups", "Trace.meta", every=47, after=True),
     Fault("step_sglang.pruning.groups", "Trace.meta", every=40),
     Fault("step_sglang.pruning.groups", "GroupRegistry.join", every=45),

@@ -11,16 +11,10 @@ import pytest
 from tests.server.amended import amend
 from tests.server.expected import assert_scores, step_positions
 from tests.server.launch import Server, serve
-from tests.server.recorded_graphs import GRAPHS, LOG
+from tests.server.recorded_graphs import FLAGS, GRAPHS, LOG, SIZES
 from tests.server.traces import PROMPT, sample
 
 pytestmark = pytest.mark.server
-
-SIZES = (4, 8, 16)
-FLAGS = (
-    *("--cuda-graph-bs-decode", *map(str, SIZES), "--cuda-graph-backend-decode", "full"),
-    *("--disable-prefill-cuda-graph", "--max-running-requests", "20", "--max-total-tokens", "3000"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +71,7 @@ def test_traces_beside_ordinary_requests_and_pruning(graphs: Server, models, sco
     assert graphs.info()["internal_states"][0]["step"]["passes_lost"] == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", ["after_capture", "only_with_traces"])
 def test_a_graph_without_the_op_is_refused(
     fault: str, models: dict[str, Path], scorer: Path, tmp_path: Path
@@ -96,6 +91,7 @@ def test_a_graph_without_the_op_is_refused(
         pass
 
 
+@pytest.mark.full
 def test_these_tests_find_state_that_was_replaced_after_capture(
     models: dict[str, Path], scorer: Path, tmp_path: Path
 ) -> None:

@@ -330,3 +330,25 @@ def test_hundreds_of_groups_come_and_go(server, threads) -> None:
     assert sum(finished(a) for a in answers) == 1200
     assert step_state(server)["groups"] == step_state(server)["live_traces"] == 0
     assert idle_free_tokens(server) == before
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("prompt", "weight"),
+    [(LONG_PROMPT, 1e-6), ([40 + i % 200 for i in range(2600)], 1)],
+    ids=["a group of a tiny weight", "a prompt of most of the pool"],
+)
+def test_a_group_without_a_claim_keeps_nobody_waiting(
+    server: Server, threads: ThreadPoolExecutor, prompt: list[int], weight: float
+) -> None:
+    """It waits for the memory of those who run; who comes after it has a claim and starts."""
+    free = idle_free_tokens(server)
+    filling = fill(server, threads, "filling")
+    waiting = threads.submit(sample, server, prompt, 2, 20, group="waiting", weight=weight)
+    for i in range(5):
+        ordinary(server, [50 + i, *PROMPT], 10)
+    sample(server, [60, *PROMPT], 4, 10, group="late")
+    assert not filling.done()
+    filling.result()
+    assert len(waiting.result()) == 2
+    assert idle_free_tokens(server) == free

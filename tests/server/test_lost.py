@@ -13,9 +13,9 @@ from step_sglang.patches.forward import MAX_LOST_PASSES
 from tests.server.amended import amend
 from tests.server.expected import step_positions, step_scores
 from tests.server.launch import Server, serve
+from tests.server.recorded_graphs import FLAGS as GRAPH_FLAGS
 from tests.server.recorded_graphs import GRAPHS
-from tests.server.test_graphs import FLAGS as GRAPH_FLAGS
-from tests.server.test_pruning import PROMPT, sample
+from tests.server.traces import PROMPT, sample
 
 pytestmark = pytest.mark.server
 
@@ -80,6 +80,7 @@ def test_a_model_that_never_comes_to_the_hook(
         assert "STEP pruned" not in text
 
 
+@pytest.mark.full
 def test_passes_that_are_lost_now_and_then(
     models: dict[str, Path], scorer: Path, tmp_path: Path
 ) -> None:
@@ -103,6 +104,7 @@ def test_passes_that_are_lost_now_and_then(
     assert 0 < info["passes_lost"] < 3 * MAX_LOST_PASSES and info["stopped"] is None
 
 
+@pytest.mark.full
 def test_decode_graphs_of_such_a_model_are_refused(
     models: dict[str, Path], scorer: Path, tmp_path: Path
 ) -> None:

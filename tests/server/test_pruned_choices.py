@@ -224,6 +224,7 @@ def test_an_unknown_mode_is_a_400(server: Server) -> None:
         assert "pruned must be one of abort, length, omit" in answer.text
 
 
+@pytest.mark.full
 def test_the_server_decides_for_requests_that_do_not_say(
     models: dict[str, Path], scorer: Path, tmp_path: Path
 ) -> None:

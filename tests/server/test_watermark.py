@@ -17,6 +17,7 @@ pytestmark = pytest.mark.server
 SHARE = 0.5
 
 
+@pytest.mark.full
 def test_groups_fill_half_of_the_pool_and_others_the_rest(
     models: dict[str, Path], scorer: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from step_sglang.scoring import build
 from step_sglang.scoring.build import BuildError, Toolkit
+from tests.toolkits import ARCHS_13, make_toolkit
 
 ROOT = Path(__file__).parent.parent.parent
 ASK = """
@@ -32,7 +33,6 @@ pathlib.Path.is_file = lambda self: (
     is_file(self) and (self.name != "nvcc" or "pytest-" in str(self))
 )
 """
-ARCHS_13 = "75 80 86 87 88 89 90 100 110 103 120 121"
 ARCHS_12_4 = "50 60 70 75 80 86 87 89 90"
 
 
@@ -46,19 +46,6 @@ def ask(**env: str) -> subprocess.CompletedProcess[str]:
         env={**clean, **env},
         check=False,
     )
-
-
-def make_toolkit(home: Path, version: str = "13.0", archs: str = ARCHS_13) -> Path:
-    for name in ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart_static.a"):
-        (home / name).parent.mkdir(parents=True, exist_ok=True)
-        (home / name).touch()
-    listed = "\n".join(f"compute_{arch}" for arch in archs.split())
-    (home / "bin/nvcc").write_text(
-        f'#!/bin/sh\ncase "$1" in\n--version) echo "Cuda compilation tools, release {version}, '
-        f'V{version}.1" ;;\n--list-gpu-arch) echo "{listed}" ;;\n*) exit 1 ;;\nesac\n'
-    )
-    (home / "bin/nvcc").chmod(0o755)
-    return home
 
 
 def toolkit(home: Path, version: str = "13.0", archs: str = ARCHS_13) -> Toolkit:

@@ -16,7 +16,7 @@ from step_sglang.errors import ConfigError
 from step_sglang.patches import preflight
 from step_sglang.scoring import build, first_build, op
 from step_sglang.scoring.build import BuildError
-from tests.unit.test_op_build import make_toolkit
+from tests.toolkits import make_toolkit
 
 
 @pytest.fixture

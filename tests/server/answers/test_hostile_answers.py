@@ -133,6 +133,7 @@ def test_sigterm_ends_the_server_and_its_children(server: Server) -> None:
         assert not alive
 
 
+@pytest.mark.full
 def test_a_killed_server_leaves_no_child(tmp_path: Path) -> None:
     with start(tmp_path / "killed.log") as server, ThreadPoolExecutor(ATTACKERS) as pool:
         attack(server, pool, 120)
