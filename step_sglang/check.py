@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 
-def main() -> int:
-    """Print every hooked or used target of SGLang and whether it is as it was tested."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print every hooked or used target of SGLang and whether it is as it was tested.
+
+    Args:
+        argv: options; None = the command line's.
+
+    Returns:
+        The exit status, 1 where something differs.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-v", "--verbose", action="store_true", help="the reason for each hook")
-    verbose = parser.parse_args().verbose
+    verbose = parser.parse_args(argv).verbose
     # Late, because this package itself never imports the engine.
     from step_sglang.patches.contract import inspect_targets
     from step_sglang.patches.engine_check import BODIES, FIELDS, differences

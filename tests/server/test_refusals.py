@@ -45,7 +45,7 @@ original = Scheduler.update_running_batch
 Scheduler.update_running_batch = lambda self, batch, more: original(self, batch)
 from sglang.srt.server_args import prepare_server_args
 from step_sglang import check
-assert check.main() == 1
+assert check.main([]) == 1
 prepare_server_args(sys.argv[1:])
 """
 
