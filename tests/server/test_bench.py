@@ -26,7 +26,8 @@ from step_sglang.evaluation.trial_result import TrialResult
 from tests.server.launch import Server
 from tests.server.launch import start_command as start
 
-pytestmark = [pytest.mark.server, pytest.mark.timeout(1200)]  # of a loaded machine
+# Minutes of sampling; the page's own run of `bench` and `report` is in `make test`.
+pytestmark = [pytest.mark.server, pytest.mark.full, pytest.mark.timeout(1200)]
 
 N, QUESTIONS, POOL, WARMUP = 8, 2, 700, 4
 SMALL = 220  # KV tokens for a random model; its prompt has 83

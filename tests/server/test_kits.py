@@ -36,6 +36,7 @@ def compare(setup: Setup, model: Path, scorer: Path, folder: Path, *, quick: boo
     return stock
 
 
+@pytest.mark.full
 def test_quick_kits(model: Path, scorer: Path, tmp_path: Path) -> None:
     stock = compare(MAIN, model, scorer, tmp_path, quick=True)
     # All of them were chosen because they pass here.

@@ -156,7 +156,6 @@ def test_a_fork_program(reader: Reader) -> None:
     assert re.fullmatch(r"\d+\n", reader.run("python", block("s.fork", "python")))
 
 
-@pytest.mark.full
 def test_compare_and_report(reader: Reader) -> None:
     shown = reader.run("bash", block("step-sglang bench"))
     assert "Accuracy, tokens and latency" in shown and "STEP" in shown

@@ -37,11 +37,21 @@ def vote(comparison: Comparison, *answers: str) -> list[Tally]:
     return comparison.run(tallying([Ballot(answer, 1.0) for answer in answers]))
 
 
+_of_others: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def count_only_new_children() -> None:
+    """Earlier tests of this process may have left a verifier with its children."""
+    _of_others.clear()
+    _of_others.update(child.pid for child in children())
+
+
 def children() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         try:
-            if "step_sglang.voting.verifier" in child.cmdline():
+            if child.pid not in _of_others and "step_sglang.voting.verifier" in child.cmdline():
                 found.append(child)
         except psutil.Error:
             continue

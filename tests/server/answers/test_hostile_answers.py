@@ -107,6 +107,7 @@ def test_others_are_answered_and_the_attackers_too(server: Server) -> None:
             assert vote["text_only"] == len({a["answer"] for a in vote["answers"]}) > 0
 
 
+@pytest.mark.full
 def test_the_work_ends_when_the_clients_leave(server: Server) -> None:
     address = server.url.removeprefix("http://")
     clients = [http.client.HTTPConnection(address) for _ in range(ATTACKERS)]
