@@ -44,14 +44,16 @@ def test_scores_of_replayed_passes(graphs: Server, models, scorer: Path) -> None
         for n in (5, 3, 13, 1, 16, 6):
             for answer in sample(graphs, n, 60):
                 steps += assert_scores(model, scorer, PROMPT, answer)
+        # Each by itself: one of them may be the think-end token.
         stale = {i for line in replays(graphs) for i in line["padding_ids"]}
-        if steps > 100 and step_positions(model, [*stale, 0]):
+        boundaries = [i for i in stale if step_positions(model, [i, 0])]
+        if steps > 100 and boundaries:
             break
     assert steps > 100
     seen = replays(graphs)
     assert {line["padded"] for line in seen} == set(SIZES)
     assert all(slot == 0 for line in seen for slot in line["padding_slots"])
-    assert step_positions(model, [*stale, 0]), "no padded row ever held a boundary token"
+    assert boundaries, "no padded row ever held a boundary token"
     # 44 traces, one after the other in at most 20 slots
     assert len({slot for line in seen for slot in line["slots"]}) <= 20
     state = graphs.info()["internal_states"][0]["step"]
