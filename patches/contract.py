@@ -236,6 +236,15 @@ SAMPLE = Target(
     why="reads the logits before sampling changes them, and sends the scores with the tokens",
     until="sample() keeps the auxiliary outputs of the forward pass",
 )
+EAGLE_SAMPLE = Target(
+    "sglang.srt.speculative.eagle_utils.eagle_sample",
+    (
+        "verify_input", "batch", "logits_output", "grammar_mask", "uno_target_max_top_k",
+        "watermark_state", "watermark_full_mask",
+    ),
+    why="learns which drafts were accepted, and scores the steps among them",
+    until="auxiliary outputs are told which rows of a pass were committed",
+)  # fmt: skip
 GET_INTERNAL_STATE = Target(
     f"{_SCHEDULER}.get_internal_state",
     ("self", "recv_req"),
@@ -296,6 +305,7 @@ HOOKED = (
     MODEL_FORWARD,
     CAPTURE_ONE_SHAPE,
     SAMPLE,
+    EAGLE_SAMPLE,
     GET_INTERNAL_STATE,
     RECORD_WEIGHT_VERSION,
 )

@@ -67,7 +67,11 @@ def similar(new: Sequence[int], total: Sequence[int]) -> Iterator[list[int]]:
 
 
 def plan(
-    req_to_token: torch.Tensor, requests: torch.Tensor, new: list[int], total: list[int]
+    req_to_token: torch.Tensor,
+    requests: torch.Tensor,
+    new: list[int],
+    total: list[int],
+    trees: torch.Tensor | None = None,
 ) -> Plan:
     """Divide a pass into parts.
 
@@ -76,6 +80,7 @@ def plan(
         requests: [B] int64, rows of ``req_to_token``.
         new: tokens of each request that this pass computes, in the order of the query's rows.
         total: positions of each request, these tokens included.
+        trees: [B, n, n] bool, which of its n new tokens each of them sees; None = those before it.
     """
     first, starts = 0, []
     for length in new:
@@ -94,8 +99,42 @@ def plan(
         last = token + lengths - queries  # [B, Q], the position of each new token
         if token.shape[1] > 1 or int(lengths.min()) < position.shape[1]:
             visible = (torch.arange(position.shape[1]) <= last[:, :, None])[:, None]
+        if trees is not None and visible is not None:
+            visible = _in_trees(visible, trees[rows], lengths)
         parts.append(Part(token + torch.tensor([starts[i] for i in rows])[:, None], slots, visible))
     return Plan(tuple(parts), tuple(i for i, length in enumerate(new) if length > LONGEST))
+
+
+def _in_trees(visible: torch.Tensor, trees: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """[B, 1, n, L] bool: every position before the drafts, and of the drafts the own branch.
+
+    Args:
+        visible: [B, 1, n, L] as if the drafts were a text.
+        trees: [B, n, n] bool.
+        lengths: [B, 1] positions, the drafts included.
+    """
+    drafted = trees.shape[1]
+    seen = visible.clone()
+    for row, length in enumerate(lengths[:, 0].tolist()):
+        seen[row, 0, :, length - drafted : length] = trees[row]
+    return seen
+
+
+def drafted_trees(draft: Any, prefixes: Sequence[int]) -> torch.Tensor:
+    """[B, n, n] bool of a verify pass: which drafted tokens each of them sees.
+
+    Args:
+        draft: SGLang's verify input; its mask lists for every request and drafted token all of the
+            earlier positions first.
+        prefixes: those positions of each request.
+    """
+    n = draft.draft_token_num
+    mask, first, trees = draft.custom_mask, 0, []
+    for prefix in prefixes:
+        rows = mask[first : first + n * (prefix + n)].view(n, prefix + n)
+        trees.append(rows[:, prefix:])
+        first += n * (prefix + n)
+    return torch.stack(trees).bool()
 
 
 def attend(
@@ -144,12 +183,17 @@ class BatchedAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         """Plan the pass; all of its layers follow the plan."""
         super().init_forward_metadata(forward_batch)
         total = forward_batch.seq_lens.tolist()
-        if forward_batch.forward_mode.is_decode_or_idle():
+        trees = None
+        if forward_batch.forward_mode.is_target_verify():
+            trees = drafted_trees(forward_batch.spec_info, total)
+            new = [trees.shape[1]] * len(total)
+            total = [length + trees.shape[1] for length in total]
+        elif forward_batch.forward_mode.is_decode_or_idle():
             new = [1] * len(total)
         else:
             new = forward_batch.extend_seq_lens.tolist()
         self.forward_metadata = plan(
-            self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices, new, total
+            self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices, new, total, trees
         )
 
     def _run_sdpa_forward_decode(
@@ -169,6 +213,8 @@ class BatchedAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             return
         for part in self.forward_metadata.parts:
             attend(part, query, output, pool[0], pool[1], how["scaling"])
+        if not self.forward_metadata.alone:
+            return  # a pass that verifies drafts says nothing of new tokens, nor needs to
         *pools, requests, total, cached, new, encoder = pool
         ends = torch.cumsum(new, 0).tolist()
         for i in self.forward_metadata.alone:

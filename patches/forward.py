@@ -43,6 +43,7 @@ class _Active:
     passes_lost: int = 0  # with live traces, but not scored
     lost_in_a_row: int = 0
     captured: set[int] = field(default_factory=set)  # batch sizes whose graph has the op in it
+    heads: frozenset[int] = frozenset()  # ids of the served model's LogitsProcessors; empty: all
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,12 @@ _active: _Active | None = None
 
 
 def activate(
-    slots: SlotState, groups: GroupRegistry, metrics: StepMetrics | None, *, alone: bool
+    slots: SlotState,
+    groups: GroupRegistry,
+    metrics: StepMetrics | None,
+    *,
+    alone: bool,
+    heads: frozenset[int] = frozenset(),
 ) -> None:
     """Score every forward pass of this process from now on.
 
@@ -71,9 +77,16 @@ def activate(
         groups: the traces of this process.
         metrics: counts what happens; None without metrics.
         alone: whether no other tensor-parallel rank runs the same passes.
+        heads: ids of the served model's own LogitsProcessors, where a draft model's are in the same
+            process; empty: all are the model's.
     """
     global _active  # noqa: PLW0603
-    _active = _Active(slots, groups, metrics, alone)
+    _active = _Active(slots, groups, metrics, alone, heads=heads)
+
+
+def active() -> _Active | None:
+    """What scores the passes of this process; None without STEP."""
+    return _active
 
 
 def forward_batch_generation(worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -85,13 +98,19 @@ def forward_batch_generation(worker: Any, batch: Any, *args: Any, **kwargs: Any)
     if _active is None:
         return
     _active.asked = _active.scored = _active.replayed = False
-    if batch is None or not batch.forward_mode.is_extend():
+    # A pass that verifies drafts is given its own batch; requests go on in it as in a decode pass.
+    if batch is None or not is_prefill(batch.forward_mode):
         return
     with guard(protocol.IN_SCORING) as beginning:
         _begin(_active, batch)
     if beginning.failed:
         for req in _starting(batch):
             setattr(req, _UNSURE, True)
+
+
+def is_prefill(mode: Any) -> bool:
+    """Whether requests start or resume in passes of this mode. SGLang calls verifying one, too."""
+    return bool(mode.is_extend()) and not mode.is_target_verify()
 
 
 def _starting(batch: Any) -> list[Any]:
@@ -154,8 +173,12 @@ def logits_forward(
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     # A model or a plugin may pass a LogitsMetadata, which does not say whose rows these are: then
-    # the pass is lost, and counted in `sample`.
-    if _active is None or not isinstance(logits_metadata, ForwardBatch):
+    # the pass is lost, and counted in `sample`. A draft model's passes are not the trace's.
+    if (
+        _active is None
+        or not isinstance(logits_metadata, ForwardBatch)
+        or (_active.heads and id(processor) not in _active.heads)
+    ):
         return
     compiled = torch.compiler.is_compiling()  # then no Python of this runs in later passes
     if not compiled:
@@ -171,7 +194,7 @@ def model_forward(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
 
     A decode graph holds the op: :func:`capture_one_shape` has seen it run.
     """
-    if _active is not None and result.can_run_graph:
+    if _active is not None and result.can_run_graph and not runner.is_draft_worker:
         _active.replayed = True
 
 
@@ -183,10 +206,13 @@ def capture_one_shape(
     The passes that warm a shape up run the same Python as the one that is recorded. They must
     write a result to every row, whatever way the model takes to its head.
     """
-    if _active is None:
+    if _active is None or runner.model_runner.is_draft_worker:
         original(runner, size, *args, **kwargs)
         return
-    results = _active.slots.out[:size, 0]
+    # Under speculative decoding what is recorded verifies drafts: it keeps their hidden states.
+    results = _active.slots.kept_drafts(size)
+    if results is None:
+        results = _active.slots.out[:size, 0]
     results.fill_(_UNTOUCHED)
     original(runner, size, *args, **kwargs)
     if not bool((results == _UNTOUCHED).any()):
@@ -212,6 +238,10 @@ def _may_be_replayed(hidden_states: torch.Tensor) -> bool:
 def _score(active: _Active, hidden_states: torch.Tensor, forward: Any) -> None:
     if not active.groups.num_live and not _may_be_replayed(hidden_states):
         return
+    if forward.forward_mode.is_target_verify():
+        # Which of the drafts are accepted is known after the pass: scored then.
+        active.slots.keep_drafts(hidden_states)
+        return
     if forward.forward_mode.is_decode():
         rows = None
     elif forward.forward_mode.is_extend():
@@ -235,22 +265,26 @@ def sample(
         _active is None
         or not _active.groups.num_live
         or _active.groups.stopped
+        or runner.is_draft_worker
         or not (mode.is_decode() or mode.is_extend())
     ):
         return original(runner, logits_output, forward_batch)
     # A prefill graph holds the body alone: the head, and the hook, run in Python after it.
     lost = not (_active.scored or (_active.replayed and mode.is_decode()))
     if lost or _active.lost_in_a_row:
-        _count_lost(_active, lost)
+        count_lost(_active, lost)
     confidences = None
     with guard(protocol.IN_SCORING):
-        confidences = _confidences(_active.groups, logits_output.next_token_logits)
+        confidences = confidences_of(_active.groups, logits_output.next_token_logits)
     tokens = original(runner, logits_output, forward_batch)
-    _append_output(logits_output, forward_batch.batch_size, confidences, lost)
+    output = None
+    with guard(protocol.IN_SCORING):
+        output = _results(_active, forward_batch.batch_size, confidences, lost)
+    append_output(logits_output, output)
     return tokens
 
 
-def _count_lost(active: _Active, lost: bool) -> None:
+def count_lost(active: _Active, lost: bool) -> None:
     """Count a pass that live traces were in and nothing scored; give up when all are lost."""
     if not lost:
         active.lost_in_a_row = 0
@@ -287,20 +321,16 @@ def _stop(active: _Active) -> None:
     )
 
 
-def _confidences(groups: GroupRegistry, logits: torch.Tensor) -> Confidences | None:
+def confidences_of(groups: GroupRegistry, logits: torch.Tensor) -> Confidences | None:
+    """Confidences at every row of [T, V] logits, as far as traces are watched for them."""
     top_ks = tuple(sorted(k for k in groups.watched if k))
-    return Confidences(top_ks, token_confidences(logits, top_ks)) if top_ks else None
+    return Confidences(top_ks, token_confidences(logits, top_ks)[:, None]) if top_ks else None
 
 
-def _append_output(
-    logits_output: Any, batch: int, confidences: Confidences | None, lost: bool
-) -> None:
+def append_output(logits_output: Any, output: StepDeviceOutput | None) -> None:
+    """Let results ride on the copy of the sampled tokens, beside those of others."""
     from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
-    assert _active is not None
-    output = None
-    with guard(protocol.IN_SCORING):
-        output = _results(_active, batch, confidences, lost)
     if output is None:
         return
     logits_output.auxiliary_device_output = append_auxiliary_output(
@@ -315,9 +345,11 @@ def _results(
     active.prefilled = None
     if lost:
         # What the slots hold is of an earlier pass; the tokens may be wanted all the same.
-        return StepDeviceOutput(slots.results(batch).fill_(math.nan), confidences=confidences)
+        return StepDeviceOutput(
+            slots.results(batch)[:, None].fill_(math.nan), confidences=confidences
+        )
     return StepDeviceOutput(
-        values=slots.results(batch),
+        values=slots.results(batch)[:, None],
         hidden=slots.last_hidden(batch),
         kept=None if prefilled is None else slots.kept_rows(),
         owners=() if prefilled is None else tuple(prefilled.owners),
@@ -330,24 +362,26 @@ class Confidences:
     """Token confidences of one pass, by the number of candidates."""
 
     top_ks: tuple[int, ...]  # [K]
-    values: torch.Tensor  # [B, K] fp32, of the sampled tokens
+    values: torch.Tensor  # [B, S, K] fp32, of the S tokens that the pass may commit
 
     def on_host(self, copy_tensor: Callable[[torch.Tensor], torch.Tensor]) -> Confidences:
         """The same on the host."""
         return Confidences(self.top_ks, copy_tensor(self.values))
 
-    def of(self, row: int, top_k: int) -> float:
-        """One request's; NaN for a number of candidates that was not asked for."""
+    def of(self, row: int, token: int, top_k: int) -> float:
+        """One request's committed token; NaN for a number of candidates that was not asked for."""
         if top_k not in self.top_ks:
             return math.nan
-        return float(self.values[row, self.top_ks.index(top_k)])
+        return float(self.values[row, token, self.top_ks.index(top_k)])
 
 
 @dataclass(frozen=True)
 class StepDeviceOutput:
     """Results of one pass on the device; they ride on the copy of the sampled tokens."""
 
-    values: torch.Tensor  # [B, 2] fp32: step score (NaN: no step, infinity: no score), sum
+    # [B, S, 2] fp32 of each of the S tokens that the pass may consume of a request (1, or more
+    # with accepted drafts): step score (NaN: no step, infinity: no score), sum
+    values: torch.Tensor
     hidden: torch.Tensor | None = None  # [B, D] where the server captures
     kept: torch.Tensor | None = None  # [K, D] rows wanted of a prefilled trace
     owners: tuple[tuple[Capture, int], ...] = ()  # of the kept rows
@@ -382,23 +416,22 @@ class StepHostOutput:
             self._show_tokens(_active.groups, batch, commits)
 
     def _record(self, batch: Any, commits: Sequence[Any]) -> None:
-        values = self.values.numpy()
-        ended = (values[:, 0] == values[:, 0]).nonzero()[0]  # NaN is unequal to itself
-        for i in ended.tolist():
-            if commits[i] is not None:
+        for i, j in (~self.values[:, :, 0].isnan()).nonzero().tolist():
+            # A request that ended within the pass did not consume what it drafted beyond.
+            if commits[i] is not None and j < len(commits[i].token_ids):
                 with guard(protocol.IN_SCORING):  # one that fails costs the others nothing
-                    self._record_step(i, batch.reqs[i], commits[i])
+                    self._record_step(i, j, batch.reqs[i], commits[i])
         for row, (capture, position) in enumerate(self.owners):
             assert self.kept is not None
             capture.keep_prefilled(position, self.kept[row].clone())
 
-    def _record_step(self, row: int, req: Any, commit: Any) -> None:
+    def _record_step(self, row: int, token: int, req: Any, commit: Any) -> None:
         trace = trace_of(req)
-        # The pass consumed the token before the one it made visible.
-        position = commit.output_index - 1
+        # The pass consumed the token before each one that it made visible.
+        position = commit.output_index - 1 + token
         if trace is None or getattr(req, _UNSURE, False) or _thought_before(req, position):
             return
-        score = float(self.values[row, 0])
+        score = float(self.values[row, token, 0])
         if math.isinf(score):
             _step_unscored()
             return
@@ -419,8 +452,8 @@ class StepHostOutput:
                 continue
             with guard(protocol.IN_SCORING):
                 known = self.confidences
-                confidence = math.nan if known is None else known.of(row, trace.top_k)
-                for token in commit.token_ids:
+                for place, token in enumerate(commit.token_ids):
+                    confidence = math.nan if known is None else known.of(row, place, trace.top_k)
                     ended = trace.token(token, now, confidence)
                     if ended is not None:
                         groups.end_soon(ended)

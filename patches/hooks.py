@@ -70,6 +70,8 @@ SCHEDULER = (
     Hook(contract.GET_INTERNAL_STATE, HookType.AFTER, "scheduler:get_internal_state"),
     Hook(contract.RECORD_WEIGHT_VERSION, HookType.AFTER, "scheduler:record_weight_version"),
 )
+# With speculative decoding only: its modules load what other servers do without.
+SPECULATION = (Hook(contract.EAGLE_SAMPLE, HookType.AROUND, "verify:eagle_sample"),)
 
 
 _registered: set[str] = set()

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from step_sglang.patches import cpu_speculation
 
 NAME = "step_cpu"
 
@@ -51,6 +54,19 @@ class StepCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         from step_sglang.patches.cpu_attention import BatchedAttentionBackend
 
         register_attention_backend("torch_native")(BatchedAttentionBackend)
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        """Those whose tree kernels exist in torch; not for speed but to be tested with."""
+        return algorithm in cpu_speculation.SUPPORTED
+
+    def get_speculative_worker_cls(self, algorithm: str) -> type | None:
+        """SGLang's own worker, once it can find the kernels."""
+        cpu_speculation.install()
+        return None
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        """Pool slots of a draft."""
+        return cpu_speculation.extend_cache_locs
 
     def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
         """There is no device to pin memory for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def refuse_unsupported(cfg: Any) -> None:
     refused = [
         text
         for wanted, text in (
-            (cfg.speculative_algorithm is not None, "speculative decoding"),
+            *_refused_speculation(cfg),
             (cfg.pp_size > 1, "pipeline parallelism (--pp-size above 1)"),
             (cfg.disaggregation_mode != "null", "prefill/decode disaggregation"),
             (cfg.encoder_only or cfg.language_only, "encoder disaggregation"),
@@ -113,6 +113,22 @@ def refuse_unsupported(cfg: Any) -> None:
     ]
     if refused:
         raise ConfigError(f"not supported with --enable-step: {'; '.join(refused)}")
+
+
+# Their drafts are sampled by one function of SGLang, which is hooked.
+_SPECULATION = ("NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
+
+
+def _refused_speculation(cfg: Any) -> Iterator[tuple[bool, str]]:
+    algorithm = cfg.speculative_algorithm
+    if algorithm is None:
+        return
+    yield (
+        algorithm not in _SPECULATION,
+        f"speculative decoding by {algorithm} (--speculative-algorithm; supported: "
+        f"{', '.join(_SPECULATION)})",
+    )
+    yield cfg.enable_multi_layer_eagle, "multi-layer EAGLE (--enable-multi-layer-eagle)"
 
 
 def load_config_scorer(config: StepConfig, hidden_size: int) -> Scorer:
@@ -161,6 +177,11 @@ def _check(server_args: Any, config: StepConfig) -> None:
     if not model_config.is_generation:
         raise ConfigError(
             "not supported with --enable-step: embedding, reward and classification models"
+        )
+    if config.capture and cfg.speculative_algorithm is not None:
+        raise ConfigError(
+            "not supported with --step-capture: speculative decoding: collect without it, the "
+            "text is the same"
         )
     scorer = load_config_scorer(config, model_config.hf_text_config.hidden_size)
     step_boundaries(config, scorer, load_tokenizer(server_args))

@@ -46,13 +46,24 @@ def _prune_to(scheduler: Any, state: SchedulerStep, batch: Any, limit: int) -> N
     def above() -> int:
         # Ranks agree on it: their memory is the same.
         return above_watermark(
-            (own_tokens(r, page, 1) for r in batch.reqs if _gives_memory(r)), limit
+            (own_tokens(r, page, _grows(batch, r)) for r in batch.reqs if _gives_memory(r)), limit
         )
 
     if above():
         PruningRound(scheduler, state, batch).prune_until(
             lambda: not above(), above, protocol.PRUNED_FOR_WATERMARK
         )
+
+
+def _grows(batch: Any, req: Any) -> int:
+    """KV tokens that the next decode step allocates for a request."""
+    if batch.spec_algorithm.is_none():
+        return 1
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+
+    # Drafts are allocated ahead, and what was not accepted is still there.
+    held = int(req.kv.kv_allocated_len - req.kv.kv_committed_len)
+    return max(0, int(get_alloc_reserve_per_decode()) - held)
 
 
 def _gives_memory(req: Any) -> bool:

@@ -73,7 +73,7 @@ def _require_op_in_graphs(runner: Any) -> None:
 
 
 def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
-    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.runtime_context import get_parallel, get_spec
 
     runner = scheduler.tp_worker.model_runner
     hidden_size = scheduler.model_config.hf_text_config.hidden_size
@@ -90,6 +90,10 @@ def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
             f"STEP scores at most {MAX_ROWS} running requests, this server allows "
             f"{num_slots - 1} in batches of up to {max_rows} rows: lower --max-running-requests"
         )
+    drafted = 0
+    if not scheduler.spec_algorithm.is_none():
+        drafted = get_spec().speculative_num_draft_tokens
+        hooks.install(hooks.SPECULATION)
     slots = SlotState(
         num_slots=num_slots,
         scorer=scorer,
@@ -98,6 +102,8 @@ def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
         device=torch.device(runner.device),
         capture_dtype=runner.dtype if config.capture else None,
         max_rows=max_rows,
+        drafted=drafted,
+        hidden_dtype=runner.dtype,
     )
     groups = GroupRegistry()
     metrics = _metrics(scheduler, groups)
@@ -112,9 +118,22 @@ def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
         metrics,
     )
     set_state(scheduler, state)
-    forward.activate(slots, groups, metrics, alone=get_parallel().tp_size == 1)
+    forward.activate(
+        slots,
+        groups,
+        metrics,
+        alone=get_parallel().tp_size == 1,
+        heads=_heads(runner.model) if drafted else frozenset(),
+    )
     logger.info("STEP: %d boundary tokens, think-end %s, %s", len(ids), think_end, config)
     return state
+
+
+def _heads(model: torch.nn.Module) -> frozenset[int]:
+    """Ids of the modules that make the served model's logits: a draft model has its own."""
+    from sglang.srt.layers.logits_processor import LogitsProcessor
+
+    return frozenset(id(m) for m in model.modules() if isinstance(m, LogitsProcessor))
 
 
 def _max_rows(requests: int) -> int:

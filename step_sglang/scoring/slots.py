@@ -34,6 +34,8 @@ class SlotState:
         num_slots: S, rows of the engine's request pool (row 0 is its padding row).
         max_rows: rows of the largest batch. Engines pad batches, so it can be more than there are
             slots; None: as many as there are slots.
+        drafted: n, tokens of each request that a pass of speculative decoding verifies; 0 without.
+        hidden_dtype: of the model's hidden states; needed with ``drafted``.
         scorer: the MLP, moved to ``device`` here.
         boundary: [ceil(V / 32)] int32 bitmap of the boundary tokens.
         think_end_id: token after which a trace is scored no more, or None.
@@ -51,6 +53,8 @@ class SlotState:
         device: torch.device,
         capture_dtype: torch.dtype | None = None,
         max_rows: int | None = None,
+        drafted: int = 0,
+        hidden_dtype: torch.dtype | None = None,
     ) -> None:
         rows = max(num_slots, max_rows or 0)
         self.table = (
@@ -64,6 +68,12 @@ class SlotState:
         self._hidden = (
             torch.zeros((rows, scorer.hidden_size), dtype=capture_dtype, device=device)
             if capture_dtype is not None
+            else None
+        )
+        self._drafted = drafted
+        self._drafts = (
+            torch.zeros((rows * drafted, scorer.hidden_size), dtype=hidden_dtype, device=device)
+            if drafted
             else None
         )
         self._kept: torch.Tensor | None = None
@@ -124,6 +134,51 @@ class SlotState:
             self.w1,
             self.head,
         )
+
+    def keep_drafts(self, hidden: torch.Tensor) -> None:
+        """Keep a verify pass's [B * n, D] hidden states for :meth:`score_drafts`.
+
+        Safe inside a CUDA graph. SGLang's own copy may be of another layer, or before the norm.
+        """
+        assert self._drafts is not None
+        self._drafts[: hidden.shape[0]].copy_(hidden)
+
+    def kept_drafts(self, batch: int) -> torch.Tensor | None:
+        """What :meth:`keep_drafts` writes for that many requests; None without drafts."""
+        return None if self._drafts is None else self._drafts[: batch * self._drafted]
+
+    def score_drafts(
+        self,
+        accepted: torch.Tensor,
+        slot_ids: torch.Tensor,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Score the step boundaries among the tokens that a verify pass consumed.
+
+        One launch for every depth of the drafts: a request has one row in each, as in a decode
+        pass, and its steps are taken in the order of the text.
+
+        Args:
+            accepted: [B, depth] int, rows of the accepted drafts, the last committed token first;
+                -1 = none.
+            slot_ids: [B] int64.
+            input_ids: [B * n] int64, the drafted tokens.
+            positions: [B * n] int64, their positions in their sequences.
+
+        Returns:
+            [B, depth, 2] fp32, as :meth:`results` has it of a pass.
+        """
+        assert self._drafts is not None
+        batch, hidden = slot_ids.shape[0], self._drafts[: input_ids.shape[0]]
+        results = []
+        for rows in accepted.to(torch.int64).unbind(1):
+            consumed = rows >= 0
+            # Slot 0 pads: nothing is scored in it.
+            slots = torch.where(consumed, slot_ids, 0)
+            self.score(hidden, rows.clamp(min=0), slots, input_ids, positions)
+            results.append(self.results(batch))
+        return torch.stack(results, 1)
 
     def results(self, batch: int) -> torch.Tensor:
         """Copy of the last pass's [B, 2] (step score, score sum), free of graph buffers."""
