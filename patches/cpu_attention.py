@@ -196,6 +196,20 @@ class BatchedAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             self.req_to_token_pool.req_to_token, forward_batch.req_pool_indices, new, total, trees
         )
 
+    def plan_decode(self, forward_batch: Any, total: list[int]) -> None:
+        """Plan a pass of one new token for each request.
+
+        Args:
+            forward_batch: SGLang's, for its requests.
+            total: positions of each request, the new one included.
+        """
+        self.forward_metadata = plan(
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+            [1] * len(total),
+            total,
+        )
+
     def _run_sdpa_forward_decode(
         self, query: torch.Tensor, output: torch.Tensor, *pool: Any, **how: Any
     ) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-SUPPORTED = ("NGRAM", "STANDALONE", "EAGLE")
+from step_sglang.patches.cpu_attention import BatchedAttentionBackend
 
 
 def install() -> None:
@@ -30,9 +30,17 @@ def install() -> None:
     with _importable_without_kernels():
         from sglang.kernels.ops.speculative import reconstruct_tree  # noqa: F401
     from sglang.srt.mem_cache import allocation, memory_pool
-    from sglang.srt.speculative import eagle_utils, ngram_worker, spec_utils
+    from sglang.srt.speculative import (
+        draft_utils,
+        eagle_utils,
+        eagle_worker_common,
+        ngram_worker,
+        spec_utils,
+    )
 
     for module, functions in (
+        (draft_utils.DraftBackendFactory, (create_decode_backend, create_draft_extend_backend)),
+        (eagle_worker_common, (assign_draft_cache_locs_contiguous_func, fill_bonus_tokens_func)),
         (allocation, (assign_req_to_token_pool_func,)),
         (memory_pool, (copy_all_layer_kv_cache_func,)),
         (ngram_worker, (reconstruct_indices_from_tree_mask_func,)),
@@ -50,7 +58,7 @@ def install() -> None:
     ):
         for function in functions:
             if not hasattr(module, function.__name__):
-                raise AttributeError(f"{module.__name__} has no {function.__name__}")
+                raise AttributeError(f"{module} has no {function.__name__}")
             setattr(module, function.__name__, function)
 
 
@@ -99,6 +107,71 @@ def assign_req_to_token_pool_func(
     for row, start, end in spans:
         req_to_token[row, start:end] = out_cache_loc[first : first + end - start]
         first += end - start
+
+
+class DraftSteps:
+    """Attention of a draft model's steps, each of which sees the drafts of those before it.
+
+    Args:
+        runner: SGLang's runner of the draft model.
+        steps: drafts of a request; the first comes from the pass before.
+    """
+
+    def __init__(self, runner: Any, steps: int) -> None:
+        self.attn_backends = [BatchedAttentionBackend(runner) for _ in range(steps - 1)]
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Plan all of the steps of a batch, before the first."""
+        lengths = forward_batch.seq_lens.tolist()
+        for step, backend in enumerate(self.attn_backends, start=1):
+            backend.plan_decode(forward_batch, [length + step for length in lengths])
+
+
+def create_decode_backend(factory: Any) -> DraftSteps | None:
+    """``DraftBackendFactory.create_decode_backend``.
+
+    Raises:
+        ValueError: the draft model is to draft a tree.
+    """
+    if factory.topk > 1:
+        raise ValueError(
+            "on the plain-CPU platform a draft model drafts chains: set --speculative-eagle-topk 1"
+        )
+    if factory.speculative_num_steps <= 1:
+        return None
+    return DraftSteps(factory.draft_model_runner, factory.speculative_num_steps)
+
+
+def create_draft_extend_backend(factory: Any) -> BatchedAttentionBackend:
+    """``DraftBackendFactory.create_draft_extend_backend``."""
+    return BatchedAttentionBackend(factory.draft_model_runner)
+
+
+def assign_draft_cache_locs_contiguous_func(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    topk: int,
+    num_cols: int,
+    positions: torch.Tensor | None = None,
+    mrope: torch.Tensor | None = None,
+) -> None:
+    """Pool slots that a draft model writes.
+
+    Args:
+        req_pool_indices: [B] int64, rows of ``req_to_token``.
+        req_to_token: [requests, positions] pool slot of every position.
+        seq_lens: [B] position of the first draft.
+        out_cache_loc: [B * topk * num_cols] int64, written.
+        topk: branches of each.
+        num_cols: drafts of a branch.
+        positions: not asked for without an accelerator.
+        mrope: not asked for without an accelerator.
+    """
+    count = topk * num_cols
+    at = seq_lens.to(torch.int64)[:, None] + torch.arange(count)
+    out_cache_loc.copy_(req_to_token[req_pool_indices.to(torch.int64)[:, None], at].flatten())
 
 
 def extend_cache_locs(
@@ -162,6 +235,26 @@ def fill_accept_out_cache_loc_func(
     nodes = accept_index.flatten()
     chosen = out_cache_loc[nodes[nodes >= 0].long()]
     accept_out_cache_loc[: len(chosen)] = chosen
+
+
+def fill_bonus_tokens_func(
+    accept_tokens: torch.Tensor,
+    accept_lens: torch.Tensor,
+    bonus_tokens: torch.Tensor,
+    accept_stride: int,
+    batch_size: int,
+) -> None:
+    """The last committed token of every request, with which its next draft begins.
+
+    Args:
+        accept_tokens: [B * depth] committed tokens, padded.
+        accept_lens: [B] how many of each.
+        bonus_tokens: [B], written.
+        accept_stride: depth.
+        batch_size: B.
+    """
+    rows = accept_tokens.view(batch_size, accept_stride)
+    bonus_tokens.copy_(rows.gather(1, accept_lens.long()[:, None] - 1)[:, 0])
 
 
 def reconstruct_indices_from_tree_mask_func(

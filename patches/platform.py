@@ -15,9 +15,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
-from step_sglang.patches import cpu_speculation
-
 NAME = "step_cpu"
+SPECULATION = ("NGRAM", "STANDALONE", "EAGLE", "EAGLE3")  # whose kernels exist in torch
 
 
 def activate() -> str | None:
@@ -56,16 +55,20 @@ class StepCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         register_attention_backend("torch_native")(BatchedAttentionBackend)
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        """Those whose tree kernels exist in torch; not for speed but to be tested with."""
-        return algorithm in cpu_speculation.SUPPORTED
+        """Not for speed, but to be tested with."""
+        return algorithm in SPECULATION
 
     def get_speculative_worker_cls(self, algorithm: str) -> type | None:
         """SGLang's own worker, once it can find the kernels."""
+        from step_sglang.patches import cpu_speculation  # SGLang is not ready for it before
+
         cpu_speculation.install()
         return None
 
     def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
         """Pool slots of a draft."""
+        from step_sglang.patches import cpu_speculation
+
         return cpu_speculation.extend_cache_locs
 
     def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
