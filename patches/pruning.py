@@ -257,7 +257,7 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
             "--step-delimiter, and that the prompt asks this model to reason",
             safe_repr(group.group_id, 300),
         )
-    trace.reason = reason
+    trace.reason, trace.tokens = reason, len(req.output_ids)
     state.groups.end(trace, TraceStatus.PRUNED)
     score = "none" if trace.score is None else f"{trace.score:.4f}"
     message = f"{protocol.PRUNED_MESSAGE}: trace score {score} after {trace.num_steps} steps"
@@ -273,6 +273,8 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
     if state.metrics is not None:
         with guard(protocol.IN_METRICS):
             state.metrics.trace_pruned(reason, available - before)
+    if state.groups.watcher is not None:
+        state.groups.watcher.freed(trace, available - before)
     logger.info(
         "STEP pruned rid=%s group=%s score=%s steps=%d reason=%s tokens_freed=%d pool_used=%d/%d",
         safe_repr(req.rid, 80),
