@@ -140,6 +140,10 @@ class Known:
                 steps -= sum(len(self.traces[trace].times) for trace in group.traces)
         return GroupsGone(tuple(gone)) if gone else None
 
+    def forget(self, gone: GroupsGone) -> None:
+        """Forget these groups and their traces."""
+        self._take(gone)
+
     def full(self) -> Update:
         """All of it, as one update."""
         events: list[Event] = []
