@@ -83,9 +83,14 @@ def is_pruned(trace: dict[str, Any]) -> bool:
 
 
 async def answer(
-    client: AsyncClient, question: Question, options: argparse.Namespace, step: bool
+    client: AsyncClient,
+    question: Question,
+    options: argparse.Namespace,
+    step: bool,
+    group: dict[str, Any] | None = None,
 ) -> Answered:
     """Stream n traces of one question as one group, with a progress line."""
+    said = {"step": group} if step else {"step": False}
     body = {
         "input_ids": await client.render([{"role": "user", "content": question.question}]),
         "sampling_params": {
@@ -93,7 +98,7 @@ async def answer(
             "temperature": 1.0,
             "max_new_tokens": options.max_new_tokens,
             "skip_special_tokens": False,
-            **({} if step else {"custom_params": {"step": False}}),
+            "custom_params": said,
         },
     }
     last: dict[int, dict[str, Any]] = {}
@@ -199,7 +204,9 @@ async def answer_and_keep(
     looker = threading.Thread(target=look, daemon=True)
     looker.start()
     await asyncio.to_thread(looking.wait, 10)
-    found = await answer(client, question, options, step=True)
+    # A name to know it by; its text may be shown, as nobody else asked anything here.
+    named = {"group": question.question, "show_text": True}
+    found = await answer(client, question, options, step=True, group=named)
     await asyncio.sleep(0.5)  # what happened last is told a moment later
     over.set()
     await asyncio.to_thread(looker.join, 10)

@@ -14,8 +14,8 @@ from step_sglang import protocol
 from step_sglang.live.events import PoolSample, encode
 from step_sglang.live.feed import Feed
 from step_sglang.patches.guard import guard
-from step_sglang.patches.pruning import own_tokens
-from step_sglang.patches.state import SchedulerStep, trace_of
+from step_sglang.patches.pruning import own_tokens_of
+from step_sglang.patches.state import TRACE, SchedulerStep, trace_of
 from step_sglang.pruning.groups import Trace
 
 
@@ -72,12 +72,12 @@ def _next_update(scheduler: Any, state: SchedulerStep) -> bytes:
         for req in (*running, *chunked, *scheduler.waiting_queue):
             if (trace := trace_of(req)) is not None:
                 watcher.feed.joined(trace, len(req.output_ids))
-    pairs = [(req, trace) for req in running if (trace := trace_of(req)) and trace.is_live]
+    reqs = [req for req in running if hasattr(req, TRACE)]
     return encode(
         watcher.feed.take(
-            [trace for _, trace in pairs],
-            [len(req.output_ids) for req, _ in pairs],
-            [own_tokens(req, page) for req, _ in pairs],
+            [getattr(req, TRACE) for req in reqs],
+            [len(req.output_ids) for req in reqs],
+            own_tokens_of(reqs, page),
             _pool(scheduler),
         )
     )

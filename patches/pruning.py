@@ -214,6 +214,18 @@ def own_tokens(req: Any, page: int, more: int = 0) -> int:
     return int(-(-(req.kv.kv_allocated_len + more) // page) * page - shared)
 
 
+def own_tokens_of(reqs: Sequence[Any], page: int) -> list[int]:
+    """:func:`own_tokens` of many, without a call for each: a thousand wait while it is found."""
+    found = []
+    for req in reqs:
+        kv, shared = req.kv, len(req.origin_input_ids)
+        protected = kv.cache_protected_len
+        if protected < shared:  # noqa: PLR1730 - min() costs as much as all the rest
+            shared = protected
+        found.append(-(-kv.kv_allocated_len // page) * page - shared)
+    return found
+
+
 def _end_aborted(state: SchedulerStep, reqs: Sequence[Any]) -> None:
     """Count out traces that are on their way out, or they would be counted as survivors."""
     for req in reqs:

@@ -117,20 +117,21 @@ class Feed:
             kv: [R] KV tokens of each that no other shares.
             pool: as it is now.
         """
-        numbers = self._traces
+        known = self._traces
         # One that is on its way out, or could not be noted, is left out.
-        shown = [
-            (numbers[trace].number, *row)
-            for trace, *row in zip(traces, tokens, kv, strict=True)
-            if trace in numbers
-        ]
+        places = [place for place, trace in enumerate(traces) if trace in known]
+        progress = Progress(
+            tuple([known[traces[place]].number for place in places]),
+            tuple([tokens[place] for place in places]),
+            tuple([kv[place] for place in places]),
+        )
         events = (*self._began, *map(_steps, self._scored.values()), *self._ended.values())
         update = Update(
             self._clock(),
             self.fresh,
             events,
             (pool,),
-            Progress(*zip(*shown, strict=True)) if shown else Progress(),
+            progress,
             self._lost,
         )
         for seen in self._scored.values():

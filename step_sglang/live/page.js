@@ -211,7 +211,7 @@
     view.rows = group ? rows(group) : [];
     const count = view.rows.length, box = $("lanes");
     view.height = count <= 24 ? 18 : count <= 72 ? 13 : count <= 300 ? 7 : 5;
-    const total = Math.max(60, count * view.height + 6), visible = Math.min(total, Math.max(180, window.innerHeight * 0.55));
+    const total = Math.max(60, count * view.height + 6), visible = Math.min(total, Math.max(180, window.innerHeight * 0.6));
     box.style.height = visible + 2 + "px";
     $("spacer").style.height = Math.max(0, total - visible) + "px";
     const [pen, width] = fit($("lane-canvas"), visible);
@@ -298,7 +298,7 @@
     const replica = group ? group.replica : 0;
     let [from, to] = group && recorded ? range(group) : [known.time - 90, known.time];
     const end = Math.min(view.time, to);
-    const samples = known.pool.filter((s) => (s.replica || 0) === replica && s.time >= from - 1 && s.time <= end + 0.3);
+    const samples = known.pool.filter((s) => (s.replica || 0) === replica && s.time >= from - 1 && s.time <= end);
     if (!recorded && samples.length) { from = Math.max(from, Math.min(samples[0].time, to - 20)); }
     const size = Math.max(1, ...samples.map((s) => (s.size ? s.size : (s.used + s.cached) * 1.05)));
     const x = (time) => ((time - from) / Math.max(0.001, to - from)) * width, y = (tokens) => height - 2 - (tokens / size) * (height - 14);

@@ -18,7 +18,7 @@ import pytest
 from step_sglang.live.events import decode, encode
 from step_sglang.live.html import recorded_page
 from step_sglang.reasoner import model_path, scorer_path
-from tests.server.launch import Server, serve, stop
+from tests.server.launch import Server, serve
 from tests.server.test_page import ask, looking
 from tests.unit.test_live_html import HOSTILE, hostile_update
 
@@ -179,7 +179,8 @@ def test_a_recording_plays_and_jumps_to_prunes(
     lanes = browser.find_element("id", "lanes")
     lanes.send_keys("\ue015")  # arrow down
     wait_for(lambda: "Trace 1" in browser.find_element("id", "lane").text)
-    assert browser.find_elements("css selector", "#lane .text")
+    lane = browser.find_element("id", "lane")
+    assert lane.find_elements("css selector", ".text"), lane.get_attribute("innerHTML")
     browser.execute_script(
         "const a = document.getElementById('at'); a.value = 0;"
         "a.dispatchEvent(new Event('input')); document.getElementById('speed').value = '16'"
@@ -227,7 +228,8 @@ def test_a_server_that_goes_is_said_and_found_again(browser: Any, server: Server
     """Last: it ends the server."""
     browser.get(f"{server.url}/step")
     wait_for(lambda: state(browser) == "live")
-    stop(server.process)
+    server.process.terminate()
+    server.process.wait(60)  # an open stream does not hold it
     wait_for(lambda: state(browser) == "lost")
     assert "does not answer" in browser.find_element("id", "status").text
     port = int(server.url.rpartition(":")[2])
