@@ -185,7 +185,7 @@ class Client(_Connection):
                 for line in lines:
                     if line.startswith(b"data: "):
                         yield line[6:]
-        raise ServerError(f"the server at {self.url} ended")
+        raise ServerError(f"the server at {self.url} ended the feed in the middle")
 
     def _send(self, method: str, path: str, body: Any = None) -> httpx.Response:
         with self._reaching():

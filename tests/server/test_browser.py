@@ -167,7 +167,10 @@ def test_a_recording_plays_and_jumps_to_prunes(
     file = tmp_path / "run.html"
     file.write_text(recorded_page(update))
     browser.get(file.as_uri())
-    wait_for(lambda: counts(browser).get("traces"))
+    # What the feed still held from before is there too.
+    groups = browser.find_elements("css selector", "#groups button")
+    next(button for button in groups if button.text.startswith("recorded")).click()
+    wait_for(lambda: browser.find_element("id", "name").text == "recorded")
     pruned = counts(browser)["pruned"]
     assert pruned > 1
     seen = []
@@ -187,6 +190,28 @@ def test_a_recording_plays_and_jumps_to_prunes(
     )
     browser.find_element("id", "play").click()
     wait_for(lambda: counts(browser)["pruned"] == pruned and not counts(browser)["running"])
+    no_complaints(browser)
+
+
+def test_branches_stand_below_the_trace_that_they_continue(browser: Any, tmp_path: Path) -> None:
+    def began(number: int, parent: str | None) -> dict[str, Any]:
+        branch = {"parent": parent, "position": 30, "depth": 1}
+        more = {} if parent is None else {"branch": branch, "tokens": 30}
+        return {"kind": "trace", "trace": number, "group": 0, "time": 0.0, "rid": f"r{number}",
+                "prompt_tokens": 9, **more}  # fmt: skip
+
+    parents = [None, None, "r0", "r1", "r2", "gone"]
+    events: list[dict[str, Any]] = [{"kind": "group", "group": 0, "time": 0.0, "name": "tree"}]
+    for number, parent in enumerate(parents):
+        end = {"kind": "end", "trace": number, "time": 2.0, "fate": "finished", "tokens": 90}
+        events += [began(number, parent), end]
+    file = tmp_path / "tree.html"
+    file.write_text(
+        recorded_page(decode(json.dumps({"time": 3.0, "full": True, "events": events})))
+    )
+    browser.get(file.as_uri())
+    wait_for(lambda: list(table(browser)) == ["r0", "r2", "r4", "r1", "r3", "r5"])
+    save(browser, "tree")
     no_complaints(browser)
 
 

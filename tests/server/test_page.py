@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import requests
@@ -13,7 +14,7 @@ from step_sglang.client.http import Client
 from step_sglang.live.events import decode
 from step_sglang.live.known import Known
 from step_sglang.reasoner import questions
-from tests.server.launch import Server
+from tests.server.launch import Server, start_command
 
 pytestmark = pytest.mark.server
 
@@ -90,3 +91,19 @@ def test_the_page_has_its_own_policy_and_no_data(reasoner: Server) -> None:
     assert page.status_code == 200
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
     assert "watched" not in page.text
+
+
+@pytest.mark.full
+def test_watch_keeps_a_page_of_what_it_saw(reasoner: Server, tmp_path: Path) -> None:
+    file = tmp_path / "run.html"
+    seen = start_command("watch", "--url", reasoner.url, "--save", file, "--seconds", 20)
+    # It begins with what the feed still holds; so ask until it has seen one of ours.
+    while seen.poll() is None:
+        ask(reasoner, 4, group="kept <b>")
+    said, problems = seen.communicate()
+    assert seen.returncode == 0, problems
+    assert f"wrote {file}" in said
+    data = file.read_text().split('id="recording">')[1].split("</script>")[0]
+    known = Known()
+    known.apply(decode(data))
+    assert len(known.groups[known.by_name["kept <b>"]].traces) == 4
