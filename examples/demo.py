@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from step_sglang.client.http import AsyncClient, server_info
+from step_sglang.cli.watch import write_page
+from step_sglang.client.http import AsyncClient, Client, server_info
 from step_sglang.client.launch import running_server
+from step_sglang.live.events import decode
+from step_sglang.live.known import Known
 from step_sglang.reasoner import Question, model_path, questions, scorer_path
 from step_sglang.voting.answers import equivalent, extract_boxed
 from step_sglang.voting.tally import Ballot, Tally, tally, weight_of
@@ -79,9 +83,14 @@ def is_pruned(trace: dict[str, Any]) -> bool:
 
 
 async def answer(
-    client: AsyncClient, question: Question, options: argparse.Namespace, step: bool
+    client: AsyncClient,
+    question: Question,
+    options: argparse.Namespace,
+    step: bool,
+    group: dict[str, Any] | None = None,
 ) -> Answered:
     """Stream n traces of one question as one group, with a progress line."""
+    said = {"step": group} if step else {"step": False}
     body = {
         "input_ids": await client.render([{"role": "user", "content": question.question}]),
         "sampling_params": {
@@ -89,7 +98,7 @@ async def answer(
             "temperature": 1.0,
             "max_new_tokens": options.max_new_tokens,
             "skip_special_tokens": False,
-            **({} if step else {"custom_params": {"step": False}}),
+            "custom_params": said,
         },
     }
     last: dict[int, dict[str, Any]] = {}
@@ -177,14 +186,43 @@ def waits(runs: list[Answered]) -> list[float]:
     return [info["queue_time"] for run in runs for info in run.infos]
 
 
+async def answer_and_keep(
+    client: AsyncClient, question: Question, options: argparse.Namespace, url: str
+) -> Answered:
+    """One question with STEP, and a page that replays how it was answered."""
+    known, over = Known(), threading.Event()
+
+    def look() -> None:
+        with Client(url, timeout=30) as viewer:
+            for update in viewer.feed():
+                known.apply(decode(update))
+                looking.set()
+                if over.is_set():
+                    return
+
+    looking = threading.Event()
+    looker = threading.Thread(target=look, daemon=True)
+    looker.start()
+    await asyncio.to_thread(looking.wait, 10)
+    # A name to know it by; its text may be shown, as nobody else asked anything here.
+    named = {"group": question.question, "show_text": True}
+    found = await answer(client, question, options, step=True, group=named)
+    await asyncio.sleep(0.5)  # what happened last is told a moment later
+    over.set()
+    await asyncio.to_thread(looker.join, 10)
+    write_page(options.page, known)
+    return found
+
+
 async def show_all(url: str, options: argparse.Namespace, log: Path | None) -> None:
     """One question trace by trace, then both methods on several."""
     asked = questions("test", max(1, options.questions), seed=1)
     async with AsyncClient(url, timeout=600) as client:
         console.print(f"\n[bold]{asked[0].question}[/bold]   (answer: {asked[0].answer})\n")
-        found = await answer(client, asked[0], options, step=True)
+        found = await answer_and_keep(client, asked[0], options, url)
         text = "" if log is None else log.read_text(errors="replace")
         show_question(found, server_info(url)["max_total_num_tokens"], text)
+        console.print(f"the page that replays it: {options.page.resolve()}\n", soft_wrap=True)
         answered: dict[str, list[Answered]] = {"self-consistency": [], "STEP": []}
         for number, question in enumerate(asked[: options.questions]):
             methods = list(answered) if number % 2 else list(reversed(answered))
@@ -207,6 +245,9 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=2048, help="KV pool in tokens (default 2048)")
     parser.add_argument("--questions", type=int, default=6, help="to compare on (default 6)")
     parser.add_argument("--max-new-tokens", type=int, default=900)
+    parser.add_argument(
+        "--page", type=Path, default=Path("demo.html"), help="where the replay is written"
+    )
     parser.add_argument(
         "--url",
         help="a server of the embedded reasoner with --enable-metrics, instead of a new one",

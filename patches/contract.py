@@ -47,6 +47,9 @@ class Finding:
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _ENGINE = "sglang.srt.entrypoints.engine.Engine"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_TOKENIZER_STATE = "sglang.srt.managers.tokenizer_manager.ReqState"
+_ALLOCATOR = "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator"
+_CONTROL = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
@@ -129,6 +132,12 @@ SERVE_GENERATE_REQUEST = Target(
     ("obj", "request"),
     why="sends the progress of a vote while /generate streams",
     until="streams may carry comments of a plugin",
+)
+ADD_API_KEY_MIDDLEWARE = Target(
+    "sglang.srt.utils.auth.add_api_key_middleware",
+    ("app", "api_key", "admin_api_key"),
+    why="lets a browser that opens the live page show the server's key",
+    until="SGLang has pages of its own that want the key",
 )
 CONVERT_CHAT = Target(
     "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request",
@@ -248,8 +257,8 @@ EAGLE_SAMPLE = Target(
 GET_INTERNAL_STATE = Target(
     f"{_SCHEDULER}.get_internal_state",
     ("self", "recv_req"),
-    why="shows STEP in /server_info",
-    until="plugins may add to the internal state",
+    why="shows STEP in /server_info, and answers the live page's questions",
+    until="plugins may add to the internal state, and ask schedulers questions of their own",
 )
 MODEL_FORWARD = Target(
     "sglang.srt.model_executor.model_runner.ModelRunner.forward",
@@ -287,6 +296,7 @@ HOOKED = (
     UPDATE_REQUEST_META_INFO,
     GENERATE_REQUEST,
     SERVE_GENERATE_REQUEST,
+    ADD_API_KEY_MIDDLEWARE,
     CONVERT_CHAT,
     GENERATE_CHAT_STREAM,
     GENERATE_COMPLETION_STREAM,
@@ -368,6 +378,16 @@ USED = (
     Target(f"{_TIME_STATS}.SchedulerReqTimeStats.queue_duration_s"),
     Target(f"{_TIME_STATS}.SchedulerReqTimeStats.set_completion_time", ("self", "ts")),
     Target(f"{_TIME_STATS}.APIServerReqTimeStats.set_finished_time", ("self", "ts", "span_attrs")),
+    Target(f"{_CONTROL}.init_communicators", ("self",)),
+    Target(f"{_TOKENIZER}.auto_create_handle_loop", ("self",)),
+    Target("sglang.srt.managers.communicator.FanOutCommunicator.__call__", ("self", "obj")),
+    Target("sglang.srt.managers.io_struct.GetInternalStateReq.rid"),
+    Target("sglang.srt.managers.io_struct.GetInternalStateReqOutput.internal_state"),
+    Target(f"{_TOKENIZER_STATE}.get_text", ("self",)),
+    Target("sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.evictable_size", ("self",)),
+    Target(
+        "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.available_size", ("self",)
+    ),
     Target("sglang.srt.utils.auth.auth_level", ("level",)),
     Target("sglang.srt.utils.auth.AuthLevel.ADMIN_OPTIONAL"),
     Target(f"{_STREAMER}.stream_output", ("self", "reqs", "return_logprob", "skip_req")),

@@ -1,4 +1,7 @@
-"""The HTTP endpoint that aborts a group. Tells a group's requests by what they said of STEP."""
+"""The HTTP endpoints of STEP; here is the one that aborts a group.
+
+Tells a group's requests by what they said of STEP.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 
 from step_sglang import protocol
+from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
+from step_sglang.patches.page import add_page
 from step_sglang.patches.parsed import parsed_of
 from step_sglang.pruning.request import check_group_id
 
@@ -19,8 +24,8 @@ _SERVER = "sglang.srt.entrypoints.http_server"
 _LOOK_AGAIN = 0.05  # seconds
 
 
-def add_endpoint() -> None:
-    """Add the endpoint to SGLang's HTTP server, if this process runs one."""
+def add_endpoints(config: StepConfig) -> None:
+    """Add the endpoints to SGLang's HTTP server, if this process runs one."""
     server = sys.modules.get(_SERVER)
     if server is None or any(
         getattr(route, "path", "") == protocol.ABORT_GROUP_PATH for route in server.app.routes
@@ -31,6 +36,7 @@ def add_endpoint() -> None:
     # Who may abort requests may abort groups.
     endpoint = auth_level(AuthLevel.ADMIN_OPTIONAL)(abort_group)
     server.app.add_api_route(protocol.ABORT_GROUP_PATH, endpoint, methods=["POST"])
+    add_page(server.app, config)
 
 
 async def abort_group(request: Request) -> JSONResponse:

@@ -85,11 +85,13 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "enable_priority_scheduling", "enable_priority_preemption", "is_hybrid_swa", "tree_cache",
         "tp_worker", "tp_group", "tp_cpu_group", "output_streamer", "server_args", "tokenizer",
         "model_config", "metrics_collector", "metrics_collector_context",
+        "token_to_kv_pool_allocator",
     ),
     f"{_BATCH}.NextBatchPlan": ("running_batch",),
     "sglang.srt.managers.schedule_policy.SchedulePolicy": ("priority_sign",),
     f"{_TOKENIZER}.TokenizerManager": (
         "rid_to_state", "server_args", "gracefully_exit", "incremental_streaming_output",
+        "tokenizer",
     ),
     f"{_TOKENIZER}.ReqState": ("obj", "out_list", "time_stats", "lora_released"),
     "sglang.srt.managers.io_struct.GenerateReqInput": (

@@ -437,6 +437,8 @@ class StepHostOutput:
             return
         # Summed here: the device's sum would hold steps whose results were lost.
         trace.add_step(score, trace.score_sum + score, position)
+        if _active is not None and _active.groups.watcher is not None:
+            _active.groups.watcher.scored(trace, position, score, req.output_ids)
         if _active is not None and _active.metrics is not None:
             with guard(protocol.IN_METRICS):
                 _active.metrics.step_scored(score)

@@ -47,6 +47,7 @@ TOKENIZER = (
 )
 HTTP = (
     Hook(contract.SERVE_GENERATE_REQUEST, HookType.AROUND, "http:serve_generate_request"),
+    Hook(contract.ADD_API_KEY_MIDDLEWARE, HookType.AFTER, "page:add_api_key_middleware"),
     Hook(contract.CONVERT_CHAT, HookType.BEFORE, "http:convert_chat"),
     Hook(contract.GENERATE_CHAT_STREAM, HookType.AROUND, "http:generate_stream"),
     Hook(contract.GENERATE_COMPLETION_STREAM, HookType.AROUND, "http:generate_stream"),
@@ -67,7 +68,7 @@ SCHEDULER = (
     Hook(contract.MODEL_FORWARD, HookType.AFTER, "forward:model_forward"),
     Hook(contract.CAPTURE_ONE_SHAPE, HookType.AROUND, "forward:capture_one_shape"),
     Hook(contract.SAMPLE, HookType.AROUND, "forward:sample"),
-    Hook(contract.GET_INTERNAL_STATE, HookType.AFTER, "scheduler:get_internal_state"),
+    Hook(contract.GET_INTERNAL_STATE, HookType.AROUND, "scheduler:get_internal_state"),
     Hook(contract.RECORD_WEIGHT_VERSION, HookType.AFTER, "scheduler:record_weight_version"),
 )
 # With speculative decoding only: its modules load what other servers do without.

@@ -12,7 +12,7 @@ import torch
 from step_sglang import protocol
 from step_sglang.config import DEFAULT_DELIMITERS, StepConfig
 from step_sglang.errors import ConfigError, ScorerError, StepError
-from step_sglang.patches.endpoint import add_endpoint
+from step_sglang.patches.endpoint import add_endpoints
 from step_sglang.patches.record import config_of, refuse
 from step_sglang.scoring.boundary import THINK_END, boundary_ids, think_end_id
 from step_sglang.scoring.build import BuildError
@@ -49,7 +49,7 @@ def launch_subprocesses(cls: type, server_args: Any, *args: Any, **kwargs: Any) 
         _check(server_args, config)
     except StepError as error:
         refuse(server_args, error)
-    add_endpoint()
+    add_endpoints(config)
 
 
 def refuse_unsupported(cfg: Any) -> None:

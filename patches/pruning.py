@@ -225,6 +225,18 @@ def own_tokens(req: Any, page: int, more: int = 0) -> int:
     return int(-(-(req.kv.kv_allocated_len + more) // page) * page - shared)
 
 
+def own_tokens_of(reqs: Sequence[Any], page: int) -> list[int]:
+    """:func:`own_tokens` of many, without a call for each: a thousand wait while it is found."""
+    found = []
+    for req in reqs:
+        kv, shared = req.kv, len(req.origin_input_ids)
+        protected = kv.cache_protected_len
+        if protected < shared:  # noqa: PLR1730 - min() costs as much as all the rest
+            shared = protected
+        found.append(-(-kv.kv_allocated_len // page) * page - shared)
+    return found
+
+
 def _end_aborted(state: SchedulerStep, reqs: Sequence[Any]) -> None:
     """Count out traces that are on their way out, or they would be counted as survivors."""
     for req in reqs:
@@ -268,7 +280,7 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
             "--step-delimiter, and that the prompt asks this model to reason",
             safe_repr(group.group_id, 300),
         )
-    trace.reason = reason
+    trace.reason, trace.tokens = reason, len(req.output_ids)
     state.groups.end(trace, TraceStatus.PRUNED)
     score = "none" if trace.score is None else f"{trace.score:.4f}"
     message = f"{protocol.PRUNED_MESSAGE}: trace score {score} after {trace.num_steps} steps"
@@ -284,6 +296,8 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
     if state.metrics is not None:
         with guard(protocol.IN_METRICS):
             state.metrics.trace_pruned(reason, available - before)
+    if state.groups.watcher is not None:
+        state.groups.watcher.freed(trace, available - before)
     logger.info(
         "STEP pruned rid=%s group=%s score=%s steps=%d reason=%s tokens_freed=%d pool_used=%d/%d",
         safe_repr(req.rid, 80),

@@ -16,6 +16,7 @@ from step_sglang.baselines.embedding import load_embedding
 from step_sglang.config import StepConfig
 from step_sglang.errors import ConfigError, StepError
 from step_sglang.patches import forward, guard, hooks
+from step_sglang.patches.feed import answer_feed, is_for_feed
 from step_sglang.patches.preflight import (
     load_config_scorer,
     load_tokenizer,
@@ -179,6 +180,8 @@ def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -
         timeline=Timeline() if step_request.record else None,
         alone=step_request.group is None,
         samples=params.n,
+        rid=req.rid,
+        show_text=step_request.show_text,
     )
     set_trace(req, trace)
 
@@ -204,26 +207,34 @@ def send_abort_output(result: None, scheduler: Any, abort_req: Any, req: Any) ->
         state.groups.end(trace, TraceStatus.ABORTED)
 
 
-@guard.guard(protocol.IN_RESPONSES)
-def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
-    """AFTER ``Scheduler.get_internal_state``: what ``/server_info`` says of STEP."""
+def get_internal_state(original: Callable[[Any, Any], Any], scheduler: Any, recv_req: Any) -> Any:
+    """AROUND ``Scheduler.get_internal_state``: what ``/server_info`` says of STEP, or the feed."""
     state = state_of(scheduler)
+    if state is not None and is_for_feed(recv_req):
+        return answer_feed(scheduler, state, recv_req)
+    result = original(scheduler, recv_req)
     if state is not None:
-        result.internal_state["step"] = {
-            **state.config.effective(),
-            "groups": len(state.groups),
-            "groups_begun": state.groups.num_begun,
-            "groups_waiting": state.groups_waiting,
-            "group_limit": state.group_limit and state.group_limit.most,
-            "batch_limit": state.max_batch,
-            "kv_limit": state.kv_limit,
-            "live_traces": state.groups.num_live,
-            "steps_unscored": forward.steps_unscored(),
-            "passes_lost": forward.passes_lost(),
-            "stopped": state.groups.stopped,
-            "failures": guard.counts(),
-            "scorer_stale": state.scorer_stale,
-        }
+        _add_state(result, state)
+    return result
+
+
+@guard.guard(protocol.IN_RESPONSES)
+def _add_state(result: Any, state: SchedulerStep) -> None:
+    result.internal_state["step"] = {
+        **state.config.effective(),
+        "groups": len(state.groups),
+        "groups_begun": state.groups.num_begun,
+        "groups_waiting": state.groups_waiting,
+        "group_limit": state.group_limit and state.group_limit.most,
+        "batch_limit": state.max_batch,
+        "kv_limit": state.kv_limit,
+        "live_traces": state.groups.num_live,
+        "steps_unscored": forward.steps_unscored(),
+        "passes_lost": forward.passes_lost(),
+        "stopped": state.groups.stopped,
+        "failures": guard.counts(),
+        "scorer_stale": state.scorer_stale,
+    }
 
 
 def record_weight_version(result: None, updater: Any, *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from step_sglang.pruning.metrics import StepMetrics
 from step_sglang.scoring.slots import SlotState
 
 _STATE = "step_state"
-_TRACE = "step_trace"
+TRACE = "step_trace"
 
 
 @dataclass(eq=False)  # one object per scheduler
@@ -55,9 +55,9 @@ def set_state(scheduler: Any, state: SchedulerStep) -> None:
 
 def trace_of(req: Any) -> Trace | None:
     """A request's trace, or None for an ordinary request."""
-    return getattr(req, _TRACE, None)
+    return getattr(req, TRACE, None)
 
 
 def set_trace(req: Any, trace: Trace) -> None:
     """Make a request a trace."""
-    setattr(req, _TRACE, trace)
+    setattr(req, TRACE, trace)

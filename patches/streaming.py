@@ -52,6 +52,7 @@ def _step_streamer(base: Any, state: SchedulerStep) -> type:
                     continue
                 if trace is not None:
                     with guard(protocol.IN_RESPONSES):
+                        trace.tokens = len(req.output_ids)
                         groups.end(trace, _status(req))
                         if trace.fate is TraceStatus.FINISHED:
                             state.lengths.finished(len(req.output_ids))

@@ -9,6 +9,7 @@ from step_sglang import protocol
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
 from step_sglang.patches.guard import guard
+from step_sglang.patches.page import trace_finished
 from step_sglang.patches.parsed import parsed_of, pruned_mode
 from step_sglang.patches.record import config_of
 from step_sglang.pruning.affinity import replica_of
@@ -77,6 +78,8 @@ def update_request_meta_info(
         meta_info[protocol.META_KEY] = step[index]
         if step[index][protocol.META_PRUNED] and finish_reason is not None:
             meta_info["finish_reason"] = _reported(manager, state.obj, meta_info, finish_reason)
+        elif finish_reason is not None and finish_reason["type"] != "abort":
+            trace_finished(meta_info, state)
 
 
 def _reported(

@@ -14,6 +14,7 @@ from step_sglang.errors import RequestError
 from step_sglang.patches import sessions
 from step_sglang.patches.aborts import LiveVote, abort_reason, live_votes
 from step_sglang.patches.choices import PROGRESS, leaves_out, without_pruned
+from step_sglang.patches.page import following
 from step_sglang.patches.parsed import hand_out, parse_prompts, parsed_of, set_parsed, takes_part
 from step_sglang.patches.record import config_of
 from step_sglang.pruning.request import StepRequest
@@ -136,7 +137,8 @@ async def _answer(
     connected = None if request is None else _connection(manager, request, item, comparison)
     check = partial(_raise_errors, whole.stream)
     try:
-        last = await run(chunks, session, check, connected, comparison, live.is_aborted)
+        with following(manager, session):
+            last = await run(chunks, session, check, connected, comparison, live.is_aborted)
     finally:
         best = session.outcome().best
         if best is not None:

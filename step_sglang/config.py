@@ -16,6 +16,7 @@ from step_sglang.protocol import EXTRACTORS, NGRAMS, PRUNED_ABORT, PRUNED_MODES,
 POLICIES = ("fair", "paper")
 SCOPES = ("thinking", "all")
 ADMISSIONS = ("fair", "queue")
+PAGES = ("on", "off")
 AUTO, OFF = "auto", "off"
 DEFAULT_DELIMITERS = ("\n\n",)
 
@@ -160,6 +161,14 @@ class StepConfig:
         },
     )
 
+    page: str = field(
+        default="on",
+        metadata={
+            "choices": PAGES,
+            "help": "off: no live page at /step, and no feed.",
+        },
+    )
+
     def __post_init__(self) -> None:
         if not self.scorer and not self.capture:
             raise ConfigError("--enable-step needs --step-scorer PATH, the trained scorer file")
@@ -202,6 +211,7 @@ class StepConfig:
         _check_choice("--step-vote", self.vote, VOTES)
         _check_choice("--step-extract", self.extract, EXTRACTORS)
         _check_choice("--step-pruned", self.pruned, PRUNED_MODES)
+        _check_choice("--step-page", self.page, PAGES)
         if not isinstance(self.embedding, str) or not self.embedding:
             raise ConfigError(f"--step-embedding must be a name, not {self.embedding!r}")
         if not isinstance(self.temperature, int | float) or not 0 < self.temperature < 100:

@@ -15,9 +15,10 @@ TRACE = "trace"
 BASELINE = "baseline"
 RECORD = "record"
 PRUNED = "pruned"
+SHOW_TEXT = "show_text"
 REQUEST_MEMBERS = (
     GROUP, TRACE, WEIGHT, MIN_SURVIVORS, STEP_SCORES, HIDDEN_STATES, PROMPT_TOKENS, BASELINE,
-    RECORD, PRUNED,
+    RECORD, PRUNED, SHOW_TEXT,
 )  # fmt: skip
 
 # How a pruned trace is reported: the values of PRUNED.
@@ -77,6 +78,13 @@ PRUNED_FOR_SIMILARITY = "similarity"  # Slim-SC
 # The endpoint that ends a group, and its answer's member.
 ABORT_GROUP_PATH = "/step/abort_group"
 ABORTED = "aborted"
+# The live page and its feed.
+PAGE_PATH = "/step"
+EVENTS_PATH = "/step/events"
+# A question about the scheduler's state whose id is one of these asks for the feed alone.
+FEED_NEXT = "step-feed-next"  # what happened since the last one
+FEED_STOP = "step-feed-stop"  # nobody looks any more
+FEED = "step_feed"  # the answer's one member
 # What an answer to `traces` says of its vote, under `meta_info["step"]["vote"]`.
 META_VOTE = "vote"
 NOT_VOTED = "not_voted"  # the vote's status where none was taken although one was asked for
@@ -88,3 +96,4 @@ IN_ADMISSION = "admission"
 IN_REQUESTS = "requests"
 IN_RESPONSES = "responses"
 IN_METRICS = "metrics"
+IN_PAGE = "page"

@@ -21,6 +21,7 @@ SHARED = {
     "test_fuzz.py": "roomy",
     "test_baselines.py": "reasoner",
     "test_bench.py": "reasoner",
+    "test_page.py": "reasoner",
 }
 
 

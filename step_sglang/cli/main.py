@@ -20,13 +20,14 @@ from step_sglang.cli.replay import replay
 from step_sglang.cli.report import report
 from step_sglang.cli.serve import serve
 from step_sglang.cli.train import train
+from step_sglang.cli.watch import watch
 from step_sglang.errors import StepError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
 )
 for panel, commands in (
-    ("Serve and ask", (serve, ask)),
+    ("Serve and ask", (serve, ask, watch)),
     ("Train a scorer", (collect, train, inspect, convert)),
     ("Compare methods", (bench, report, replay)),
 ):

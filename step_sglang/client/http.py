@@ -162,6 +162,31 @@ class Client(_Connection):
             raise self._unfit(f"{protocol.ABORTED!r} is no number in its answer")
         return aborted
 
+    def feed(self) -> Iterator[bytes]:
+        """GET /step/events: the feed's updates as JSON, as they come; see `step_sglang.live`.
+
+        Raises:
+            ServerError: the server does not answer, has no live page, or breaks off.
+        """
+        with (
+            self._reaching(),
+            self._http.stream("GET", self.url + protocol.EVENTS_PATH) as answer,
+        ):
+            if answer.status_code == 404:
+                raise ServerError(
+                    f"the server at {self.url} has no live page: it runs without STEP, or with "
+                    "--step-page off (HTTP 404)"
+                )
+            if answer.status_code != 200:
+                self._check(answer, answer.read().decode(errors="replace"))
+            rest = b""
+            for data in answer.iter_bytes():
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data: "):
+                        yield line[6:]
+        raise ServerError(f"the server at {self.url} ended the feed in the middle")
+
     def _send(self, method: str, path: str, body: Any = None) -> httpx.Response:
         with self._reaching():
             return self._http.request(method, self.url + path, json=body)

@@ -9,6 +9,7 @@ from pathlib import Path
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.machine import machines_of
 from step_sglang.evaluation.methods import METHODS, REFERENCE, Method
+from step_sglang.evaluation.page import write_page
 from step_sglang.evaluation.ranking import Rankings, recorded_rankings
 from step_sglang.evaluation.results import Loaded, load_results
 from step_sglang.evaluation.stats import Mean, Paired
@@ -63,7 +64,7 @@ class Table:
 def write_report(
     folders: Sequence[Path], target: Path, reference: Method = METHODS[REFERENCE]
 ) -> Written:
-    """Write ``report.md``, ``report.tex`` and the plots into ``target``.
+    """Write ``report.md``, ``report.tex``, the plots, and the page of recorded groups if there are.
 
     Raises:
         BenchError: there are no results, or they do not belong together, or the disk fails.
@@ -86,9 +87,10 @@ def write_report(
         text = _markdown(heading, warnings, tables, early, drawn)
         (target / MARKDOWN).write_text(text, encoding="utf-8")
         (target / LATEX).write_text("\n".join(map(latex, tables)), encoding="utf-8")
+        page = write_page(folders, target)
     except OSError as error:
         raise BenchError(f"cannot write to {target}: {error.strerror}") from error
-    files = (target / MARKDOWN, target / LATEX, *drawn)
+    files = (target / MARKDOWN, target / LATEX, *drawn, *([page] if page else ()))
     return Written(files, text, loaded.problems, heading, tuple(tables), warnings)
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from step_sglang import protocol
 from step_sglang.baselines.base import DEFAULT_TOP_K, Baseline, EngineContext, Signal
@@ -92,6 +92,9 @@ class Trace:
     timeline: Timeline | None = None
     ending: bool = False  # its group's baseline ends it
     reason: str | None = None  # why it was pruned
+    rid: str = ""  # its request's id
+    show_text: bool = False  # whoever watches may see the text of its steps
+    tokens: int = 0  # generated, known when it ends
 
     @property
     def is_live(self) -> bool:
@@ -181,6 +184,22 @@ class Trace:
         return info
 
 
+class Watcher(Protocol):
+    """Somebody who looks at the traces of one registry."""
+
+    def joined(self, trace: Trace) -> None:
+        """A trace joined its group."""
+
+    def scored(self, trace: Trace, position: int, score: float, output_ids: Sequence[int]) -> None:
+        """A step was scored, whose boundary token is at this output index."""
+
+    def ended(self, trace: Trace) -> None:
+        """A trace ended."""
+
+    def freed(self, trace: Trace, tokens: int) -> None:
+        """Pruning a trace, which has ended, freed so many KV tokens."""
+
+
 class _Ended(NamedTuple):
     """What a continuation needs of a named trace that ended."""
 
@@ -194,7 +213,8 @@ class _Ended(NamedTuple):
 class GroupRegistry:
     """The groups that have a live trace. A group is forgotten when its last live trace ends.
 
-    ``observer`` is called with every trace that has joined or ended.
+    ``observer`` is called with every trace that has joined or ended. ``watcher`` is there only
+    while somebody looks.
     """
 
     _groups: dict[str, Group] = field(default_factory=dict)
@@ -207,6 +227,7 @@ class GroupRegistry:
     watched: Counter[int] = field(default_factory=Counter)
     num_ending: int = 0  # live traces that their baseline ends
     observer: Callable[[Trace], None] | None = None
+    watcher: Watcher | None = None
     stopped: str | None = None  # why STEP was given up
     changes: int = 0  # traces that joined or ended so far, and STEP's own end
 
@@ -235,13 +256,16 @@ class GroupRegistry:
         timeline: Timeline | None = None,
         alone: bool = False,
         samples: int = 1,
+        rid: str = "",
+        show_text: bool = False,
     ) -> Trace:
         """Add a live trace to a group, which begins with it when it is new.
 
         Where members disagree on the weight or the minimum, the largest value wins; on the
         baseline (which needs ``context``), the first member's.
         A named trace that ended before starts from its score then, and no longer counts as
-        finished. ``alone``: its request named no group. ``samples``: traces of its request.
+        finished. ``alone``: its request named no group. ``samples``: traces of its request, whose
+        id is ``rid``. ``show_text``: whoever watches may see the text of its steps.
         """
         group = self._groups.get(group_id)
         if group is None:
@@ -255,6 +279,8 @@ class GroupRegistry:
             name=name,
             prompt_tokens=prompt_tokens,
             timeline=timeline,
+            rid=rid,
+            show_text=show_text,
         )
         if group.baseline is not None and context is not None:
             trace.signal = group.baseline.signal(trace, group.joined + 1, context)
@@ -280,6 +306,8 @@ class GroupRegistry:
                 self.num_finished -= 1
         if self.observer is not None:
             self.observer(trace)
+        if self.watcher is not None:
+            self.watcher.joined(trace)
         return trace
 
     def stop(self, reason: str) -> None:
@@ -331,6 +359,8 @@ class GroupRegistry:
             group.method_state = None
         if self.observer is not None:
             self.observer(trace)
+        if self.watcher is not None:
+            self.watcher.ended(trace)
 
     def __len__(self) -> int:
         return len(self._groups)

@@ -25,7 +25,7 @@ class StepRequest:
     says when each token came, and its confidence.
 
     ``pruned``: how a pruned trace is reported, one of ``protocol.PRUNED_MODES``; None: as the
-    server does.
+    server does. ``show_text``: whoever looks at the live page may see the text of its steps.
 
     ``prompt_tokens`` P: the input already holds a trace from token P on, whose hidden states are
     wanted (only with ``hidden_states``, on a server that captures).
@@ -41,6 +41,7 @@ class StepRequest:
     baseline: Baseline | None = None
     record: bool = False
     pruned: str | None = None
+    show_text: bool = False
 
 
 def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None:
@@ -94,6 +95,7 @@ def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None
         baseline=_baseline(value),
         record=_flag(value, protocol.RECORD),
         pruned=_pruned(value),
+        show_text=_flag(value, protocol.SHOW_TEXT),
     )
     if prompt_tokens is not None and not step_request.hidden_states:
         raise RequestError("custom_params.step.prompt_tokens needs hidden_states: true beside it")

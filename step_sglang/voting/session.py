@@ -18,6 +18,7 @@ from step_sglang.voting.answers import Extractor, extract_boxed
 from step_sglang.voting.classes import Same, Steps, run_here
 from step_sglang.voting.early_stopping import (
     DEFAULT_THRESHOLD,
+    cannot_change,
     check_rule,
     highest_weight,
     is_settled,
@@ -179,6 +180,11 @@ class VoteSession:
             return True
         rules, weights = self.rules, [self._highest(t) for t in running]
         return is_settled(self._poll.tallies(), weights, rules.vote, rules.early, rules.threshold)
+
+    def is_certain(self) -> bool:
+        """Whether no trace that runs can change the winner, whatever the rule says of ending."""
+        running = [self._highest(t) for t in self.traces if t.fate is TraceFate.RUNNING]
+        return cannot_change(self._poll.tallies(), running, self.rules.vote)
 
     def cancel(self) -> None:
         """Mark what still runs as cancelled."""

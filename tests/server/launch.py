@@ -111,10 +111,11 @@ def serve(
     *flags: str,
     log: Path,
     entry: Sequence[str] = LAUNCH_SERVER,
+    port: int | None = None,
     **extra_env: str,
 ) -> Iterator[Server]:
     """Start a server, wait until it answers, and stop its whole process tree at the end."""
-    port = free_port()
+    port = port or free_port()
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [*GUARD, *command(port, "--model-path", str(model), *flags, entry=entry)],

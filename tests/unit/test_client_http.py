@@ -27,6 +27,7 @@ from step_sglang.evaluation.results import ResultWriter
 from step_sglang.evaluation.run import Bench, Plan
 from step_sglang.evaluation.serving import PoolSize, probe_server
 from step_sglang.evaluation.watch import PoolWatch
+from step_sglang.live.events import Update, encode
 from step_sglang.reasoner import model_path
 from step_sglang.training.collect import CollectSettings, collect
 from step_sglang.training.prompts import load_prompter
@@ -36,7 +37,7 @@ from tests.training_samples import Generator, meta
 
 PATHS = {
     "/flush_cache", "/generate", "/health", "/metrics", "/model_info", "/server_info",
-    "/step/abort_group", "/v1/tokenize",
+    "/step/abort_group", "/step/events", "/v1/tokenize",
 }  # fmt: skip
 SAMPLING = Sampling(1.0, 1.0, -1, 50)
 
@@ -83,6 +84,8 @@ def server() -> Iterator[StandIn]:
                 self.answer({"detail": "Not Found"}, 404)
             elif self.path == "/metrics":
                 self.raw(200, b'sglang:token_usage{model_name="m"} 0.25\n')
+            elif self.path == "/step/events":
+                self.raw(200, b": hello\n\ndata: " + encode(Update(1.0, True)) + b"\n\n")
             elif self.path != "/generate":
                 self.answer(answers.get(self.path, {}))
             elif not body.get("stream"):
@@ -172,7 +175,15 @@ def naming(url: str, folder: Path) -> None:
     assert served_model(url) == "m"
 
 
-CONSUMERS = [collecting, benching, flushing, asking, solving, aborting, looking, naming]
+def watching(url: str, folder: Path) -> None:
+    command = ["watch", "--url", url, "--seconds", "0", "--save", str(folder / "run.html")]
+    ran = CliRunner().invoke(app, command)
+    if ran.exception is not None and ran.exit_code:
+        raise ran.exception
+    assert "a recorded run" in (folder / "run.html").read_text()
+
+
+CONSUMERS = [collecting, benching, flushing, asking, solving, aborting, looking, naming, watching]
 every_consumer = pytest.mark.parametrize("consumer", CONSUMERS, ids=lambda c: c.__name__)
 Consumer = Callable[[str, Path], None]
 
