@@ -314,6 +314,7 @@ VIRTUAL = (
     FORWARD_BATCH_GENERATION,
     PROCESS_BATCH_RESULT,
     Target(f"{_TIME_STATS}.time.perf_counter"),
+    Target(f"{_TIME_STATS}.calibrate_time_diff", ()),
     Target("sglang.srt.managers.tokenizer_manager.time.perf_counter"),
     Target("sglang.srt.layers.logits_processor.LogitsProcessor.forward"),
     Target("sglang.srt.layers.vocab_parallel_embedding.ParallelLMHead"),

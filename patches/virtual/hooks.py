@@ -49,10 +49,10 @@ def _virtual() -> _Virtual:
 
 
 class _Simulated:
-    """The module ``time``, but for its counter."""
+    """The module ``time``, with simulated seconds, which begin with the clock and not in 1970."""
 
     def __init__(self, clock: Clock) -> None:
-        self.perf_counter = clock.now
+        self.perf_counter = self.time = clock.now
 
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)
@@ -73,6 +73,8 @@ def take_over_time(modules: Sequence[str]) -> None:
     clock = Clock(Path(os.environ[protocol.VIRTUAL_GPU_ENV]) / CLOCK_FILE)
     for name in modules:
         import_module(name).time = _Simulated(clock)  # type: ignore[attr-defined]
+    # Stamps of two processes are compared: neither may still add the machine's own time.
+    import_module(IN_SCHEDULER[0]).calibrate_time_diff()
 
 
 def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
@@ -81,9 +83,12 @@ def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -
     """
     params = req.sampling_params
     wanted = (params.custom_params or {}).get(protocol.PLAY_KEY)
-    if wanted is None or params.max_new_tokens == 0:  # 0: the prompt alone, before its samples
+    if params.max_new_tokens == 0:  # the prompt alone, before its samples
         return
-    question, asked = wanted
+    model = scheduler.tp_worker.model_runner.model
+    if not isinstance(wanted, list) or len(wanted) != 2 or not model.has(wanted[0]):
+        return
+    question, asked = wanted[0], str(wanted[1])
     virtual = _virtual()
     number = virtual.asked[asked]
     virtual.asked[asked] += 1
@@ -91,19 +96,20 @@ def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -
 
 
 def forward_batch_generation(worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE ``TpModelWorker.forward_batch_generation``: what the pass computes, and for how long."""
+    """BEFORE ``TpModelWorker.forward_batch_generation``: what plays, and how long it takes."""
     virtual = _virtual()
     total = batch.seq_lens_cpu.tolist()
     if not batch.forward_mode.is_extend():
         virtual.gpu.launched(virtual.speed.decode(len(total), sum(total)))
         return
     decoding = set(batch.decoding_reqs or ())
-    for req in batch.reqs:
+    model = worker.model_runner.model
+    for req in (req for req in batch.reqs if req not in decoding):
         played = getattr(req, _PLAYED, None)
-        if played is not None and req not in decoding:
-            worker.model_runner.model.play(
-                req.kv.req_pool_idx, *played, prompt=len(req.origin_input_ids)
-            )
+        if played is None:
+            model.rest(req.kv.req_pool_idx)
+        else:
+            model.play(req.kv.req_pool_idx, *played, prompt=len(req.origin_input_ids))
     virtual.gpu.launched(virtual.speed.prefill(batch.extend_lens, total))
 
 

@@ -35,9 +35,9 @@ class TracePlayer(nn.Module):
         self.end = torch.zeros(0, dtype=torch.int64)
         self.prompt = torch.zeros(0, dtype=torch.int64)
 
-    def num_traces(self, question: int) -> int:
-        """How many traces it has of a question."""
-        return int(self.questions[question + 1] - self.questions[question])
+    def has(self, question: object) -> bool:
+        """Whether it has traces of a question, by its number."""
+        return type(question) is int and 0 <= question < len(self.questions) - 1
 
     def play(self, slot: int, question: int, number: int, prompt: int) -> None:
         """Play a trace in a slot.
@@ -45,13 +45,19 @@ class TracePlayer(nn.Module):
         Args:
             slot: the request's row of the pool.
             question: by number.
-            number: of the trace among the question's.
+            number: of the trace among the question's; it begins anew after the last.
             prompt: tokens before the trace's first.
         """
         self._make_room(slot)
-        trace = self.questions[question] + number
+        first, end = self.questions[question : question + 2]
+        trace = first + number % (end - first)
         self.begin[slot], self.end[slot] = self.starts[trace], self.starts[trace + 1]
         self.prompt[slot] = prompt
+
+    def rest(self, slot: int) -> None:
+        """End a slot's next request at once: it plays nothing."""
+        self._make_room(slot)
+        self.begin[slot] = self.end[slot] = self.prompt[slot] = 0
 
     def _make_room(self, slot: int) -> None:
         missing = slot + 1 - len(self.begin)
@@ -72,14 +78,11 @@ class TracePlayer(nn.Module):
         else:
             rows = torch.cumsum(forward_batch.extend_seq_lens, 0) - 1
             last = positions[rows]
-        self._make_room(int(slots.max()))  # of requests that play nothing, such as a health check
         consumed = self.begin[slots] + last - self.prompt[slots]  # place of the input token
         places = (consumed + 1).clamp(max=len(self.tokens) - 1)
         over = consumed + 1 >= self.end[slots]
         following = torch.where(over, player.END, self.tokens[places])
-        odds = torch.where(
-            consumed >= self.begin[slots], self.log_odds[consumed.clamp(min=0)], 0.0
-        )
+        odds = torch.where(consumed >= self.begin[slots], self.log_odds[consumed.clamp(min=0)], 0.0)
         states = torch.cat((odds[:, None], -odds[:, None], self._codes[following]), dim=1)
         if rows is not None:
             every = torch.zeros(len(input_ids), player.HIDDEN)

@@ -1,14 +1,15 @@
 """How long a pass takes on a GPU, by a roofline of data sheets and model configurations.
 
-Nothing here was measured but where a :class:`StepTime` was fitted to recorded traces. A decode step
+Nothing here was measured. A decode step
 reads the weights and the keys and values that its rows attend to, at a share of the memory's speed,
 or computes at a share of the peak, whichever takes longer; and every row has a price of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from step_sglang.errors import nearest
 from step_sglang.simulation.errors import SimulationError
@@ -21,6 +22,9 @@ ROW_SECONDS = 20e-6  # sampling, and whatever else grows with the rows of a step
 PASS_SECONDS = 0.4e-3  # from one pass to the next: launching a graph, norms, sampling
 POOL_SHARE = 0.88  # of the memory, for weights and KV together; SGLang's choice on 80 GB is alike
 _BYTES = 2  # of a weight, a key or a value in bf16
+
+
+_Preset = TypeVar("_Preset")
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def network_named(name: str) -> Network:
     return _named("model", name, NETWORKS)
 
 
-def _named(kind: str, name: str, known: dict[str, Any]) -> Any:
+def _named(kind: str, name: str, known: Mapping[str, _Preset]) -> _Preset:
     found = known.get(name.lower())
     if found is None:
         near = nearest(name, known)
@@ -164,14 +168,6 @@ class StepTime:
         # Of independent choices: the share of the experts that at least one token takes.
         untouched = (1 - self.experts_used / self.experts) ** tokens
         return self.weights + self.expert_weights * (1 - untouched)
-
-    def times(self, factor: float, attended: float = 1.0) -> StepTime:
-        """All of it slower by a factor, and attention by one more."""
-        scaled = {
-            name: value * factor for name, value in asdict(self).items() if isinstance(value, float)
-        }
-        scaled["attended"] *= attended
-        return StepTime(**{**asdict(self), **scaled})
 
     def as_json(self) -> dict[str, Any]:
         """JSON values."""

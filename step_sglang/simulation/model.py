@@ -38,6 +38,7 @@ _TEXTS = ("<|end|>", "</think>", "\n\n", ".")
 _DIGIT = len(_TEXTS)  # the token of the digit 0
 _FIRST_ANSWER = _DIGIT + 10
 _DIGITS = 4  # of a trace's or a question's number
+_CERTAIN = 20.0  # no other token comes within twice that: it is sampled at any usual temperature
 _FURTHEST = 15.0  # log-odds: nearer to 0 and 1 fp32 does not tell scores apart
 
 
@@ -68,7 +69,9 @@ def write_player(folder: Path, groups: Sequence[PlayedGroup], context: int) -> P
     if max(len(groups), *(len(group.traces) for group in groups)) > 10**_DIGITS:
         raise SimulationError(f"a simulation takes at most {10**_DIGITS} groups, and traces each")
     folder.mkdir(parents=True, exist_ok=True)
-    answers = list(dict.fromkeys(t.answer for g in groups for t in g.traces if t.answer is not None))
+    answers = list(
+        dict.fromkeys(t.answer for g in groups for t in g.traces if t.answer is not None)
+    )
     token_of = {answer: _FIRST_ANSWER + number for number, answer in enumerate(answers)}
     _write_tokenizer(folder, answers)
     vocabulary = (_FIRST_ANSWER + len(answers) + 63) // 64 * 64
@@ -119,7 +122,7 @@ def _weights(
     starts = np.cumsum([0, *map(len, tokens)])
     firsts = np.cumsum([0, *(len(group.traces) for group in groups)])
     head = torch.zeros(vocabulary, HIDDEN)
-    head[:, 2:] = codes(torch.arange(vocabulary))
+    head[:, 2:] = _CERTAIN * codes(torch.arange(vocabulary))
     return {
         TOKENS: torch.from_numpy(np.concatenate(tokens)),  # [all tokens] int32
         LOG_ODDS: torch.from_numpy(np.concatenate(odds)),  # [all tokens] fp32
@@ -137,10 +140,10 @@ def codes(tokens: torch.Tensor) -> torch.Tensor:
 
 def _tokens(trace: PlayedTrace, number: int, token_of: dict[str, int]) -> np.ndarray:
     found = np.full(trace.tokens, FILLER, np.int32)
-    # Its number first: traces that say the same would share their KV through the radix cache.
-    mark = [_DIGIT + int(digit) for digit in f"{number:0{_DIGITS}}"][: max(0, trace.tokens - TAIL)]
-    found[: len(mark)] = mark
     found[trace.positions] = BOUNDARY
+    # Its number first: traces that say the same would share their KV through the radix cache.
+    free = np.flatnonzero(found[:-TAIL] == FILLER)[:_DIGITS]
+    found[free] = [_DIGIT + int(digit) for digit in f"{number:0{_DIGITS}}"[: len(free)]]
     if trace.ends:
         answer = FILLER if trace.answer is None else token_of[trace.answer]
         found[-TAIL:] = [THINK_END, answer, END][-trace.tokens :]

@@ -46,7 +46,8 @@ class PlayedGroup:
 def in_units(group: PlayedGroup, unit: int) -> PlayedGroup:
     """The group with every length divided by ``unit``.
 
-    Steps that fall on the same token are one, with their mean score.
+    Steps that fall on the same token are one, with their mean score; those that fall on the tokens
+    of a trace's end are left out.
     """
     if unit == 1:
         return group
@@ -58,7 +59,9 @@ def _in_units(trace: PlayedTrace, unit: int) -> PlayedTrace:
     places, which = np.unique(trace.positions // unit, return_inverse=True)
     sums = np.bincount(which, trace.scores, len(places))
     scores = (sums / np.maximum(1, np.bincount(which, minlength=len(places)))).astype(np.float32)
-    return replace(trace, tokens=_divided(trace.tokens, unit), positions=places, scores=scores)
+    tokens = _divided(trace.tokens, unit)
+    kept = places < (tokens - TAIL if trace.ends else tokens)
+    return replace(trace, tokens=tokens, positions=places[kept], scores=scores[kept])
 
 
 def _divided(tokens: int, unit: int) -> int:
