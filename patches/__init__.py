@@ -26,6 +26,11 @@ def register() -> None:
     if child and "sglang.srt.managers.scheduler" in sys.modules:
         try:
             hooks.register(hooks.SCHEDULER)
+            if protocol.VIRTUAL_GPU_ENV in os.environ:
+                from step_sglang.patches.virtual.hooks import IN_SCHEDULER, take_over_time
+
+                hooks.register(hooks.VIRTUAL_GPU)
+                take_over_time(IN_SCHEDULER)
         except Exception as error:
             # SGLang logs a plugin's exception and serves on; without pruning it must not.
             raise SystemExit(f"step-sglang: the scheduler's hooks do not load: {error}") from error

@@ -284,6 +284,14 @@ RECORD_WEIGHT_VERSION = Target(
     until="plugins are told of new weights",
 )
 
+# The scheduler's process, on a virtual GPU alone.
+PROCESS_BATCH_RESULT = Target(
+    f"{_SCHEDULER}.process_batch_result",
+    ("self", "batch", "result"),
+    why="the simulated clock moves when the engine looks at what a pass gave",
+    until="SGLang asks a plugin for the time",
+)
+
 HOOKED = (
     ADD_CLI_ARGS,
     FROM_CLI_ARGS,
@@ -318,6 +326,18 @@ HOOKED = (
     EAGLE_SAMPLE,
     GET_INTERNAL_STATE,
     RECORD_WEIGHT_VERSION,
+)
+
+# Hooked on a virtual GPU, beside the others.
+VIRTUAL = (
+    CREATE_GENERATION_REQ,
+    FORWARD_BATCH_GENERATION,
+    PROCESS_BATCH_RESULT,
+    Target(f"{_TIME_STATS}.time.perf_counter"),
+    Target(f"{_TIME_STATS}.calibrate_time_diff", ()),
+    Target("sglang.srt.managers.tokenizer_manager.time.perf_counter"),
+    Target("sglang.srt.layers.logits_processor.LogitsProcessor.forward"),
+    Target("sglang.srt.layers.vocab_parallel_embedding.ParallelLMHead"),
 )
 
 # Called or subclassed, not hooked.

@@ -109,5 +109,9 @@ def _enable(server_args: Any, config: StepConfig, *, from_cli: bool) -> None:
     hooks.install(hooks.TOKENIZER)
     if from_cli:
         hooks.install(hooks.HTTP)
+    if protocol.VIRTUAL_GPU_ENV in os.environ:
+        from step_sglang.patches.virtual.hooks import IN_TOKENIZER_MANAGER, take_over_time
+
+        take_over_time(IN_TOKENIZER_MANAGER)
     os.environ[protocol.HOOKS_ENV] = "1"
     attach(server_args, config, from_cli=from_cli)

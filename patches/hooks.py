@@ -74,27 +74,37 @@ SCHEDULER = (
 # With speculative decoding only: its modules load what other servers do without.
 SPECULATION = (Hook(contract.EAGLE_SAMPLE, HookType.AROUND, "verify:eagle_sample"),)
 
+VIRTUAL_GPU = (
+    Hook(contract.CREATE_GENERATION_REQ, HookType.AFTER, "virtual.hooks:create_generation_req"),
+    Hook(
+        contract.FORWARD_BATCH_GENERATION,
+        HookType.BEFORE,
+        "virtual.hooks:forward_batch_generation",
+    ),
+    Hook(contract.PROCESS_BATCH_RESULT, HookType.BEFORE, "virtual.hooks:process_batch_result"),
+    Hook(contract.PROCESS_BATCH_RESULT, HookType.AFTER, "virtual.hooks:batch_result_processed"),
+)
 
-_registered: set[str] = set()
+_registered: set[tuple[str, str]] = set()  # paths of targets, and functions
 
 
 def register(hooks: tuple[Hook, ...]) -> None:
     """Register hooks for SGLang to apply once every plugin has registered its own."""
     for hook in hooks:
-        if hook.target.path not in _registered:
+        if (hook.target.path, hook.function) not in _registered:
             HookRegistry.register(hook.target.path, hook.load(), hook.kind, source=_SOURCE)
-            _registered.add(hook.target.path)
+            _registered.add((hook.target.path, hook.function))
 
 
 def install(hooks: tuple[Hook, ...]) -> None:
     """Register and apply hooks after SGLang applied the plugins' hooks; see :func:`verify`."""
     for hook in hooks:
-        if hook.target.path in _registered:
+        if (hook.target.path, hook.function) in _registered:
             continue
         if hook.target.path in HookRegistry._patched:
             # Another plugin hooked it; the registry would skip a target it has patched before.
             HookRegistry._apply_target(hook.target.path, [(hook.kind, hook.load(), _SOURCE)])
-            _registered.add(hook.target.path)
+            _registered.add((hook.target.path, hook.function))
         else:
             register((hook,))
     HookRegistry.apply_hooks()

@@ -15,6 +15,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
+from step_sglang import protocol
+
 NAME = "step_cpu"
 SPECULATION = ("NGRAM", "STANDALONE", "EAGLE", "EAGLE3")  # whose kernels exist in torch
 
@@ -48,6 +50,8 @@ class StepCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
 
         A name of its own would not do: SGLang tells by ``torch_native`` that Triton cannot be used.
         """
+        if protocol.VIRTUAL_GPU_ENV in os.environ:
+            return  # nothing attends there, and SGLang's own backend prepares nothing for it
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
         from step_sglang.patches.cpu_attention import BatchedAttentionBackend

@@ -4,6 +4,11 @@
 REQUEST_KEY = "step"
 META_KEY = "step"
 
+# `custom_params: {"play": [question, asked]}` of a simulation: whose traces the request plays.
+PLAY_KEY = "play"
+# A `stream_interval` that no trace reaches: only its end is sent.
+NEVER_STREAMED = 1 << 30
+
 # Members of the request value when it is an object.
 GROUP = "group"
 WEIGHT = "weight"
@@ -63,6 +68,8 @@ PRUNED_MESSAGE = "pruned by STEP"
 # Tells child processes that the engine's hooks are wanted; the configuration itself travels with
 # the server's arguments.
 HOOKS_ENV = "STEP_SGLANG_HOOKS"
+# Names the folder of a model that plays traces on a virtual GPU.
+VIRTUAL_GPU_ENV = "STEP_SGLANG_VIRTUAL_GPU"
 # Set to 1 by an operator: an SGLang that STEP was not tested with may be used.
 UNTESTED_ENV = "STEP_UNTESTED_SGLANG"
 # Tells them where the main process built the CUDA library, when the installation has none.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from step_sglang import protocol
 from step_sglang.client.result import server_times
@@ -33,9 +34,6 @@ from step_sglang.voting.session import (
 from step_sglang.voting.tally import Ballot, Poll, share_of, tallying
 from step_sglang.voting.verifier import AnswerVerifier
 
-# Only the end of a trace is sent: streaming every token would cost the server time.
-_NEVER = 1 << 30  # tokens
-
 
 @dataclass(frozen=True)
 class ServerSampler:
@@ -47,6 +45,9 @@ class ServerSampler:
     settings: MethodSettings
     extract: Extractor
     verifier: AnswerVerifier
+    clock: Callable[[], float] = time.perf_counter  # of the latency; seconds
+    custom: Mapping[str, Any] = field(default_factory=dict)  # `custom_params` beside the step's
+    interval: int = STREAM_INTERVAL  # tokens between two chunks of a trace that may be cut short
 
     async def ask(self, n: int, step: Step, until: VoteRules | Consensus | None = None) -> Part:
         """Sample n traces in one request.
@@ -58,15 +59,16 @@ class ServerSampler:
             RequestRefused: the server refused it.
             ServerError: it does not answer, breaks off, or answers something unusable.
         """
-        started = time.perf_counter()
+        started = self.clock()
         comparison = self.verifier.comparison()
         agreed = None
         if isinstance(until, Consensus):
             agreed = _Agreement(until)
             await comparison.arun(agreed.counting(until.before))
             if agreed.reached():
-                return Part((), time.perf_counter() - started)
-        interval = _NEVER if until is None else STREAM_INTERVAL
+                return Part((), self.clock() - started)
+        # Else only the end of a trace is sent: streaming every token would cost the server time.
+        interval = protocol.NEVER_STREAMED if until is None else self.interval
         body = {
             "input_ids": self.prompt,
             "sampling_params": {
@@ -74,7 +76,7 @@ class ServerSampler:
                 "n": n,
                 "skip_special_tokens": False,
                 "stream_interval": interval,
-                "custom_params": {protocol.REQUEST_KEY: step},
+                "custom_params": {**self.custom, protocol.REQUEST_KEY: step},
             },
         }
         rules = until if isinstance(until, VoteRules) else VoteRules(early="off")
@@ -95,7 +97,7 @@ class ServerSampler:
                     await comparison.arun(agreed.counting([trace]))
                 if session.decided() if agreed is None else agreed.reached():
                     break
-        seconds = time.perf_counter() - started
+        seconds = self.clock() - started
         session.cancel()
         for trace in session.traces:
             if trace.answer is None and trace.fate is not TraceFate.CANCELLED:

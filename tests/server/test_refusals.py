@@ -77,7 +77,7 @@ def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None
     good = [*step, str(scorer)]
     cases = {
         "good": good,
-        "speculative": [*good, "--speculative-algorithm", "EAGLE"],
+        "speculative": [*good, "--speculative-algorithm", "DFLASH"],
         "pipeline": [*good, "--pp-size", "2"],
         "disaggregation": [*good, "--disaggregation-mode", "prefill"],
         "embedding": [*good, "--is-embedding"],
@@ -105,7 +105,7 @@ def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None
     }
     expected = {
         "good": "started",
-        "speculative": "speculative decoding",
+        "speculative": "speculative decoding by DFLASH",
         "pipeline": "pipeline parallelism",
         "disaggregation": "prefill/decode disaggregation",
         "embedding": "embedding models",
