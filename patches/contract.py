@@ -370,6 +370,8 @@ USED = (
     Target("sglang.srt.managers.schedule_batch.FINISH_ABORT.to_json", ("self",)),
     Target("sglang.version.__version__"),
     Target("sglang.srt.runtime_context.get_parallel", ()),
+    Target("sglang.srt.runtime_context.get_spec", ()),
+    Target("sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode", ()),
     Target("sglang.srt.model_executor.runner_utils.capture_mode.get_is_capture_mode", ()),
     Target("sglang.srt.model_executor.forward_batch_info.ForwardBatch"),
     Target("sglang.srt.model_executor.forward_batch_info.ForwardMode.is_decode", ("self",)),

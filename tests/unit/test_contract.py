@@ -11,7 +11,7 @@ from step_sglang import patches
 from step_sglang.patches.contract import HOOKED, USED, Finding
 
 # The CPU platform stands beside STEP: it is chosen by SGLANG_PLATFORM, with or without it.
-PLATFORM = ("platform.py", "cpu_attention.py")
+PLATFORM = ("platform.py", "cpu_attention.py", "cpu_speculation.py")
 
 
 def imported() -> Iterator[str]:

@@ -86,10 +86,11 @@ def test_a_score_that_cannot_be_recorded_costs_the_others_nothing() -> None:
     groups = GroupRegistry()
     traces = [groups.join("g", step_scores=True) for _ in range(3)]
     traces[1].step_scores = ()  # type: ignore[assignment]  # takes no score
-    values = torch.tensor([[0.25, 0.25], [0.5, 0.5], [0.75, 0.75]])
+    values = torch.tensor([[[0.25, 0.25]], [[0.5, 0.5]], [[0.75, 0.75]]])
     output = StepHostOutput(values, hidden=None, kept=None, owners=(), confidences=None)
     reqs = [SimpleNamespace(step_trace=trace, output_ids=[7, 8]) for trace in traces]
-    output.consume(SimpleNamespace(reqs=reqs), [SimpleNamespace(output_index=2)] * 3)
+    commit = SimpleNamespace(output_index=2, token_ids=(8,))
+    output.consume(SimpleNamespace(reqs=reqs), [commit] * 3)
     assert [traces[i].step_scores for i in (0, 2)] == [[0.25], [0.75]]
     assert [traces[i].positions for i in (0, 2)] == [[1], [1]]
     assert module.counts() == {"scoring": 1}
