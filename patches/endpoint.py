@@ -1,4 +1,7 @@
-"""The HTTP endpoint that aborts a group. Tells a group's requests by what they said of STEP."""
+"""The HTTP endpoints that abort a group, or end single traces that a vote does not need.
+
+A group's requests are told by what they said of STEP.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from fastapi.responses import JSONResponse
 from step_sglang import protocol
 from step_sglang.errors import RequestError
 from step_sglang.patches.parsed import parsed_of
+from step_sglang.patches.shrink import end_traces
 from step_sglang.pruning.request import check_group_id
 
 _SERVER = "sglang.srt.entrypoints.http_server"
@@ -20,7 +24,7 @@ _LOOK_AGAIN = 0.05  # seconds
 
 
 def add_endpoint() -> None:
-    """Add the endpoint to SGLang's HTTP server, if this process runs one."""
+    """Add the endpoints to SGLang's HTTP server, if this process runs one."""
     server = sys.modules.get(_SERVER)
     if server is None or any(
         getattr(route, "path", "") == protocol.ABORT_GROUP_PATH for route in server.app.routes
@@ -29,8 +33,12 @@ def add_endpoint() -> None:
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
     # Who may abort requests may abort groups.
-    endpoint = auth_level(AuthLevel.ADMIN_OPTIONAL)(abort_group)
-    server.app.add_api_route(protocol.ABORT_GROUP_PATH, endpoint, methods=["POST"])
+    for path, function in (
+        (protocol.ABORT_GROUP_PATH, abort_group),
+        (protocol.END_TRACES_PATH, end_traces_of),
+    ):
+        endpoint = auth_level(AuthLevel.ADMIN_OPTIONAL)(function)
+        server.app.add_api_route(path, endpoint, methods=["POST"])
 
 
 async def abort_group(request: Request) -> JSONResponse:
@@ -54,6 +62,20 @@ async def abort_group(request: Request) -> JSONResponse:
             break
         await asyncio.sleep(_LOOK_AGAIN)
     return JSONResponse({protocol.GROUP: group, protocol.ABORTED: len(aborted)})
+
+
+async def end_traces_of(request: Request) -> JSONResponse:
+    """End traces by their ids; answers at once how many lived."""
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        body = None
+    rids = body.get(protocol.TRACES) if isinstance(body, dict) and len(body) == 1 else None
+    if not isinstance(rids, list) or not all(isinstance(rid, str) for rid in rids):
+        message = 'the body must be an object such as {"traces": ["ID", "ID"]}'
+        return JSONResponse({"error": {"message": message}}, status_code=400)
+    manager = sys.modules[_SERVER]._global_state.tokenizer_manager
+    return JSONResponse({protocol.ENDED: end_traces(manager, rids)})
 
 
 def _members(manager: Any, group: str) -> set[str]:

@@ -95,6 +95,8 @@ class ServerSampler:
                     await comparison.arun(agreed.counting([trace]))
                 if session.decided() if agreed is None else agreed.reached():
                     break
+                if surplus := session.surplus():
+                    await self.source.end_traces(surplus)
         seconds = time.perf_counter() - started
         session.cancel()
         for trace in session.traces:
