@@ -31,6 +31,8 @@ OUTPUT = "Output"
 DELIMITER_HELP = r"Text that ends a step; \n and \t are understood. Repeat for several."
 SUFFIX_HELP = r"Appended to each question. Default: asks for \boxed{}; reasoner: nothing."
 
+SCORER_HELP = "a file, org/name[/file][@revision] on the Hugging Face Hub, or auto, the known one"
+
 Settings = TypeVar("Settings")
 
 
