@@ -172,6 +172,11 @@ class Habits:
     heed_span: int = 5
 
 
+# A writer that sees a slip as well but seldom finds it: it looks back on and on, so its wrong
+# traces tend to be the longer ones, as those of large models are.
+DWELLING = Habits(look_back=(0.02, 0.5), check_last=(0.1, 0.03), notices_slip=0.1, max_checks=30)
+
+
 @dataclass(frozen=True)
 class Line:
     """One worked operation: the value before, and the reduced value written after."""
