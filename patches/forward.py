@@ -17,6 +17,7 @@ from step_sglang.patches.state import trace_of
 from step_sglang.pruning.groups import GroupRegistry
 from step_sglang.pruning.metrics import StepMetrics
 from step_sglang.scoring.capture import Capture
+from step_sglang.scoring.certainty import CANDIDATES
 from step_sglang.scoring.confidence import token_confidences
 from step_sglang.scoring.slots import SlotReset, SlotState
 
@@ -288,7 +289,10 @@ def _stop(active: _Active) -> None:
 
 
 def _confidences(groups: GroupRegistry, logits: torch.Tensor) -> Confidences | None:
-    top_ks = tuple(sorted(k for k in groups.watched if k))
+    wanted = {k for k in groups.watched if k}
+    if groups.by_certainty:
+        wanted.add(CANDIDATES)
+    top_ks = tuple(sorted(wanted))
     return Confidences(top_ks, token_confidences(logits, top_ks)) if top_ks else None
 
 
@@ -336,6 +340,11 @@ class Confidences:
         """The same on the host."""
         return Confidences(self.top_ks, copy_tensor(self.values))
 
+    def column(self, top_k: int) -> list[float]:
+        """Those of all rows, of a number of candidates that was asked for."""
+        found: list[float] = self.values[:, self.top_ks.index(top_k)].tolist()
+        return found
+
     def of(self, row: int, top_k: int) -> float:
         """One request's; NaN for a number of candidates that was not asked for."""
         if top_k not in self.top_ks:
@@ -378,7 +387,13 @@ class StepHostOutput:
         """
         with guard(protocol.IN_SCORING):
             self._record(batch, commits)
-        if _active is not None and _active.groups.watched:
+        if _active is None:
+            return
+        if _active.groups.by_certainty:
+            # After the scores: the token that this pass sampled belongs to the next step.
+            with guard(protocol.IN_SCORING):
+                self._add_certainties(batch, commits)
+        if _active.groups.watched:
             self._show_tokens(_active.groups, batch, commits)
 
     def _record(self, batch: Any, commits: Sequence[Any]) -> None:
@@ -402,6 +417,12 @@ class StepHostOutput:
         if math.isinf(score):
             _step_unscored()
             return
+        if trace.certainty is not None:
+            certainty = trace.certainty.end_step()
+            if certainty is None:
+                _step_unscored()
+                return
+            score = certainty
         # Summed here: the device's sum would hold steps whose results were lost.
         trace.add_step(score, trace.score_sum + score, position)
         if _active is not None and _active.metrics is not None:
@@ -409,6 +430,17 @@ class StepHostOutput:
                 _active.metrics.step_scored(score)
         if trace.capture is not None and self.hidden is not None:
             trace.capture.rows.append(self.hidden[row].clone())
+
+    def _add_certainties(self, batch: Any, commits: Sequence[Any]) -> None:
+        """Show traces without a scorer how certain the model was of the token they got."""
+        if self.confidences is None:
+            return
+        for req, commit, confidence in zip(
+            batch.reqs, commits, self.confidences.column(CANDIDATES), strict=False
+        ):
+            trace = trace_of(req)
+            if trace is not None and commit is not None and trace.certainty is not None:
+                trace.certainty.add(confidence)
 
     def _show_tokens(self, groups: GroupRegistry, batch: Any, commits: Sequence[Any]) -> None:
         """Show the tokens to those who watch them, and end the traces that they name."""

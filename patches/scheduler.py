@@ -99,7 +99,7 @@ def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
         capture_dtype=runner.dtype if config.capture else None,
         max_rows=max_rows,
     )
-    groups = GroupRegistry()
+    groups = GroupRegistry(by_certainty=config.by_certainty)
     metrics = _metrics(scheduler, groups)
     embedding = load_embedding(config.embedding, tokenizer.decode)
     state = SchedulerStep(
@@ -210,7 +210,7 @@ def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
 def record_weight_version(result: None, updater: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``record_weight_version_after_update``, which every way of updating weights ends in."""
     state = state_of(updater.scheduler)
-    if state is None or not state.config.scorer:
+    if state is None or not state.config.scorer_file:
         return
     state.scorer_stale = True
     if state.metrics is not None:

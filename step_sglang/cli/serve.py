@@ -32,7 +32,11 @@ def serve(
     ] = None,
     scorer: Annotated[
         Path | None,
-        typer.Option(help="The model's scorer file. reasoner: its own.", rich_help_panel=MODEL),
+        typer.Option(
+            help="The model's scorer file, or none: its own certainty scores the steps. reasoner: "
+            "its own file.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     host: Annotated[str, typer.Option(rich_help_panel=MODEL)] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, rich_help_panel=MODEL)] = 30000,
@@ -119,7 +123,8 @@ def server_command(
     if scorer is None:
         raise ScorerError(
             f"serving {model} with STEP needs --scorer, the scorer file of this model: README.md "
-            "lists published ones, and `step-sglang train` makes one"
+            "lists published ones, and `step-sglang train` makes one. Until then --scorer none "
+            "scores steps by how certain the model is of its tokens"
         )
     check_scorer_path(str(scorer))
     if pool is not None:

@@ -33,6 +33,7 @@ SPLITS = {
 }
 MULTIPLY_SHARES = (0.2, 0.35, 0.5)  # one is drawn per question: easy to hard
 
+_WRITTEN = re.compile(r"(?:(?:wait|check),)?([A-P]):(\d+)([+*-])(\d+)=.*=(\d+)(\?ok|\?no)?")
 _OPERATION = re.compile(r"([A-P])(\+[1-9]|-[1-9]|\*[2-6])")
 _ANSWER = re.compile(r"\\boxed\{(\d+)\}")
 
@@ -148,6 +149,31 @@ def final_answer(text: str) -> str | None:
 def is_correct(question: Question, text: str) -> bool:
     """Whether the last boxed number is the answer."""
     return final_answer(text) == question.answer
+
+
+def progress(question: str, text: str) -> list[bool]:
+    """Of every step of a trace, whether the chain as it stands then is right so far.
+
+    A step that is no line of the chain leaves it as it was.
+    """
+    asked = parse_question(question)
+    values = [asked.start]
+    for operation in asked.operations:
+        values.append(operation.raw(values[-1]) % MODULUS)
+    chain: list[bool] = []  # of every line that stands, whether its value is the true one
+    found = []
+    for step in text.split(THINK_END, maxsplit=1)[0].split(BOUNDARY):
+        line = _WRITTEN.match(step)
+        if line is not None:
+            label = LABELS.index(line[1])
+            if line[6] == "?no":
+                del chain[label:]
+            elif line[6] is None:
+                right = label == len(chain) < len(asked.operations)
+                right = right and int(line[5]) == values[label + 1]
+                chain[label:] = [right]
+        found.append(all(chain))
+    return found
 
 
 @dataclass(frozen=True)
