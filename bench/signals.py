@@ -5,10 +5,10 @@
     python bench/signals.py TRAIN TEST [--seeds 8] [--learned-seeds 3] [--out FILE.json]
 
 Every seed splits TRAIN by question into training and validation questions (which choose the epoch,
-the scale and the fusion's weights). TEST only measures: nothing is chosen by it. Figures are the AUC
-within the question, the mean over the seeds, at fractions of each trace's own steps and, for traces
-that still run, at fractions of the question's mean length in tokens. Intervals are paired bootstraps
-over the test questions.
+the scale and the weights of the fusion). TEST only measures: nothing is chosen by it. Figures are
+the AUC within the question, the mean over the seeds, at fractions of each trace's own steps and, for
+traces that still run, at fractions of the question's mean length in tokens. Intervals are paired
+bootstraps over the test questions.
 """
 
 from __future__ import annotations
