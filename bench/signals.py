@@ -6,9 +6,9 @@
 
 Every seed splits TRAIN by question into training and validation questions (which choose the epoch,
 the scale and the weights of the fusion). TEST only measures: nothing is chosen by it. Figures are
-the AUC within the question, the mean over the seeds, at fractions of each trace's own steps and, for
-traces that still run, at fractions of the question's mean length in tokens. Intervals are paired
-bootstraps over the test questions.
+the AUC within the question, the mean over the seeds: at fractions of each trace's own steps, and
+at fractions of the question's mean length in tokens, for the traces that still run. Intervals are
+paired bootstraps over the test questions.
 """
 
 from __future__ import annotations
