@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from step_sglang.data.questions import Job
+from step_sglang.data.questions import Job, question_id
 from step_sglang.reasoner import model_path
 from step_sglang.reasoner.network import Attention, Reasoner, load, rope_table, rotate
 from step_sglang.reasoner.task import questions
@@ -198,7 +198,7 @@ def main() -> None:
     with Writer(options.out, meta) as writer:
         for first in range(0, len(asked), per_batch):
             part = asked[first : first + per_batch]
-            if f"q{first + len(part) - 1:05d}" in writer.done:
+            if question_id(part[-1].question) in writer.done:
                 continue
             generator = torch.Generator().manual_seed(options.seed + first)
             prompts = [prompter.prompt(q.question) for q in part for _ in range(options.n)]
@@ -226,7 +226,7 @@ def main() -> None:
                     )
                     for t in mine
                 ]
-                name = f"q{first + i:05d}"
+                name = question_id(question.question)
                 job = Job(name, question.question, question.answer)
                 result = assemble(job, captures, prompter, meta, settings)
                 writer.add(result)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +32,15 @@ from step_sglang.training.signals import (
     SIMILAR,
     Moment,
     auc_by_question,
+    certainty_scores,
+    mean_estimate,
     own_fraction,
     running_signals,
     same_tokens,
 )
 from step_sglang.training.split import split_questions
 from step_sglang.training.table import Floats, TraceTable
+from step_sglang.training.train import jsonable
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
 OF_THE_MEAN = (0.25, 0.5, 1.0)
@@ -54,25 +56,6 @@ LEARNED = (
 )
 
 
-def certainties(reader: Reader, shards: tuple[int, ...], table: TraceTable) -> Floats | None:
-    """[S] score of every step without a scorer; None where the store lacks the statistics."""
-    found = []
-    for shard in shards:
-        file = reader.folder / "tokens" / f"{reader.traces(shard)[0].question_id}.npz"
-        if not file.exists():
-            return None
-        with np.load(file) as stored:
-            for i, trace in enumerate(reader.traces(shard)):
-                likeliest = stored[str(i)][:, 1].astype(np.float64)
-                starts = [0, *(trace.steps.positions[:-1] + 1)]
-                found += [
-                    np.exp(likeliest[a : b + 1].min())
-                    for a, b in zip(starts, trace.steps.positions, strict=True)
-                ]
-    assert len(found) == int(table.offsets[-1])
-    return np.asarray(found)
-
-
 def oracle(reader: Reader, shards: tuple[int, ...]) -> Floats | None:
     """[S] whether the chain so far is free of slips, which only the task's author can tell."""
     found: list[float] = []
@@ -84,13 +67,6 @@ def oracle(reader: Reader, shards: tuple[int, ...]) -> Floats | None:
                 : trace.num_steps
             ]
     return np.asarray(found)
-
-
-def estimate(values: Floats, rng: np.random.Generator) -> list[float]:
-    """Mean of [Q] (NaN left out) with its 95 % bootstrap interval."""
-    values = values[~np.isnan(values)]
-    draws = values[rng.integers(0, len(values), (2000, len(values)))].mean(1)
-    return [float(values.mean()), *np.percentile(draws, [2.5, 97.5]).tolist()]
 
 
 def main() -> None:
@@ -122,7 +98,7 @@ def main() -> None:
     rank("minus length so far", -(table.positions + 1.0))
     rank("mean log-probability", table.step_mean_logprob)
     rank("DeepConf lowest group", table.step_lowest_confidence)
-    sure = certainties(tested, shards, table)
+    sure = certainty_scores(tested, shards)
     if sure is not None:
         rank("no scorer: certainty", running_signals(table, sure)[MEAN])
     clean = oracle(tested, shards)
@@ -177,23 +153,25 @@ def report(
     found: dict[str, dict[str, list[Floats]]], moments: list[Moment], out: Path | None
 ) -> None:
     """Print every signal's figures, and its lead over the mean at 25 % with an interval."""
-    rng = np.random.default_rng(0)
-    by_question: Callable[[str, str], Floats] = lambda name, at: np.mean(found[name][at], axis=0)  # noqa: E731
+
+    def by_question(name: str, at: str) -> Floats:
+        values: Floats = np.mean(found[name][at], axis=0)
+        return values
+
     figures = {}
     print(f"{'':48}", *(f"{moment.name:>8}"[:8] for moment in moments), " lead at 25 %")
     for name in found:
-        at = {moment.name: estimate(by_question(name, moment.name), rng) for moment in moments}
+        at = {moment.name: mean_estimate(by_question(name, moment.name)) for moment in moments}
         given = ", given length" if name.endswith(", given length") else ""
-        lead = estimate(by_question(name, "25%") - by_question(MEAN + given, "25%"), rng)
+        lead = mean_estimate(by_question(name, "25%") - by_question(MEAN + given, "25%"))
         figures[name] = {"auc": at, "lead over the mean at 25%": lead}
         print(
             f"{name:48}",
-            *(f"{at[moment.name][0]:8.3f}" for moment in moments),
-            f" {lead[0]:+.3f} [{lead[1]:+.3f}, {lead[2]:+.3f}]",
-            flush=True,
+            *(f"{at[moment.name].value:8.3f}" for moment in moments),
+            f" {lead.value:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}]",
         )
     if out is not None:
-        out.write_text(json.dumps(figures, indent=1) + "\n")
+        out.write_text(json.dumps(jsonable(figures), indent=1) + "\n")
 
 
 if __name__ == "__main__":

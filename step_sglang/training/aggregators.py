@@ -100,7 +100,8 @@ class MeanOfLogits(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, S] logits after every step of [B, S, width]."""
         logits = self.second(torch.relu(self.first(x)))[..., 0]
-        return logits.cumsum(1) / torch.arange(1, x.shape[1] + 1)
+        mean: Tensor = logits.cumsum(1) / torch.arange(1, x.shape[1] + 1)
+        return mean
 
 
 class Recurrent(nn.Module):

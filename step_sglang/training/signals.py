@@ -8,12 +8,15 @@ together (there the length so far says nothing, and traces that ended are no can
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from step_sglang.training.metrics import Bools, running_means
+from step_sglang.scoring.certainty import Certainty
+from step_sglang.training.metrics import RESAMPLES, Bools, Estimate, interval, running_means
+from step_sglang.training.reader import Reader
 from step_sglang.training.table import Floats, Ints, TraceTable
 
 SIMILAR = 0.1  # lengths that differ by at most this share of the longer one are similar
@@ -99,6 +102,36 @@ def _accumulated(table: TraceTable, scores: Floats, function: np.ufunc) -> Float
     for start, end in zip(table.offsets[:-1], table.offsets[1:], strict=True):
         out[start:end] = function.accumulate(scores[start:end])
     return out
+
+
+def certainty_scores(reader: Reader, shards: Sequence[int]) -> Floats | None:
+    """[S] step scores of a server without a scorer, as :mod:`step_sglang.scoring.certainty` has
+    them; None where the store lacks `bench/reasoner_store.py`'s statistics of every token.
+    """
+    found: list[float] = []
+    for shard in shards:
+        file = reader.folder / "tokens" / f"{reader.traces(shard)[0].question_id}.npz"
+        if not file.exists():
+            return None
+        with np.load(file) as stored:
+            for i, trace in enumerate(reader.traces(shard)):
+                certainty, start = Certainty(), 0
+                confidences = (-stored[str(i)][:, 1].astype(np.float64)).tolist()
+                for end in trace.steps.positions.tolist():
+                    for confidence in confidences[start : end + 1]:
+                        certainty.add(confidence)
+                    found.append(certainty.end_step() or 0.0)
+                    start = end + 1
+    return np.asarray(found)
+
+
+def mean_estimate(values: Floats, seed: int = 0) -> Estimate:
+    """The mean over questions, [Q] with NaN for those left out, and its bootstrap interval."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return Estimate(float("nan"), float("nan"), float("nan"))
+    draws = np.random.default_rng(seed).integers(0, len(known), (2 * RESAMPLES, len(known)))
+    return interval(float(known.mean()), known[draws].mean(1))
 
 
 def auc_by_question(
