@@ -165,7 +165,7 @@ class Comparison:
                 f"{100 * lead.value:+5.1f} [{100 * lead.low:+5.1f}, {100 * lead.high:+5.1f}]"
                 for lead in leads.values()
             )
-            print(f"{name:46} {100 * values.mean():5.1f} %  ", "  ".join(shown))
+            print(f"{name:46} {100 * values.mean():5.1f} %  ", "  ".join(shown), flush=True)
         return found
 
 
@@ -210,11 +210,10 @@ def main() -> None:
             run("no scorer: fair, majority", policy="fair", vote="majority", groups=certain)
             run("no scorer: random", policy="random", vote="weighted", groups=certain)
             run("no scorer: fair", policy="fair", vote="weighted", groups=certain)
-        print(f"seed {seed} done", flush=True)
-    print(f"{'':46} right      minus " + ", ".join(AGAINST))
-    figures = compared.figures()
-    if options.out is not None:
-        options.out.write_text(json.dumps(jsonable(figures), indent=1) + "\n")
+        print(f"after seed {seed:2}{'':34} right     minus " + ", ".join(AGAINST))
+        figures = compared.figures()
+        if options.out is not None:
+            options.out.write_text(json.dumps(jsonable(figures), indent=1) + "\n")
 
 
 if __name__ == "__main__":

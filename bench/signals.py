@@ -130,7 +130,7 @@ def main() -> None:
                 model, scale = fit_judge(kind, loss, features, train, validation, seed)
                 rank(name, judge(model, scale, sequences))
         print(f"seed {seed} done", flush=True)
-    report(found, moments, options.out)
+        report(found, moments, options.out)  # what is known so far, should it be stopped
 
 
 def fused(held: tuple[TraceTable, Floats], new: tuple[TraceTable, Floats]) -> Floats:
@@ -169,6 +169,7 @@ def report(
             f"{name:48}",
             *(f"{at[moment.name].value:8.3f}" for moment in moments),
             f" {lead.value:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}]",
+            flush=True,
         )
     if out is not None:
         out.write_text(json.dumps(jsonable(figures), indent=1) + "\n")
