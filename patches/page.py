@@ -47,19 +47,21 @@ async def send_events(request: Request) -> Response:
     # A browser adds the key by itself, also when another site's page asks for the feed.
     if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
         return _refusal("the feed is for the server's own page", 403)
-    hub = _the_hub(_manager())
+    manager = _manager()
+    if manager.gracefully_exit:
+        return _refusal("the server is about to end", 503)
+    hub = _the_hub(manager)
     if hub.full:
         return _refusal("as many look at this server's traces as may", 503)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(hub), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_events(manager, hub), media_type="text/event-stream", headers=headers)
 
 
 def _refusal(message: str, status: int) -> JSONResponse:
     return JSONResponse({"error": {"message": message}}, status_code=status)
 
 
-async def _events(hub: Hub) -> AsyncGenerator[bytes, None]:
-    manager = _manager()
+async def _events(manager: Any, hub: Hub) -> AsyncGenerator[bytes, None]:
     yield b"retry: 1000\n\n"
     async with aclosing(hub.watch()) as updates:
         async for update in updates:

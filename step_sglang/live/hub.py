@@ -137,7 +137,8 @@ class Hub:
             self.watched = False
             self._known = Known()
             self._board.clear()
-            await self._stop()
+        # Not where this task is cancelled: the server ends, and its schedulers answer nobody.
+        await self._stop()
 
     async def _begin_anew(self) -> None:
         self._known = Known()

@@ -149,12 +149,15 @@ def test_hostile_text_is_shown_and_never_run(browser: Any, tmp_path: Path) -> No
     assert "\u202e" not in shown[3] and "⟨U+202E⟩" in shown[3]
     assert browser.execute_script("return window.hacked") is None
     assert browser.execute_script("return document.querySelectorAll('script').length") == 2
+    no_complaints(browser)
     # What is added later does not run either.
     browser.execute_script(
         "const s = document.createElement('script'); s.textContent = 'window.hacked = 1';"
         "document.body.append(s)"
     )
     assert browser.execute_script("return window.hacked") is None
+    (refused,) = (line for line in browser.get_log("browser") if line["level"] == "SEVERE")
+    assert "Content Security Policy" in refused["message"]
 
 
 def test_a_recording_plays_and_jumps_to_prunes(

@@ -193,3 +193,28 @@ def test_token_ids_become_text() -> None:
         assert steps[0].texts == ("Hi",) and steps[0].token_ids is None
 
     asyncio.run(run())
+
+
+def test_a_server_that_ends_is_not_held_by_schedulers_that_are_gone() -> None:
+    async def run() -> None:
+        replica, gone = Replica(), asyncio.Event()
+
+        async def ask() -> Sequence[bytes]:
+            if gone.is_set():
+                await asyncio.Future()
+            return [replica.next()]
+
+        async def stop() -> None:
+            await asyncio.Future()
+
+        hub = Hub(ask, stop, str, "weighted", extractor_named("boxed"))
+        await updates(hub, 1)
+        gone.set()
+        await asyncio.sleep(0.05)
+        loop = hub._loop
+        assert loop is not None
+        loop.cancel()  # as the end of an event loop does
+        done, _ = await asyncio.wait({loop}, timeout=2)
+        assert done and not hub.watched
+
+    asyncio.run(run())
