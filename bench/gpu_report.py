@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import re
 import shutil
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.op import graph_table  # noqa: E402
+from step_sglang import protocol  # noqa: E402
 from step_sglang.reasoner import scorer_path  # noqa: E402
 from step_sglang.scoring import build, op  # noqa: E402
 from step_sglang.scoring.boundary import bitmap  # noqa: E402
@@ -169,7 +171,9 @@ def main() -> int:
                 "bench/gpu_report.py: torch finds no CUDA device (--device cpu tries the script)"
             )
         if not op.has_cuda():
-            op.load_cuda(cuda_library(print))
+            library = cuda_library(print)
+            op.load_cuda(library)
+            os.environ[protocol.CUDA_LIBRARY_ENV] = str(library)  # for the tests and the servers
     failed = 0
     print("```text", flush=True)
     for title, part in PARTS:

@@ -210,6 +210,10 @@ class BatchedAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]
             total,
         )
 
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Positions of a row that pads a batch: as torch's softmax needs one, it is not 0."""
+        return 1
+
     def _run_sdpa_forward_decode(
         self, query: torch.Tensor, output: torch.Tensor, *pool: Any, **how: Any
     ) -> None:

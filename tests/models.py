@@ -58,20 +58,22 @@ def build_model(
     context: int = 4096,
     layers: int = 2,
     vocab: int | None = None,
+    kv_heads: int = 2,
 ) -> Path:
     """A random ``kind`` (qwen3, llama, phi3) model of hidden size 64, fp32, with its tokenizer.
 
     ``vocab`` token ids are understood (by default the tokenizer's); all are of the tokenizer that
-    the model writes.
+    the model writes. As many ranks as it has ``kv_heads`` can share it, if ``vocab`` is divisible
+    by 64 and by them.
     """
     tokenizer = build_tokenizer(folder)
     common = {
         "vocab_size": vocab or (len(tokenizer) + 63) // 64 * 64,
         "hidden_size": HIDDEN,
-        "intermediate_size": 128,
+        "intermediate_size": 64 * kv_heads,
         "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 2 * kv_heads,
+        "num_key_value_heads": kv_heads,
         "max_position_embeddings": context,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id,

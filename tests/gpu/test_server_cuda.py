@@ -16,6 +16,7 @@ from tests.server.launch import CUDA_PLATFORM, ON_CUDA, Server, serve
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.timeout(1500),  # the first start on a machine compiles kernels
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(not op.has_cuda(), reason="the op was built without CUDA"),
 ]

@@ -20,6 +20,8 @@ import requests
 from step_sglang.client.launch import free_port
 
 START_TIMEOUT = 240  # seconds; a loaded two-core machine needs a minute
+# There SGLang captures graphs, and the first start on a machine compiles kernels.
+START_TIMEOUT_CUDA = 900
 
 
 @dataclass
@@ -126,7 +128,7 @@ def serve(
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
-        _wait_until_ready(server)
+        _wait_until_ready(server, START_TIMEOUT_CUDA if "cuda" in flags else START_TIMEOUT)
         yield server
     finally:
         stop(process)
@@ -151,8 +153,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _wait_until_ready(server: Server) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
+def _wait_until_ready(server: Server, timeout: int) -> None:
+    deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             raise RuntimeError(f"server ended with {server.process.returncode}\n{server.tail()}")
@@ -162,4 +164,4 @@ def _wait_until_ready(server: Server) -> None:
         except requests.RequestException:
             pass
         time.sleep(0.2)
-    raise TimeoutError(f"server not ready after {START_TIMEOUT} s\n{server.tail()}")
+    raise TimeoutError(f"server not ready after {timeout} s\n{server.tail()}")

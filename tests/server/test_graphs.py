@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def graphs(
     folder = tmp_path_factory.mktemp("graphs")
     with serve(
         models["qwen3"],
-        *("--enable-step", "--step-scorer", str(scorer), *FLAGS),
+        *("--enable-step", "--step-scorer", str(scorer), *FLAGS, "--decode-log-interval", "1"),
         log=folder / "graphs.log",
         **{LOG: str(folder / "replays")},
         **amend(folder, *GRAPHS),
@@ -71,6 +72,34 @@ def test_traces_beside_ordinary_requests_and_pruning(graphs: Server, models, sco
     ordinary = graphs.generate(input_ids=PROMPT, sampling_params={"max_new_tokens": 10})
     assert "step" not in ordinary["meta_info"]
     assert graphs.info()["internal_states"][0]["step"]["passes_lost"] == 0
+
+
+def decoded(log: str) -> list[tuple[int, bool]]:
+    """For every decode step in the log: requests that ran, and whether a graph was replayed."""
+    lines = [line for line in log.splitlines() if "Decode batch" in line]
+    found = [re.search(r"#running-req: (\d+),.*graph: (True|False)", line) for line in lines]
+    return [(int(line[1]), line[2] == "True") for line in found if line is not None]
+
+
+def test_traces_are_admitted_up_to_the_largest_graph(graphs: Server) -> None:
+    """Of twenty that may run sixteen start; ordinary requests are not held back."""
+    assert graphs.info()["internal_states"][0]["step"]["batch_limit"] == max(SIZES)
+    assert "--max-running-requests" in next(
+        line for line in graphs.log_text().splitlines() if "--step-max-batch" in line
+    )
+    before = len(graphs.log_text())
+    assert len(sample(graphs, 20, 40)) == 20
+    with_traces = decoded(graphs.log_text()[before:])
+    assert max(rows for rows, _ in with_traces) == max(SIZES)
+    assert all(replayed for _, replayed in with_traces)
+
+    before = len(graphs.log_text())
+    params = {"n": 20, "max_new_tokens": 40, "ignore_eos": True, "temperature": 1.0}
+    params["custom_params"] = {"step": False}
+    graphs.generate(input_ids=PROMPT, sampling_params=params)
+    ordinary = decoded(graphs.log_text()[before:])
+    assert max(rows for rows, _ in ordinary) == 20
+    assert any(not replayed for _, replayed in ordinary)
 
 
 @pytest.mark.full

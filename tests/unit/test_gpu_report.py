@@ -62,6 +62,40 @@ def test_the_whole_report() -> None:
     assert " passed" in done.stdout and "on, all scored" in done.stdout
 
 
+def test_the_sanitizers_are_called_as_they_want_it(tmp_path: Path) -> None:
+    """A stand-in for NVIDIA's program: it says what it is given, and runs nothing."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text('#!/bin/sh\necho "FAILED $*"\n')
+    program.chmod(0o755)
+    code = (
+        "import argparse, bench.gpu_report as r\n"
+        "r.build.find_toolkit = lambda: None\n"
+        f"r.shutil.which = lambda name: {str(tmp_path)!r} + '/' + name\n"
+        "print(*r.sanitizer(argparse.Namespace(device='cuda')), sep='\\n')"
+    )
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    for tool in ("memcheck", "initcheck", "synccheck", "racecheck"):
+        given = f"FAILED --tool {tool} --error-exitcode 1 --target-processes all {sys.executable}"
+        assert f"-- {tool}\n" in done.stdout and given[:160] in done.stdout
+    assert done.stdout.count("exit status 0") == 4
+
+
+def test_a_library_that_the_report_builds_is_its_tests_too(tmp_path: Path) -> None:
+    """The parts run in other processes, which must find what this one has built."""
+    code = (
+        "import sys, torch, bench.gpu_report as r\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "r.op.has_cuda, r.op.load_cuda = lambda: False, lambda path: None\n"
+        "r.cuda_library = lambda say: r.Path('/built/here.so')\n"
+        "r.PARTS = (('child', lambda options: iter([r.said('printenv', r.protocol.CUDA_LIBRARY_ENV"
+        ")])),)\n"
+        "sys.argv = ['r']\nsys.exit(r.main())"
+    )
+    done = run("-c", code)
+    assert done.returncode == 0 and "/built/here.so" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_part_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
     code = (
         "import sys, bench.gpu_report as r\n"

@@ -132,16 +132,55 @@ def test_a_server_builds_it_and_tells_its_schedulers(
     assert library.is_file() and os.environ[protocol.CUDA_LIBRARY_ENV] == str(library)
 
 
+START = """
+import logging, os
+logging.basicConfig(format="%(message)s")
+from step_sglang import protocol
+from step_sglang.patches import preflight
+from step_sglang.scoring import op
+
+assert not op.has_cuda()
+try:
+    preflight._check_op("cuda")
+except ValueError as error:
+    raise SystemExit(str(error))
+assert op.has_cuda()
+print(os.environ[protocol.CUDA_LIBRARY_ENV])
+"""
+BROUGHT = next((home for home in build._homes() if home.parts[-2:] == ("nvidia", "cu13")), None)
+
+
+def start(**env: str) -> subprocess.Popen[str]:
+    """A server's check before it launches anything, in an installation without CUDA library."""
+    env = {**os.environ, protocol.CUDA_LIBRARY_ENV: "/nowhere", "CUDA_HOME": str(BROUGHT), **env}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", START],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
-    build.find_toolkit() is None or torch.version.cuda is None, reason="needs a CUDA toolkit"
+    BROUGHT is None or torch.version.cuda is None, reason="needs the toolkit that SGLang brings"
 )
-def test_the_real_library_loads_in_another_process(cache: Path) -> None:
-    library = first_build.cuda_library(print)
-    code = (
+def test_servers_build_the_real_library_once(cache: Path) -> None:
+    """With the nvcc of the environment; two servers that start together, one that comes later."""
+    refused = start(STEP_BUILD="0")
+    assert "STEP_BUILD=0 forbids to" in refused.communicate()[1] and refused.returncode == 1
+    both = [start() for _ in range(2)]
+    said = [server.communicate() for server in both]
+    assert [server.returncode for server in both] == [0, 0], said
+    assert said[0][0] == said[1][0] and str(cache) in said[0][0]
+    words = said[0][1] + said[1][1]
+    assert words.count("STEP builds its CUDA op for sm_90 with nvcc 13") == 1
+    assert words.count("STEP built its CUDA op in ") == 1
+    later = start()
+    found, words = later.communicate()
+    assert found == said[0][0] and "STEP buil" not in words
+    loaded = (
         "from step_sglang.scoring import op; "
         "assert op.has_cuda() and str(op.library('cuda')[0]) == op.os.environ["
         f"{protocol.CUDA_LIBRARY_ENV!r}]"
     )
-    env = {**os.environ, protocol.CUDA_LIBRARY_ENV: str(library)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    env = {**os.environ, protocol.CUDA_LIBRARY_ENV: found.strip()}
+    subprocess.run([sys.executable, "-c", loaded], check=True, env=env)

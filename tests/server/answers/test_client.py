@@ -160,6 +160,16 @@ def test_a_server_without_step_is_refused(tmp_path: Path) -> None:
         for n in (1, 3):
             with pytest.raises(NoStepError, match="--enable-step"):
                 solve("1;A+1", n, url=stock.url, sampling=SAMPLING)
+            done = subprocess.run(
+                [
+                    *(sys.executable, "-W", "ignore", "-m", "step_sglang", "ask", "1;A+1"),
+                    *("-n", str(n), "--url", stock.url),
+                ],
+                capture_output=True, text=True, timeout=200, check=False,
+            )  # fmt: skip
+            assert done.returncode == 1 and done.stdout == ""
+            assert "error: the server runs without STEP" in done.stderr
+            assert "--enable-step --step-scorer S" in done.stderr
 
 
 ENGINE = """
