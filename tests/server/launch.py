@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -18,8 +19,12 @@ import psutil
 import requests
 
 from step_sglang.client.launch import free_port
+from tests.server.warm import Program, WarmParent, WarmProcess
 
 START_TIMEOUT = 240  # seconds; a loaded two-core machine needs a minute
+COLD = "STEP_TEST_COLD"  # set: every server is started as users start it
+
+Process = subprocess.Popen[bytes] | WarmProcess
 
 
 @dataclass
@@ -27,7 +32,7 @@ class Server:
     """A running server."""
 
     url: str
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
 
     def generate(self, **body: Any) -> Any:
@@ -82,16 +87,21 @@ LAUNCH_SERVER = ("-m", "sglang.launch_server")
 SGLANG_SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
 
 
-def command(port: int, *flags: str, entry: Sequence[str] = LAUNCH_SERVER) -> list[str]:
-    """The launch command of a CPU server."""
+def arguments(port: int, *flags: str) -> list[str]:
+    """Flags of a CPU server."""
     return [
-        sys.executable, "-W", "ignore", *entry, "--host", "127.0.0.1", "--port", str(port),
+        "--host", "127.0.0.1", "--port", str(port),
         "--device", "cpu", "--dtype", "float32", "--skip-server-warmup",
         # Without it a tiny model's pool takes most of the machine's memory; flags may override it.
         "--max-total-tokens", "8192",
         # An idle scheduler spins, and would take a core from the server that works.
         "--sleep-on-idle", *flags,
     ]  # fmt: skip
+
+
+def command(port: int, *flags: str, entry: Sequence[str] = LAUNCH_SERVER) -> list[str]:
+    """The launch command of a CPU server."""
+    return [sys.executable, "-W", "ignore", *entry, *arguments(port, *flags)]
 
 
 def start_command(*arguments: object) -> subprocess.Popen[str]:
@@ -114,16 +124,24 @@ def serve(
     port: int | None = None,
     **extra_env: str,
 ) -> Iterator[Server]:
-    """Start a server, wait until it answers, and stop its whole process tree at the end."""
+    """Start a server, wait until it answers, and stop its whole process tree at the end.
+
+    It is forked from a process that has imported SGLang (:mod:`tests.server.warm`), unless its
+    environment or entry point is its own.
+    """
     port = port or free_port()
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [*GUARD, *command(port, "--model-path", str(model), *flags, entry=entry)],
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            env=environment(**extra_env),
-            start_new_session=True,
-        )
+    flags = ("--model-path", str(model), *flags)
+    if entry == LAUNCH_SERVER and can_be_warm(environment(**extra_env)):
+        process: Process = start_warm("sglang.launch_server", *arguments(port, *flags), output=log)
+    else:
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                [*GUARD, *command(port, *flags, entry=entry)],
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=environment(**extra_env),
+                start_new_session=True,
+            )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
         _wait_until_ready(server)
@@ -132,7 +150,29 @@ def serve(
         stop(process)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def can_be_warm(wanted: dict[str, str]) -> bool:
+    """Whether an environment is the one that the warm parent has imported SGLang in."""
+    return COLD not in os.environ and _without_pytest(wanted) == _STANDARD
+
+
+def start_warm(target: str, *argv: str, output: Path) -> WarmProcess:
+    """Start a module or a script from this test process's warm parent."""
+    return _parent().start(Program(target, argv, str(output.resolve()), os.getcwd()))
+
+
+@functools.cache
+def _parent() -> WarmParent:
+    return WarmParent(_STANDARD, GUARD)
+
+
+def _without_pytest(variables: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if not name.startswith("PYTEST_")}
+
+
+_STANDARD = _without_pytest(environment())
+
+
+def stop(process: Process) -> None:
     """End a server and every process it started, at once: its own way to end takes ten seconds."""
     try:
         children = psutil.Process(process.pid).children(recursive=True)
