@@ -131,7 +131,7 @@ def serve(
     """
     port = port or free_port()
     flags = ("--model-path", str(model), *flags)
-    if entry == LAUNCH_SERVER and can_be_warm(environment(**extra_env)):
+    if entry == LAUNCH_SERVER and can_be_warm(**extra_env):
         process: Process = start_warm("sglang.launch_server", *arguments(port, *flags), output=log)
     else:
         with log.open("wb") as sink:
@@ -150,9 +150,16 @@ def serve(
         stop(process)
 
 
-def can_be_warm(wanted: dict[str, str]) -> bool:
-    """Whether an environment is the one that the warm parent has imported SGLang in."""
-    return COLD not in os.environ and _without_pytest(wanted) == _STANDARD
+def can_be_warm(**extra_env: str) -> bool:
+    """Whether a server in this environment may be a child of the warm parent, whose it is.
+
+    What came into this process's environment since counts as nothing: SGLang adds to it when it is
+    imported, as it does in the parent. A variable for a server is an argument of `serve`.
+    """
+    wanted = environment(**extra_env)
+    return COLD not in os.environ and all(
+        wanted.get(name) == _STANDARD.get(name) for name in {*_STANDARD, *extra_env}
+    )
 
 
 def start_warm(target: str, *argv: str, output: Path) -> WarmProcess:
@@ -165,11 +172,8 @@ def _parent() -> WarmParent:
     return WarmParent(_STANDARD, GUARD)
 
 
-def _without_pytest(variables: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in variables.items() if not name.startswith("PYTEST_")}
-
-
-_STANDARD = _without_pytest(environment())
+# pytest's own variables change with every test.
+_STANDARD = {name: value for name, value in environment().items() if not name.startswith("PYTEST_")}
 
 
 def stop(process: Process) -> None:

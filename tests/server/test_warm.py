@@ -90,10 +90,12 @@ def test_programs_end_with_the_test_process(script: str, tmp_path: Path) -> None
 
 def test_another_environment_starts_cold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(COLD, raising=False)
-    assert can_be_warm(environment())
-    assert not can_be_warm(environment(PYTHONPATH="/somewhere"))
-    assert not can_be_warm(environment(SGLANG_PLUGINS="step_cpu"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert can_be_warm(environment())  # which sets it for every server
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")  # as importing SGLang does
+    assert can_be_warm() and can_be_warm(SGLANG_PLATFORM="step_cpu")
+    assert not can_be_warm(PYTHONPATH="/somewhere")
+    assert not can_be_warm(SGLANG_PLUGINS="step_cpu")
+    monkeypatch.setenv("PATH", "/somewhere")
+    assert not can_be_warm()
+    monkeypatch.undo()
     monkeypatch.setenv(COLD, "1")
-    assert not can_be_warm(environment())
+    assert not can_be_warm()
