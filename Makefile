@@ -34,8 +34,9 @@ lint: env
 test: lint
 	$(PYTEST)
 
+# Every server is started as users start it; `make test` forks most from a process with the imports.
 test-all: lint
-	$(PYTEST) -m 'not slow and not gpu' --hypothesis-profile full
+	STEP_TEST_COLD=1 $(PYTEST) -m 'not slow and not gpu' --hypothesis-profile full
 
 test-unit: env
 	$(PYTEST) tests/unit tests/simt

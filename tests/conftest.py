@@ -19,6 +19,7 @@ settings.load_profile("step")
 SHARED = {
     "test_api.py": "roomy",
     "test_fuzz.py": "roomy",
+    "test_warm.py": "roomy",  # whose worker has a warm parent
     "test_baselines.py": "reasoner",
     "test_bench.py": "reasoner",
     "test_page.py": "reasoner",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -18,10 +19,14 @@ import psutil
 import requests
 
 from step_sglang.client.launch import free_port
+from tests.server.warm import Program, WarmParent, WarmProcess
 
 START_TIMEOUT = 240  # seconds; a loaded two-core machine needs a minute
 # There SGLang captures graphs, and the first start on a machine compiles kernels.
 START_TIMEOUT_CUDA = 900
+COLD = "STEP_TEST_COLD"  # set: every server is started as users start it
+
+Process = subprocess.Popen[bytes] | WarmProcess
 
 
 @dataclass
@@ -29,7 +34,7 @@ class Server:
     """A running server."""
 
     url: str
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
 
     def generate(self, **body: Any) -> Any:
@@ -84,16 +89,21 @@ LAUNCH_SERVER = ("-m", "sglang.launch_server")
 SGLANG_SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
 
 
-def command(port: int, *flags: str, entry: Sequence[str] = LAUNCH_SERVER) -> list[str]:
-    """The launch command of a CPU server."""
+def arguments(port: int, *flags: str) -> list[str]:
+    """Flags of a CPU server."""
     return [
-        sys.executable, "-W", "ignore", *entry, "--host", "127.0.0.1", "--port", str(port),
+        "--host", "127.0.0.1", "--port", str(port),
         "--device", "cpu", "--dtype", "float32", "--skip-server-warmup",
         # Without it a tiny model's pool takes most of the machine's memory; flags may override it.
         "--max-total-tokens", "8192",
         # An idle scheduler spins, and would take a core from the server that works.
         "--sleep-on-idle", *flags,
     ]  # fmt: skip
+
+
+def command(port: int, *flags: str, entry: Sequence[str] = LAUNCH_SERVER) -> list[str]:
+    """The launch command of a CPU server."""
+    return [sys.executable, "-W", "ignore", *entry, *arguments(port, *flags)]
 
 
 def start_command(*arguments: object) -> subprocess.Popen[str]:
@@ -116,16 +126,24 @@ def serve(
     port: int | None = None,
     **extra_env: str,
 ) -> Iterator[Server]:
-    """Start a server, wait until it answers, and stop its whole process tree at the end."""
+    """Start a server, wait until it answers, and stop its whole process tree at the end.
+
+    It is forked from a process that has imported SGLang (:mod:`tests.server.warm`), unless its
+    environment or entry point is its own.
+    """
     port = port or free_port()
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [*GUARD, *command(port, "--model-path", str(model), *flags, entry=entry)],
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            env=environment(**extra_env),
-            start_new_session=True,
-        )
+    flags = ("--model-path", str(model), *flags)
+    if entry == LAUNCH_SERVER and can_be_warm(**extra_env):
+        process: Process = start_warm("sglang.launch_server", *arguments(port, *flags), output=log)
+    else:
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                [*GUARD, *command(port, *flags, entry=entry)],
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=environment(**extra_env),
+                start_new_session=True,
+            )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
         _wait_until_ready(server, START_TIMEOUT_CUDA if "cuda" in flags else START_TIMEOUT)
@@ -134,7 +152,33 @@ def serve(
         stop(process)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def can_be_warm(**extra_env: str) -> bool:
+    """Whether a server in this environment may be a child of the warm parent, whose it is.
+
+    What came into this process's environment since counts as nothing: SGLang adds to it when it is
+    imported, as it does in the parent. A variable for a server is an argument of `serve`.
+    """
+    wanted = environment(**extra_env)
+    return COLD not in os.environ and all(
+        wanted.get(name) == _STANDARD.get(name) for name in {*_STANDARD, *extra_env}
+    )
+
+
+def start_warm(target: str, *argv: str, output: Path) -> WarmProcess:
+    """Start a module or a script from this test process's warm parent."""
+    return _parent().start(Program(target, argv, str(output.resolve()), os.getcwd()))
+
+
+@functools.cache
+def _parent() -> WarmParent:
+    return WarmParent(_STANDARD, GUARD)
+
+
+# pytest's own variables change with every test.
+_STANDARD = {name: value for name, value in environment().items() if not name.startswith("PYTEST_")}
+
+
+def stop(process: Process) -> None:
     """End a server and every process it started, at once: its own way to end takes ten seconds."""
     try:
         children = psutil.Process(process.pid).children(recursive=True)
