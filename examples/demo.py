@@ -153,7 +153,8 @@ def show_question(found: Answered, pool: int, log: str) -> None:
     total = sum(t.weight for t in tallies)
     for t in tallies[:4]:
         console.print(
-            f"  answer {t.answer}: {t.count} trace{'s'[: t.count != 1]}, {t.weight / total:.0%} of the weight"
+            f"  answer {t.answer}: {t.count} trace{'s'[: t.count != 1]}, "
+            f"{t.weight / total:.0%} of the weight"
         )
     if tallies:
         verdict = "right" if found.is_right else "wrong"
