@@ -6,19 +6,16 @@ import argparse
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from step_sglang import protocol
-from step_sglang.config import (
-    StepConfig,
-    add_cli_arguments,
-    check_scorer_path,
-    take_options,
-)
+from step_sglang.config import StepConfig, add_cli_arguments, take_options
 from step_sglang.errors import ConfigError, StepError
 from step_sglang.patches import contract, engine_check, hooks, preflight
 from step_sglang.patches.record import attach
+from step_sglang.scoring.locate import locate_scorer
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +30,7 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
     try:
         config = take_options(vars(args))
         if config is not None:
-            check_scorer_path(config.scorer)
+            config = _with_scorer(config, args.model_path)
         server_args = original(cls, args)
         if config is not None:
             _enable(server_args, config, from_cli=True)
@@ -56,7 +53,7 @@ def accept_engine_arguments() -> None:
 def _build_record(record_class: Callable[..., Any], **kwargs: Any) -> Any:
     config = take_options(kwargs)
     if config is not None:
-        check_scorer_path(config.scorer)
+        config = _with_scorer(config, kwargs.get("model_path"))
     server_args = record_class(**kwargs)
     if config is not None:
         _enable(server_args, config, from_cli=False)
@@ -77,7 +74,13 @@ def enable(server_args: Any, **options: Any) -> None:
     if wanted:
         raise ConfigError(f"unknown STEP options: {', '.join(sorted(wanted))}")
     assert config is not None
+    config = _with_scorer(config, server_args.model_path)
     _enable(server_args, config, from_cli=False)
+
+
+def _with_scorer(config: StepConfig, model: str | None) -> StepConfig:
+    """With the scorer's file, found or downloaded before SGLang looks at the model."""
+    return replace(config, scorer=locate_scorer(config.scorer, model or ""))
 
 
 def _check_engine() -> None:

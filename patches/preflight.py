@@ -17,6 +17,7 @@ from step_sglang.patches.record import config_of, refuse
 from step_sglang.scoring.boundary import THINK_END, boundary_ids, think_end_id
 from step_sglang.scoring.build import BuildError
 from step_sglang.scoring.first_build import cuda_library
+from step_sglang.scoring.locate import other_model
 from step_sglang.scoring.scorer import Scorer, blank_scorer, load_scorer
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def _refused_speculation(cfg: Any) -> Iterator[tuple[bool, str]]:
     yield cfg.enable_multi_layer_eagle, "multi-layer EAGLE (--enable-multi-layer-eagle)"
 
 
-def load_config_scorer(config: StepConfig, hidden_size: int) -> Scorer:
+def load_config_scorer(config: StepConfig, hidden_size: int, model: str = "") -> Scorer:
     """The server's scorer; a blank one where it only captures.
 
     Raises:
@@ -142,10 +143,15 @@ def load_config_scorer(config: StepConfig, hidden_size: int) -> Scorer:
     scorer = load_scorer(config.scorer)
     if scorer.hidden_size != hidden_size:
         raise ScorerError(
-            f"scorer {config.scorer} reads hidden states of size {scorer.hidden_size}, but the "
-            f"model's are {hidden_size} wide: use a scorer trained for this model"
+            f"scorer {config.scorer}{_trained_for(scorer)} reads hidden states of size "
+            f"{scorer.hidden_size}, but {model or 'the model'}'s are {hidden_size} wide: use a "
+            "scorer trained for this model"
         )
     return scorer
+
+
+def _trained_for(scorer: Scorer) -> str:
+    return f" (of {scorer.info.model})" if scorer.info.model else ""
 
 
 def step_delimiters(config: StepConfig, scorer: Scorer) -> tuple[str, ...]:
@@ -183,8 +189,24 @@ def _check(server_args: Any, config: StepConfig) -> None:
             "not supported with --step-capture: speculative decoding: collect without it, the "
             "text is the same"
         )
-    scorer = load_config_scorer(config, model_config.hf_text_config.hidden_size)
+    width = model_config.hf_text_config.hidden_size
+    scorer = load_config_scorer(config, width, str(cfg.model_path))
+    _check_model(scorer, config, str(cfg.model_path), cfg.revision)
     step_boundaries(config, scorer, load_tokenizer(server_args))
+
+
+def _check_model(scorer: Scorer, config: StepConfig, model: str, revision: str | None) -> None:
+    """Warn of a scorer of another model: a quantized or copied one may be right all the same."""
+    if not config.scorer or scorer.info.model is None:
+        return
+    found = other_model(scorer.info.model, scorer.info.revision, model, revision)
+    if found is not None:
+        logger.warning(
+            "STEP: the scorer %s %s: its scores mean nothing unless these are the same weights, "
+            "or nearly so",
+            config.scorer,
+            found,
+        )
 
 
 def _check_op(device: str) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from step_sglang.errors import ConfigError, ScorerError, nearest
+from step_sglang.errors import ConfigError, nearest
 from step_sglang.protocol import EXTRACTORS, NGRAMS, PRUNED_ABORT, PRUNED_MODES, VOTES
 
 POLICIES = ("fair", "paper")
@@ -31,7 +29,11 @@ class StepConfig:
 
     scorer: str = field(
         default="",
-        metadata={"metavar": "PATH", "help": "Scorer file (.safetensors, or the reference's .pt)."},
+        metadata={
+            "metavar": "PATH",
+            "help": "Scorer file (.safetensors or the reference's .pt); org/name[/file][@revision] "
+            "on the Hugging Face Hub; or auto, the one known for this model.",
+        },
     )
     policy: str = field(
         default="fair",
@@ -171,7 +173,10 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         if not self.scorer and not self.capture:
-            raise ConfigError("--enable-step needs --step-scorer PATH, the trained scorer file")
+            raise ConfigError(
+                "--enable-step needs --step-scorer PATH, the trained scorer file (or a repository "
+                "on the Hub, or auto)"
+            )
         if not isinstance(self.capture, bool):
             raise ConfigError(f"--step-capture is on or off, not {self.capture!r}")
         _check_choice("--step-policy", self.policy, POLICIES)
@@ -290,15 +295,6 @@ def _check_choice(flag: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         near = nearest(value, choices) if isinstance(value, str) else ""
         raise ConfigError(f"{flag} must be one of {', '.join(choices)}, not {value!r}{near}")
-
-
-def check_scorer_path(path: str) -> None:
-    """Refuse a scorer that is no file, before anything is loaded; raises ScorerError."""
-    if path and not os.path.exists(path):
-        hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.splitext(path)[1]:
-            hint = ": a scorer is a file, not a name on a hub; download it and give its path"
-        raise ScorerError(f"scorer {path} does not exist{hint}")
 
 
 def unescape(text: str) -> str:

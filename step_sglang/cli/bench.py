@@ -15,6 +15,7 @@ from step_sglang.cli.common import (
     QUESTIONS,
     RUNNING,
     SAMPLING,
+    SCORER_HELP,
     SUFFIX_HELP,
     err,
     numbers,
@@ -121,8 +122,11 @@ def bench(
         typer.Option(help="Model path or name, or `reasoner`.", rich_help_panel=MODEL),
     ] = None,
     scorer: Annotated[
-        Path | None,
-        typer.Option(help="The model's scorer. reasoner: its own.", rich_help_panel=MODEL),
+        str | None,
+        typer.Option(
+            help=f"The model's scorer: {SCORER_HELP}. Default: the reasoner's own.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     url: Annotated[
         str | None,

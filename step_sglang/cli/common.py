@@ -31,6 +31,9 @@ OUTPUT = "Output"
 DELIMITER_HELP = r"Text that ends a step; \n and \t are understood. Repeat for several."
 SUFFIX_HELP = r"Appended to each question. Default: asks for \boxed{}; reasoner: nothing."
 
+# Without brackets, which are markup in a help text.
+SCORER_HELP = "a file; org/name or org/name/file on the Hub, perhaps with @revision; or auto"
+
 Settings = TypeVar("Settings")
 
 

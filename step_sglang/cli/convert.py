@@ -19,6 +19,7 @@ def convert(
     model: Annotated[str, typer.Option(help="The model the scorer was trained for.")],
     delimiter: Annotated[list[str] | None, typer.Option(help=DELIMITER_HELP)] = None,
     think_end: Annotated[str | None, typer.Option(help="Token that ends the thinking.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The commit of that model.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace TARGET.")] = False,
 ) -> None:
     """Convert the reference implementation's scorer to our format."""
@@ -34,6 +35,8 @@ def convert(
         info = replace(info, delimiters=tuple(unescape(text) for text in delimiter))
     if think_end:
         info = replace(info, think_end=think_end)
+    if revision:
+        info = replace(info, revision=revision)
     try:
         save_scorer(replace(scorer, info=info), target)
     except Exception as error:

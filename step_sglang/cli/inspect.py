@@ -10,32 +10,39 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from step_sglang import files
 from step_sglang.cli.common import OUTPUT, out, warn
 from step_sglang.cli.evaluation import show_evaluation
 from step_sglang.errors import ScorerError
 
 
 def inspect(
-    scorer: Annotated[Path, typer.Argument(help="A scorer file, or the folder of `train`.")],
+    scorer: Annotated[
+        str,
+        typer.Argument(help="A scorer file, the folder of `train`, or org/name on the Hub."),
+    ],
     on: Annotated[
         Path | None, typer.Option(help="Measure it on all questions of this store.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)
     ] = False,
+    card: Annotated[
+        Path | None,
+        typer.Option(help="Write its model card to this file.", rich_help_panel=OUTPUT),
+    ] = None,
 ) -> None:
     """Show what a scorer was trained on, for which model, and its figures."""
+    from step_sglang.scoring.locate import locate_scorer
     from step_sglang.scoring.scorer import load_scorer
-    from step_sglang.training.train import SCORER_FILE, evaluate_file, jsonable
+    from step_sglang.training.card import card_text
+    from step_sglang.training.train import evaluate_file, jsonable
 
-    file = scorer
-    if scorer.is_dir():
-        file = scorer / SCORER_FILE
-        if not file.exists():
-            raise ScorerError(f"the folder {scorer} holds no {SCORER_FILE}")
+    file = Path(locate_scorer(scorer, ""))
     loaded = load_scorer(file)
     info: dict[str, Any] = {
         "model": loaded.info.model,
+        "revision": loaded.info.revision,
         "hidden_size": loaded.hidden_size,
         "weights": str(loaded.w1.dtype).removeprefix("torch."),
         "delimiters": list(loaded.info.delimiters),
@@ -43,6 +50,11 @@ def inspect(
         "training": loaded.info.training,
     }
     evaluation = evaluate_file(file, on) if on else None
+    if card is not None:
+        try:
+            files.write(card, card_text(loaded).encode())
+        except OSError as error:
+            raise ScorerError(f"cannot write {card}: {error.strerror}") from error
     if as_json:
         print(json.dumps({**info, "measured": jsonable(evaluation)}, indent=2))
         return

@@ -16,6 +16,7 @@ from step_sglang.cli.collect import collect
 from step_sglang.cli.common import err, out
 from step_sglang.cli.convert import convert
 from step_sglang.cli.inspect import inspect
+from step_sglang.cli.push import push
 from step_sglang.cli.replay import replay
 from step_sglang.cli.report import report
 from step_sglang.cli.serve import serve
@@ -28,7 +29,7 @@ app = typer.Typer(
 )
 for panel, commands in (
     ("Serve and ask", (serve, ask, watch)),
-    ("Train a scorer", (collect, train, inspect, convert)),
+    ("Train a scorer", (collect, train, inspect, convert, push)),
     ("Compare methods", (bench, report, replay)),
 ):
     for command in commands:

@@ -13,10 +13,10 @@ from typing import Annotated
 
 import typer
 
-from step_sglang.cli.common import MEMORY, MODEL, err, out
+from step_sglang.cli.common import MEMORY, MODEL, SCORER_HELP, err, out
 from step_sglang.client.launch import DIE_WITH_PARENT, plain_cpu, wait_until_healthy
-from step_sglang.config import check_scorer_path
-from step_sglang.errors import ScorerError, ServerError, SourceError
+from step_sglang.config import AUTO
+from step_sglang.errors import ServerError, SourceError
 
 REASONER_POOL = 4096  # KV tokens; about a quarter of what 64 of its traces want, so that it prunes
 _FIRST_QUESTION = "What is the sum of the first 20 prime numbers?"
@@ -31,9 +31,8 @@ def serve(
         list[str] | None, typer.Argument(help="After `--`: more flags of SGLang; they win.")
     ] = None,
     scorer: Annotated[
-        Path | None,
-        typer.Option(help="The model's scorer file. reasoner: its own.", rich_help_panel=MODEL),
-    ] = None,
+        str, typer.Option(help=f"The model's scorer: {SCORER_HELP}.", rich_help_panel=MODEL)
+    ] = AUTO,
     host: Annotated[str, typer.Option(rich_help_panel=MODEL)] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, rich_help_panel=MODEL)] = 30000,
     pool: Annotated[
@@ -95,7 +94,7 @@ def _check_port(host: str, port: int) -> None:
 def server_command(
     model: str,
     more: list[str],
-    scorer: Path | None,
+    scorer: str,
     host: str,
     port: int,
     pool: int | None,
@@ -103,30 +102,26 @@ def server_command(
     """The launch command, and what it needs in its environment.
 
     Raises:
-        ScorerError: the scorer is missing, or is no file.
+        ScorerError: there is no such scorer, or none is known for the model.
         SourceError: the model is a path that does not exist.
     """
-    from step_sglang.reasoner import model_path, scorer_path
+    from step_sglang.reasoner import model_path
+    from step_sglang.scoring.locate import locate_scorer
     from step_sglang.voting.suffix import is_reasoner
 
     environment, flags = plain_cpu(more)
     if is_reasoner(model):
-        path, scorer, pool = str(model_path()), scorer or scorer_path(), pool or REASONER_POOL
+        path, pool = str(model_path()), pool or REASONER_POOL
     else:
         path = model
         if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
             raise SourceError(f"there is no model {model}")
-    if scorer is None:
-        raise ScorerError(
-            f"serving {model} with STEP needs --scorer, the scorer file of this model: README.md "
-            "lists published ones, and `step-sglang train` makes one"
-        )
-    check_scorer_path(str(scorer))
+    file = locate_scorer(scorer, model)
     if pool is not None:
         flags += ["--max-total-tokens", str(pool)]
     return [
         sys.executable, "-m", "sglang.launch_server", "--model-path", path, "--host", host,
-        "--port", str(port), "--enable-metrics", "--enable-step", "--step-scorer", str(scorer),
+        "--port", str(port), "--enable-metrics", "--enable-step", "--step-scorer", file,
         *flags, *more,
     ], environment  # fmt: skip
 

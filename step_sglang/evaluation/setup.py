@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from step_sglang import __version__
-from step_sglang.config import check_scorer_path
 from step_sglang.data.questions import REASONER, Fields, Job, load_questions
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.methods import RECORD, MethodSettings, methods_named
@@ -34,6 +33,7 @@ from step_sglang.evaluation.serving import (
     served,
 )
 from step_sglang.evaluation.trial_result import TrialResult
+from step_sglang.scoring.locate import locate_scorer
 from step_sglang.voting.suffix import default_suffix
 
 QUESTION_SEED = 2  # reasoner questions that neither its card (0) nor the demo (1) has looked at
@@ -54,7 +54,7 @@ class BenchOptions:
     limit: int | None = None
     shard: str = "1/1"
     url: str | None = None
-    scorer: Path | None = None
+    scorer: str | None = None
     server_flags: tuple[str, ...] = ()
     pool: str | None = None
     mem_fraction: str | None = None
@@ -106,7 +106,7 @@ def set_up(options: BenchOptions, say: Say) -> Setup:
         chosen = (*chosen, RECORD)
     if not chosen:
         raise BenchError("--methods names none, and without --record there is nothing to do")
-    check_scorer_path(str(options.scorer or ""))
+    given = locate_scorer(options.scorer or "", options.path)
     endless = options.dataset.startswith(f"{REASONER}:")
     # All of a set, so that it is the same set whatever the limit is.
     found = load_questions(
@@ -130,7 +130,7 @@ def set_up(options: BenchOptions, say: Say) -> Setup:
         delay=profile.delay if options.slim_delay is None else options.slim_delay,
     )
     suffix = default_suffix(options.model) if options.suffix is None else options.suffix
-    scorer = profile.scorer if options.scorer is None else str(options.scorer)
+    scorer = given or profile.scorer
     memories = memories_of(options, profile, say)
     plan = Plan(
         jobs=shard_of(options.shard, jobs),
@@ -155,7 +155,7 @@ def set_up(options: BenchOptions, say: Say) -> Setup:
         "sampling": asdict(sampling),
         "settings": asdict(settings),
         "suffix": suffix,
-        "scorer": scorer if options.scorer else None,
+        "scorer": options.scorer,
         "server_flags": list(options.server_flags),
     }
     return Setup(

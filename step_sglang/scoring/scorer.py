@@ -41,6 +41,7 @@ class ScorerInfo:
     delimiters: tuple[str, ...] = ()
     think_end: str | None = None
     training: dict[str, Any] = field(default_factory=dict)  # figures, JSON values only
+    revision: str | None = None  # of the model: the commit
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
     }
     if scorer.info.model is not None:
         metadata["model"] = scorer.info.model
+    if scorer.info.revision is not None:
+        metadata["revision"] = scorer.info.revision
     if scorer.info.think_end is not None:
         metadata["think_end"] = scorer.info.think_end
     tensors = {name: getattr(scorer, name).contiguous() for name in _NAMES}
@@ -157,7 +160,10 @@ def _info(file: Path, metadata: dict[str, str]) -> ScorerInfo:
         raise ScorerError(f"scorer {file}: delimiters must be a list of non-empty strings")
     if not isinstance(training, dict):
         raise ScorerError(f"scorer {file}: training figures must be an object")
-    return ScorerInfo(metadata.get("model"), tuple(delimiters), metadata.get("think_end"), training)
+    return ScorerInfo(
+        metadata.get("model"), tuple(delimiters), metadata.get("think_end"), training,
+        metadata.get("revision"),
+    )  # fmt: skip
 
 
 class _Archive(io.FileIO):

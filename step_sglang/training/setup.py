@@ -10,6 +10,7 @@ from pathlib import Path
 
 from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Fields, Job, load_questions, load_traces
+from step_sglang.scoring.locate import model_revision
 from step_sglang.training import collect as work
 from step_sglang.training.prompts import Prompter, load_prompter
 from step_sglang.training.stored import StoreMeta
@@ -84,6 +85,7 @@ def plan_collection(options: CollectOptions) -> CollectPlan:
         think_end="</think>" if prompter.think_end is not None else None,
         dtype=options.dtype,
         confidence_window=options.confidence_window or (20 if ours else 2048),
+        revision=model_revision(options.path),
     )
     settings = work.CollectSettings(
         options.sampling, options.top_logprobs, options.concurrency, options.timeout,

@@ -30,6 +30,7 @@ class StoreMeta:
     think_end: str | None = "</think>"  # None: steps after the thinking are kept too
     dtype: str = "float16"  # of the hidden states on disk
     confidence_window: int = 2048  # tokens of a DeepConf group
+    revision: str | None = None  # the model's commit, where it is known
     version: int = VERSION
 
     def as_json(self) -> dict[str, Any]:

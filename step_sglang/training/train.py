@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from step_sglang.scoring.locate import SCORER_FILE
 from step_sglang.scoring.scorer import ScorerInfo, load_scorer, save_scorer
+from step_sglang.training.card import CARD_FILE, card_text
 from step_sglang.training.errors import TrainError
 from step_sglang.training.evaluate import Evaluation, evaluate, score
 from step_sglang.training.fit import WEIGHT_DTYPES, Epoch, Fitted, Recipe, ScorerNetwork, fit
@@ -18,7 +20,6 @@ from step_sglang.training.metrics import RUNNING_MEAN
 from step_sglang.training.reader import Reader
 from step_sglang.training.split import check_classes, split_questions
 
-SCORER_FILE = "scorer.safetensors"
 METRICS_FILE = "metrics.json"
 
 
@@ -55,7 +56,7 @@ def train_scorer(
     skip_bad: bool = False,
     report: Callable[[int, Epoch], None] = lambda number, epoch: None,
 ) -> Trained:
-    """Train, measure, and write ``out``: the scorer, metrics.json and the plots.
+    """Train, measure, and write ``out``: the scorer, its card, metrics.json and the plots.
 
     Args:
         store: the collected traces.
@@ -92,15 +93,17 @@ def train_scorer(
         test=evaluate(scored),
         linear_probe=evaluate(score(tested, test, probe)),
     )
-    from step_sglang.training.plots import draw_all  # matplotlib takes a second to import
+    from step_sglang.training.plots import PLOTS, draw_all  # matplotlib takes a second to import
 
     try:
         out.mkdir(parents=True, exist_ok=True)
         summary = _summary(reader, recipe, trained, len(split.train))
         info = ScorerInfo(
-            reader.meta.model, tuple(reader.meta.delimiters), reader.meta.think_end, summary
-        )
-        save_scorer(fitted.network.as_scorer(info, WEIGHT_DTYPES[recipe.dtype]), trained.scorer)
+            reader.meta.model, tuple(reader.meta.delimiters), reader.meta.think_end, summary,
+            reader.meta.revision,
+        )  # fmt: skip
+        scorer = fitted.network.as_scorer(info, WEIGHT_DTYPES[recipe.dtype])
+        save_scorer(scorer, trained.scorer)
         report_value = {
             "store": reader.meta.as_json(),
             "recipe": asdict(recipe),
@@ -114,6 +117,7 @@ def train_scorer(
         }
         trained.metrics.write_text(json.dumps(jsonable(report_value), indent=2) + "\n")
         draw_all(out, fitted, scored, trained.test)
+        (out / CARD_FILE).write_text(card_text(scorer, PLOTS))
     except OSError as error:
         raise TrainError(f"cannot write to {out}: {error.strerror or error}") from error
     return trained

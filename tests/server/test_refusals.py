@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from step_sglang.client.launch import free_port
+from tests.hub import running_hub
 from tests.models import build_scorer
 from tests.server.launch import LAUNCH_SERVER, SGLANG_SERVE, command, environment
 
@@ -50,10 +53,12 @@ prepare_server_args(sys.argv[1:])
 """
 
 
-def run(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+def run(
+    *argv: str | Path, more: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "ignore", *argv],
-        env=environment(),
+        env={**environment(), **more},
         capture_output=True,
         text=True,
         timeout=300,
@@ -100,7 +105,11 @@ def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None
         "survivors": [*good, "--step-min-survivors", "0"],
         "contradiction": [*good, "--step-policy", "paper", "--step-scope", "thinking"],
         "policy": [*good, "--step-policy", "papper"],
-        "hub name": [*step, "org/scorer"],
+        "hub": [*step, "org/fits"],
+        "hub width": [*step, "org/wide"],
+        "hub two": [*step, "org/two"],
+        "hub name": [*step, "org/missing"],
+        "auto": [*step, "auto"],
         "not enabled": [*base, "--step-scorer", str(scorer)],
     }
     expected = {
@@ -123,24 +132,33 @@ def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None
         "unreadable": "not a readable safetensors file",
         "shape": "w1 has shape [64, 512]; it must be [512, d]",
         "nan": "b1 holds NaN or infinity",
-        "hidden size": "size 128, but the model's are 64 wide",
+        "hidden size": "size 128, but",
         "delimiter": "no token of this tokenizer contains the step delimiter '§§§§'",
         "survivors": "--step-min-survivors must be an integer of at least 1, not 0",
         "contradiction": "--step-scope thinking contradicts it",
         "policy": "--step-policy must be one of fair, paper, not 'papper' (did you mean 'paper'?)",
-        "hub name": "a scorer is a file, not a name on a hub",
+        "hub": "started",
+        "hub width": "size 128, but",
+        "hub two": "org/two holds 2 scorers",
+        "hub name": "the Hub has no repository org/missing",
+        "auto": "no scorer is known for",
         "not enabled": "without --enable-step",
     }
     (tmp_path / "probe.py").write_text(PROBE)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    done = run(tmp_path / "probe.py", tmp_path / "cases.json")
+    with running_hub() as hub:
+        hub.add("org/fits", scorer__safetensors=scorer.read_bytes())
+        hub.add("org/wide", scorer__safetensors=wide.read_bytes())
+        hub.add("org/two", a_scorer__pt=b"", b_scorer__pt=b"")
+        at_hub = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        done = run(tmp_path / "probe.py", tmp_path / "cases.json", more=at_hub)
     said = dict(
         json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("CASE ")
     )
     assert said.keys() == expected.keys(), done.stdout + done.stderr
     for name, words in expected.items():
         assert words in said[name], (name, said[name])
-        assert name == "good" or said[name].startswith("step-sglang: ")
+        assert words == "started" or said[name].startswith("step-sglang: ")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from step_sglang import __version__
 from step_sglang.cli.main import app
 from step_sglang.cli.serve import REASONER_POOL, first_request, server_command
-from step_sglang.config import StepConfig, add_cli_arguments, check_scorer_path, take_options
+from step_sglang.config import StepConfig, add_cli_arguments, take_options
 from step_sglang.errors import ConfigError, ScorerError, SourceError, nearest
 from step_sglang.evaluation.methods import ALIASES, METHODS
 from step_sglang.evaluation.setup import DEFAULT_METHODS, QUESTION_SEED
@@ -25,7 +25,7 @@ from step_sglang.voting.suffix import BOXED_SUFFIX, default_suffix
 from tests.training_samples import planted_store
 
 COMMANDS = (
-    "serve", "ask", "collect", "train", "inspect", "convert", "bench", "report", "replay",
+    "serve", "ask", "collect", "train", "inspect", "convert", "push", "bench", "report", "replay",
 )  # fmt: skip
 
 
@@ -62,7 +62,9 @@ def test_the_help_of_bench_names_every_method_and_the_real_defaults() -> None:
 
 
 def test_serve_starts_the_reasoner_with_its_own_scorer_and_a_pool_that_prunes() -> None:
-    command, _ = server_command("reasoner", ["--log-level", "error"], None, "0.0.0.0", 30001, None)
+    command, _ = server_command(
+        "reasoner", ["--log-level", "error"], "auto", "0.0.0.0", 30001, None
+    )
     assert command[:3] == [sys.executable, "-m", "sglang.launch_server"]
     said = " ".join(command)
     assert f"--model-path {model_path()}" in said and f"--step-scorer {scorer_path()}" in said
@@ -79,15 +81,12 @@ def test_a_first_request_is_one_that_the_model_can_answer() -> None:
 @pytest.mark.parametrize(
     ("model", "scorer", "message"),
     [
-        ("org/model", None, "needs --scorer"),
-        ("org/model", Path("no.pt"), "scorer no.pt does not exist"),
-        ("org/model", Path("org/scorer"), "not a name on a hub"),
-        ("./no-model", scorer_path(), "no model ./no-model"),
+        ("org/model", "auto", "no scorer is known for org/model"),
+        ("org/model", "no.pt", "scorer no.pt does not exist"),
+        ("./no-model", str(scorer_path()), "no model ./no-model"),
     ],
 )
-def test_serve_refuses_before_it_starts_anything(
-    model: str, scorer: Path | None, message: str
-) -> None:
+def test_serve_refuses_before_it_starts_anything(model: str, scorer: str, message: str) -> None:
     with pytest.raises((ScorerError, SourceError), match=re.escape(message)):
         server_command(model, [], scorer, "127.0.0.1", 30000, None)
 
@@ -112,13 +111,6 @@ def test_a_wrong_value_of_a_server_flag_is_one_line() -> None:
         parsed = parser.parse_args(["--enable-step", "--step-scorer", "s", *words])
         with pytest.raises(ConfigError, match=re.escape(message)):
             take_options(vars(parsed))
-
-
-def test_a_scorer_path_is_checked_by_looking() -> None:
-    check_scorer_path(str(scorer_path()))
-    check_scorer_path("")
-    with pytest.raises(ScorerError, match=r"does not exist$"):
-        check_scorer_path("a/b.safetensors")
 
 
 def test_what_is_in_effect() -> None:

@@ -62,7 +62,7 @@ def test_the_planted_signal_is_found(store: Path, tmp_path: Path, objective: str
         test[0.5].auc_within.value, abs=1e-5
     )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "scorer.safetensors", "metrics.json", *PLOTS,
+        "scorer.safetensors", "README.md", "metrics.json", *PLOTS,
         *(name.replace(".png", ".pdf") for name in PLOTS),
     }  # fmt: skip
     for name in PLOTS:

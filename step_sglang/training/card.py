@@ -1,0 +1,115 @@
+"""The model card of a scorer: what a page on the Hub says of it, from what its file states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from step_sglang.scoring.scorer import Scorer
+
+CARD_FILE = "README.md"
+_SIGNALS_OF_STEP = "running mean"  # the trace score, as `train` names it in the file
+
+
+def card_text(scorer: Scorer, plots: Sequence[str] = ()) -> str:
+    """Markdown with the Hub's header.
+
+    Args:
+        scorer: its figures are what the file holds; nothing is measured here.
+        plots: images beside the card.
+    """
+    return "\n".join([*_header(scorer), *_body(scorer), *_figures(scorer), *_plots(plots), ""])
+
+
+def _header(scorer: Scorer) -> Iterator[str]:
+    yield "---"
+    yield "library_name: step-sglang"
+    model = scorer.info.model
+    if model and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        yield f"base_model: {model}"
+        yield "base_model_relation: adapter"
+    yield "tags: [step, step-scorer, sglang]"
+    yield "---"
+
+
+def _body(scorer: Scorer) -> Iterator[str]:
+    info = scorer.info
+    training = info.training
+    model = info.model or "a model that the file does not name"
+    yield f"# STEP scorer for {model}"
+    yield ""
+    yield (
+        "A two-layer MLP (Linear(d, 512), ReLU, Linear(512, 1)) that reads the last hidden state "
+        "of the model at the end of each reasoning step; the running mean of its outputs ranks the "
+        "traces of one question (STEP, arXiv 2601.09093). It is for these weights alone."
+    )
+    yield ""
+    if info.model:
+        yield "```bash"
+        yield (
+            f"python -m sglang.launch_server --model-path {info.model} --enable-step "
+            "--step-scorer THIS_REPOSITORY"
+        )
+        yield "```"
+        yield ""
+    yield "| | |"
+    yield "|---|---|"
+    delimiters = ", ".join(f"`{text!r}`" for text in info.delimiters) or "unknown"
+    questions = training.get("questions") or {}
+    split = ", ".join(f"{count} {name}" for name, count in questions.items())
+    for name, value in (
+        ("model", model),
+        ("revision of the model", info.revision),
+        ("hidden size", scorer.hidden_size),
+        ("a step ends with", delimiters),
+        ("scoring stops at", f"`{info.think_end}`" if info.think_end else None),
+        ("data", training.get("source")),
+        ("questions", split),
+        ("traces a question", training.get("traces_per_question")),
+        ("objective", training.get("objective")),
+    ):
+        yield f"| {name} | {'unknown' if value in (None, '') else value} |"
+    yield ""
+
+
+def _figures(scorer: Scorer) -> Iterator[str]:
+    test: Mapping[str, Any] = scorer.info.training.get("test") or {}
+    yield "## Figures"
+    yield ""
+    within: Mapping[str, Mapping[str, Any]] = test.get("auc_within_question") or {}
+    if not within:
+        yield "The file states none."
+        yield ""
+        return
+    questions = (scorer.info.training.get("questions") or {}).get("test", "?")
+    yield (
+        f"AUC within the question on {questions} test questions, at a share of the trace's length, "
+        "with 95 % intervals. Only this figure says whether pruning will help: pooled over "
+        "questions, a signal also wins by telling hard ones from easy ones."
+    )
+    yield ""
+    shares = list(next(iter(within.values()), {}))
+    yield "| signal | " + " | ".join(shares) + " |"
+    yield "|---|" + "---|" * len(shares)
+    for name, at in within.items():
+        shown = "trace score" if name == _SIGNALS_OF_STEP else name
+        yield f"| {shown} | " + " | ".join(_interval(at.get(share)) for share in shares) + " |"
+    yield ""
+    accuracy = test.get("single_trace_accuracy")
+    if isinstance(accuracy, float):
+        yield f"A single trace is right in {accuracy:.1%}."
+    for name, value in (test.get("vote_accuracy") or {}).items():
+        yield f"- vote, {name}: {_interval(value)}"
+    yield ""
+
+
+def _interval(estimate: Any) -> str:
+    if not isinstance(estimate, list) or len(estimate) != 3 or estimate[0] is None:
+        return "-"
+    value, low, high = estimate
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f}-{high:.3f})"
+
+
+def _plots(plots: Sequence[str]) -> Iterator[str]:
+    for name in plots:
+        yield f"![{name.rpartition('.')[0]}]({name})"
