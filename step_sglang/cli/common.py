@@ -91,7 +91,7 @@ def resolve_model(
     """
     from step_sglang.client.http import served_model
     from step_sglang.reasoner import model_path
-    from step_sglang.voting.suffix import is_reasoner
+    from step_sglang.voting.suffix import reasoner_name
 
     if model is None and url is not None:
         model = served_model(url)
@@ -99,7 +99,8 @@ def resolve_model(
         model = "reasoner"
     if model is None:
         raise wanted("give --model, the model to sample from, or --url, a running server")
-    return ("reasoner", str(model_path())) if is_reasoner(model) else (model, model)
+    ours = reasoner_name(model)
+    return (model, model) if ours is None else (ours, str(model_path(ours)))
 
 
 @contextmanager
