@@ -18,6 +18,7 @@ SCOPES = ("thinking", "all")
 ADMISSIONS = ("fair", "queue")
 PAGES = ("on", "off")
 AUTO, OFF = "auto", "off"
+NO_SCORER = "none"  # in place of a scorer file: the model's own certainty scores the steps
 DEFAULT_DELIMITERS = ("\n\n",)
 
 
@@ -31,7 +32,11 @@ class StepConfig:
 
     scorer: str = field(
         default="",
-        metadata={"metavar": "PATH", "help": "Scorer file (.safetensors, or the reference's .pt)."},
+        metadata={
+            "metavar": "PATH|none",
+            "help": "Scorer file (.safetensors, or the reference's .pt). none: a step's score is "
+            "how certain the model was of its tokens, which needs no training.",
+        },
     )
     policy: str = field(
         default="fair",
@@ -171,7 +176,10 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         if not self.scorer and not self.capture:
-            raise ConfigError("--enable-step needs --step-scorer PATH, the trained scorer file")
+            raise ConfigError(
+                "--enable-step needs --step-scorer PATH, the trained scorer file; without one, "
+                f"--step-scorer {NO_SCORER} scores steps by how certain the model is of its tokens"
+            )
         if not isinstance(self.capture, bool):
             raise ConfigError(f"--step-capture is on or off, not {self.capture!r}")
         _check_choice("--step-policy", self.policy, POLICIES)
@@ -247,6 +255,16 @@ class StepConfig:
                 )
 
     @property
+    def by_certainty(self) -> bool:
+        """Whether the model's own certainty scores the steps, as there is no scorer."""
+        return self.scorer == NO_SCORER
+
+    @property
+    def scorer_file(self) -> str:
+        """The scorer's path; empty without one."""
+        return "" if self.by_certainty else self.scorer
+
+    @property
     def scores_all(self) -> bool:
         """Whether steps after the think-end token count too."""
         return self.policy == "paper" or self.scope == "all"
@@ -294,7 +312,7 @@ def _check_choice(flag: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_scorer_path(path: str) -> None:
     """Refuse a scorer that is no file, before anything is loaded; raises ScorerError."""
-    if path and not os.path.exists(path):
+    if path not in ("", NO_SCORER) and not os.path.exists(path):
         hint = ""
         if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not os.path.splitext(path)[1]:
             hint = ": a scorer is a file, not a name on a hub; download it and give its path"

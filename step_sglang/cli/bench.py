@@ -122,7 +122,10 @@ def bench(
     ] = None,
     scorer: Annotated[
         Path | None,
-        typer.Option(help="The model's scorer. reasoner: its own.", rich_help_panel=MODEL),
+        typer.Option(
+            help="The model's scorer, or none: its certainty. reasoner: its own file.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     url: Annotated[
         str | None,

@@ -25,14 +25,21 @@ _START_TIMEOUT = 3600.0  # seconds; a model may have to be downloaded
 
 def serve(
     model: Annotated[
-        str, typer.Argument(help="`reasoner`, the embedded model, or a model's path or name.")
+        str,
+        typer.Argument(
+            help="`reasoner`, `reasoner-dwelling` (the embedded models), or a path or name."
+        ),
     ] = "reasoner",
     server_flags: Annotated[
         list[str] | None, typer.Argument(help="After `--`: more flags of SGLang; they win.")
     ] = None,
     scorer: Annotated[
         Path | None,
-        typer.Option(help="The model's scorer file. reasoner: its own.", rich_help_panel=MODEL),
+        typer.Option(
+            help="The model's scorer file, or none: its own certainty scores the steps. reasoner: "
+            "its own file.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     host: Annotated[str, typer.Option(rich_help_panel=MODEL)] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, rich_help_panel=MODEL)] = 30000,
@@ -107,11 +114,13 @@ def server_command(
         SourceError: the model is a path that does not exist.
     """
     from step_sglang.reasoner import model_path, scorer_path
-    from step_sglang.voting.suffix import is_reasoner
+    from step_sglang.voting.suffix import reasoner_name
 
     environment, flags = plain_cpu(more)
-    if is_reasoner(model):
-        path, scorer, pool = str(model_path()), scorer or scorer_path(), pool or REASONER_POOL
+    ours = reasoner_name(model)
+    if ours is not None:
+        path, pool = str(model_path(ours)), pool or REASONER_POOL
+        scorer = scorer or scorer_path(ours)
     else:
         path = model
         if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
@@ -119,7 +128,8 @@ def server_command(
     if scorer is None:
         raise ScorerError(
             f"serving {model} with STEP needs --scorer, the scorer file of this model: README.md "
-            "lists published ones, and `step-sglang train` makes one"
+            "lists published ones, and `step-sglang train` makes one. Until then --scorer none "
+            "scores steps by how certain the model is of its tokens"
         )
     check_scorer_path(str(scorer))
     if pool is not None:
