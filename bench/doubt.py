@@ -1,10 +1,11 @@
 """Compares what to prune by, on stored traces in a simulated pool: the table of docs/training.md.
 
-    python bench/doubt.py TRAIN TEST [--seeds 3] [--pool 0.3] [--out FILE.json]
+    python bench/doubt.py TRAIN TEST [--seeds 3 | --scorer FILE] [--pool 0.3] [--out FILE.json]
 
 TRAIN and TEST are stores of different questions (`bench/reasoner_store.py`). Every seed trains a
-scorer on a part of TRAIN and fits, on its other questions, the posterior that a trace ends right
-given its score, steps and length. All n traces of a question start at once in a pool that holds a
+scorer on a part of TRAIN (or FILE is one, trained on no other part of it) and fits on the rest the
+posterior that a trace ends right given its score, steps and length. All n traces of a question
+start at once in a pool that holds a
 share of the question's mean demand; the policy's own code prunes. Simulated: no engine runs. Every
 method answers the same questions with the same traces; intervals are paired bootstraps over them.
 """
@@ -15,7 +16,7 @@ import argparse
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,9 @@ from step_sglang.evaluation.cost_model import CostModel
 from step_sglang.evaluation.replay import Rank, is_right, simulate
 from step_sglang.evaluation.simulator import Request
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
+from step_sglang.scoring.scorer import load_scorer
 from step_sglang.training.data import build_labels, score_steps
-from step_sglang.training.fit import Recipe, fit
+from step_sglang.training.fit import Recipe, ScorerNetwork, fit
 from step_sglang.training.reader import Reader
 from step_sglang.training.signals import certainty_scores, mean_estimate, running_signals
 from step_sglang.training.split import split_questions
@@ -39,6 +41,7 @@ from step_sglang.training.train import jsonable
 
 SC, RANDOM, FAIR = "self-consistency", "random", "mean score (fair)"
 AGAINST = (SC, RANDOM, FAIR)
+Weight = Callable[[RecordedTrace], float]
 _PRICES = CostModel(1.0, 0.0, 0.0, 0.0)  # every decode step alike: seconds are not reported
 
 
@@ -76,6 +79,10 @@ class Doubt:
             1 + math.exp(-self.bias - sum(a * b for a, b in zip(self.weights, x, strict=True)))
         )
 
+    def of(self, trace: RecordedTrace) -> float:
+        """The posterior of a trace that has finished."""
+        return self.posterior(trace.score, len(trace.step_scores), trace.tokens)
+
     def left(self, tokens: int) -> float:
         """Tokens that a trace of this length still takes, at the mean."""
         longer = self.lengths[np.searchsorted(self.lengths, tokens, "right") :]
@@ -89,6 +96,23 @@ class Doubt:
     def per_token(self, request: Request) -> tuple[float, int]:
         """Rank by the expected vote per KV token that it still takes."""
         return self.by_posterior(request)[0] / max(1.0, self.left(request.generated)), 1
+
+
+def calibrated_score(table: TraceTable, scores: Floats) -> Weight:
+    """The probability that a finished trace is right, of its trace score alone (Platt scaling)."""
+    usable = table.num_steps > 0
+    last = (table.offsets[1:] - 1)[usable]
+    mean = np.clip(running_signals(table, scores)["mean"][last], 1e-4, 1 - 1e-4)
+    model = LogisticRegression(C=10.0)
+    model.fit(np.log(mean / (1 - mean))[:, None], table.correct[usable])
+    slope, bias = float(model.coef_[0, 0]), float(model.intercept_[0])
+    print(f"calibration of the trace score: slope {slope:.2f}, bias {bias:.2f}")
+
+    def weight(trace: RecordedTrace) -> float:
+        score = min(max(0.5 if trace.score is None else trace.score, 1e-4), 1 - 1e-4)
+        return 1 / (1 + math.exp(-bias - slope * math.log(score / (1 - score))))
+
+    return weight
 
 
 def groups_of(reader: Reader, scores: Floats) -> list[RecordedGroup]:
@@ -117,12 +141,8 @@ def groups_of(reader: Reader, scores: Floats) -> list[RecordedGroup]:
     return found
 
 
-def weigh_by_posterior(doubt: Doubt, groups: Sequence[RecordedGroup]) -> list[RecordedGroup]:
-    """The same groups, whose traces weigh their posterior in the vote."""
-
-    def weight(trace: RecordedTrace) -> float:
-        return doubt.posterior(trace.score, len(trace.step_scores), trace.tokens)
-
+def weighed(groups: Sequence[RecordedGroup], weight: Weight) -> list[RecordedGroup]:
+    """The same groups, whose traces weigh so in the vote."""
     return [replace(g, traces=tuple(replace(t, score=weight(t)) for t in g.traces)) for g in groups]
 
 
@@ -175,6 +195,7 @@ def main() -> None:
     parser.add_argument("train", type=Path)
     parser.add_argument("test", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scorer", type=Path, help="instead of training one; the seed is 0")
     parser.add_argument("--pool", type=float, default=0.3, help="of the traces' tokens together")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -182,13 +203,19 @@ def main() -> None:
     reader, tested = Reader(options.train), Reader(options.test)
     compared = Comparison(options.pool)
     sure = certainty_scores(tested, tested.shards)
-    for seed in range(options.seeds):
+    for seed in range(options.seeds if options.scorer is None else 1):
         split = split_questions(reader, 0.15, 0.0, seed)
-        fitted = fit(reader, split.train, split.validation, Recipe(seed=seed))
+        network = (
+            fit(reader, split.train, split.validation, Recipe(seed=seed)).network
+            if options.scorer is None
+            else ScorerNetwork.from_scorer(load_scorer(options.scorer))
+        )
         held = build_labels(reader, split.validation)
-        doubt = Doubt(held, score_steps(reader, split.validation, fitted.network))
-        groups = groups_of(tested, score_steps(tested, tested.shards, fitted.network))
-        posterior = weigh_by_posterior(doubt, groups)
+        held_scores = score_steps(reader, split.validation, network)
+        doubt = Doubt(held, held_scores)
+        groups = groups_of(tested, score_steps(tested, tested.shards, network))
+        posterior = weighed(groups, doubt.of)
+        scaled = weighed(groups, calibrated_score(held, held_scores))
         run = partial(compared.run, seed=seed)
         run(SC, policy="none", vote="majority", groups=groups)
         run(RANDOM, policy="random", vote="weighted", groups=groups)
@@ -202,6 +229,7 @@ def main() -> None:
             run(name, policy="fair", vote="weighted", groups=groups, rank=rank)
             run(f"{name}, weighed by posterior", policy="fair", vote="weighted",
                 groups=posterior, rank=rank)  # fmt: skip
+        run("fair, weighed by calibrated score", policy="fair", vote="weighted", groups=scaled)
         run("fair, weighed by posterior", policy="fair", vote="weighted", groups=posterior)
         run("random, weighed by posterior", policy="random", vote="weighted", groups=posterior)
         if sure is not None:

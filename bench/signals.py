@@ -2,7 +2,8 @@
 
     python bench/reasoner_store.py TRAIN --split scorer-train --questions 256 -n 32
     python bench/reasoner_store.py TEST --split scorer-validation --questions 96 -n 32
-    python bench/signals.py TRAIN TEST [--seeds 8] [--learned-seeds 3] [--out FILE.json]
+    python bench/signals.py TEST --scorer FILE                  # the signals of one scorer: seconds
+    python bench/signals.py TEST --train TRAIN [--seeds 8] [--learned-seeds 3] [--out FILE.json]
 
 Every seed splits TRAIN by question into training and validation questions (which choose the epoch,
 the scale and the weights of the fusion). TEST only measures: nothing is chosen by it. Figures are
@@ -23,9 +24,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from step_sglang.reasoner.task import progress
+from step_sglang.scoring.scorer import load_scorer
 from step_sglang.training.aggregators import Features, fit_judge, judge, load_sequences
 from step_sglang.training.data import build_labels, score_steps
-from step_sglang.training.fit import Recipe, fit
+from step_sglang.training.fit import Recipe, ScorerNetwork, fit
 from step_sglang.training.linear_probe import fit_linear_probe
 from step_sglang.training.reader import Reader
 from step_sglang.training.signals import (
@@ -69,20 +71,26 @@ def oracle(reader: Reader, shards: tuple[int, ...]) -> Floats | None:
     return np.asarray(found)
 
 
-def main() -> None:
-    """Train, rank, print."""
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("train", type=Path)
     parser.add_argument("test", type=Path)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--scorer", type=Path, help="one that exists, of other questions")
+    source.add_argument("--train", type=Path, help="store to train scorers on")
     parser.add_argument("--seeds", type=int, default=8, help="of the scorer and what it feeds")
     parser.add_argument("--learned-seeds", type=int, default=3, help="of the learned aggregators")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, rank, print."""
+    options = arguments()
     torch.set_num_threads(1)
-    reader, tested = Reader(options.train), Reader(options.test, with_text=True)
+    tested = Reader(options.test, with_text=True)
     shards = tested.shards
     table = build_labels(tested, shards)
-    sequences = load_sequences(tested, shards)
     moments = [own_fraction(table, f) for f in FRACTIONS]
     moments += [same_tokens(table, f) for f in OF_THE_MEAN]
     # Per signal and moment the AUC of every question and seed.
@@ -104,6 +112,13 @@ def main() -> None:
     clean = oracle(tested, shards)
     if clean is not None:
         rank("oracle: no slip so far", clean)
+    if options.scorer is not None:
+        network = ScorerNetwork.from_scorer(load_scorer(options.scorer))
+        for name, values in running_signals(table, score_steps(tested, shards, network)).items():
+            rank(name, values)
+        report(found, moments, options.out)
+        return
+    reader, sequences = Reader(options.train), load_sequences(tested, shards)
     for seed in range(options.seeds):
         split = split_questions(reader, 0.15, 0.0, seed)
         fitted = fit(reader, split.train, split.validation, Recipe(seed=seed))
@@ -159,7 +174,8 @@ def report(
         return values
 
     figures = {}
-    print(f"{'':48}", *(f"{moment.name:>8}"[:8] for moment in moments), " lead at 25 %")
+    heads = [moment.name.replace(" of the mean length", "*") for moment in moments]
+    print(f"{'(*: of the mean length)':48}", *(f"{head:>8}" for head in heads), " lead at 25%")
     for name in found:
         at = {moment.name: mean_estimate(by_question(name, moment.name)) for moment in moments}
         given = ", given length" if name.endswith(", given length") else ""
