@@ -49,8 +49,8 @@ def main() -> None:
     parser.add_argument("train", type=Path)
     parser.add_argument("test", type=Path)
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--questions", type=int, nargs="+", default=[8, 16, 32, 64, 128])
-    parser.add_argument("--agreement", type=float, nargs="+", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--questions", type=int, nargs="*", default=[8, 16, 32, 64, 128])
+    parser.add_argument("--agreement", type=float, nargs="*", default=[0.3, 0.5, 0.7])
     options = parser.parse_args()
     torch.set_num_threads(1)
     reader, tested = Reader(options.train), Reader(options.test)
@@ -61,7 +61,7 @@ def main() -> None:
         values = figures(found, tested, count, seeds)
         print(f"{name:44}", *(f"{v:6.3f}" for v in values), flush=True)
 
-    for count in (*options.questions, len(reader.shards)):
+    for count in options.questions:
         if count <= len(reader.shards):
             show(f"{count} questions", reader, count)
     for agreement in options.agreement:
