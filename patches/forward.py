@@ -17,6 +17,7 @@ from step_sglang.patches.state import trace_of
 from step_sglang.pruning.groups import GroupRegistry
 from step_sglang.pruning.metrics import StepMetrics
 from step_sglang.scoring.capture import Capture
+from step_sglang.scoring.certainty import CANDIDATES
 from step_sglang.scoring.confidence import token_confidences
 from step_sglang.scoring.slots import SlotReset, SlotState
 
@@ -322,8 +323,11 @@ def _stop(active: _Active) -> None:
 
 
 def confidences_of(groups: GroupRegistry, logits: torch.Tensor) -> Confidences | None:
-    """Confidences at every row of [T, V] logits, as far as traces are watched for them."""
-    top_ks = tuple(sorted(k for k in groups.watched if k))
+    """Confidences at every row of [T, V] logits, as far as they are wanted of live traces."""
+    wanted = {k for k in groups.watched if k}
+    if groups.by_certainty:
+        wanted.add(CANDIDATES)
+    top_ks = tuple(sorted(wanted))
     return Confidences(top_ks, token_confidences(logits, top_ks)[:, None]) if top_ks else None
 
 
@@ -368,6 +372,11 @@ class Confidences:
         """The same on the host."""
         return Confidences(self.top_ks, copy_tensor(self.values))
 
+    def of_all(self, top_k: int) -> list[list[float]]:
+        """[B, S] of every request, of a number of candidates that was asked for."""
+        found: list[list[float]] = self.values[:, :, self.top_ks.index(top_k)].tolist()
+        return found
+
     def of(self, row: int, token: int, top_k: int) -> float:
         """One request's committed token; NaN for a number of candidates that was not asked for."""
         if top_k not in self.top_ks:
@@ -411,6 +420,8 @@ class StepHostOutput:
         middle of its prompt: then the device's value is not the trace's.
         """
         with guard(protocol.IN_SCORING):
+            if _active is not None and _active.groups.by_certainty:
+                self._judge_by_certainty(batch, commits)
             self._record(batch, commits)
         if _active is not None and _active.groups.watched:
             self._show_tokens(_active.groups, batch, commits)
@@ -444,6 +455,30 @@ class StepHostOutput:
                 _active.metrics.step_scored(score)
         if trace.capture is not None and self.hidden is not None:
             trace.capture.rows.append(self.hidden[row].clone())
+
+    def _judge_by_certainty(self, batch: Any, commits: Sequence[Any]) -> None:
+        """Put certainties in place of the scores of a blank scorer, which only found the steps.
+
+        Token by token: the pass consumed the token before each one that it made visible, so a step
+        that ends there has all of its tokens before the visible one is added.
+        """
+        if self.confidences is None:  # it failed: then no step of this pass has a score
+            self.values[:, :, 0].masked_fill_(~self.values[:, :, 0].isnan(), math.inf)
+            return
+        ended = (~self.values[:, :, 0].isnan()).tolist()
+        sure = self.confidences.of_all(CANDIDATES)
+        for row, (req, commit) in enumerate(zip(batch.reqs, commits, strict=True)):
+            trace = trace_of(req)
+            if trace is None or commit is None or trace.certainty is None:
+                continue
+            for place in range(len(commit.token_ids)):
+                if ended[row][place]:
+                    score = trace.certainty.end_step()
+                    if score is None:
+                        score = math.inf
+                    if math.isfinite(self.values[row, place, 0]):
+                        self.values[row, place, 0] = score
+                trace.certainty.add(sure[row][place])
 
     def _show_tokens(self, groups: GroupRegistry, batch: Any, commits: Sequence[Any]) -> None:
         """Show the tokens to those who watch them, and end the traces that they name."""

@@ -133,14 +133,14 @@ def _refused_speculation(cfg: Any) -> Iterator[tuple[bool, str]]:
 
 
 def load_config_scorer(config: StepConfig, hidden_size: int, model: str = "") -> Scorer:
-    """The server's scorer; a blank one where it only captures.
+    """The server's scorer; a blank one where it has none, by which the op finds the boundaries.
 
     Raises:
         ScorerError: the file is wrong, or made for another hidden size.
     """
-    if not config.scorer:
+    if not config.scorer_file:
         return blank_scorer(hidden_size)
-    scorer = load_scorer(config.scorer)
+    scorer = load_scorer(config.scorer_file)
     if scorer.hidden_size != hidden_size:
         raise ScorerError(
             f"scorer {config.scorer}{_trained_for(scorer)} reads hidden states of size "

@@ -106,7 +106,7 @@ def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
         drafted=drafted,
         hidden_dtype=runner.dtype,
     )
-    groups = GroupRegistry()
+    groups = GroupRegistry(by_certainty=config.by_certainty)
     metrics = _metrics(scheduler, groups)
     embedding = load_embedding(config.embedding, tokenizer.decode)
     state = SchedulerStep(
@@ -240,7 +240,7 @@ def _add_state(result: Any, state: SchedulerStep) -> None:
 def record_weight_version(result: None, updater: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``record_weight_version_after_update``, which every way of updating weights ends in."""
     state = state_of(updater.scheduler)
-    if state is None or not state.config.scorer:
+    if state is None or not state.config.scorer_file:
         return
     state.scorer_stale = True
     if state.metrics is not None:

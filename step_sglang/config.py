@@ -16,6 +16,7 @@ SCOPES = ("thinking", "all")
 ADMISSIONS = ("fair", "queue")
 PAGES = ("on", "off")
 AUTO, OFF = "auto", "off"
+NO_SCORER = "none"  # in place of a scorer file: the model's own certainty scores the steps
 DEFAULT_DELIMITERS = ("\n\n",)
 
 
@@ -30,9 +31,10 @@ class StepConfig:
     scorer: str = field(
         default="",
         metadata={
-            "metavar": "PATH",
+            "metavar": "S",
             "help": "Scorer file (.safetensors or the reference's .pt); org/name[/file][@revision] "
-            "on the Hugging Face Hub; or auto, the one known for this model.",
+            "on the Hugging Face Hub; auto, the one known for this model; or none: a step's score "
+            "is how certain the model was of its tokens, which needs no training.",
         },
     )
     policy: str = field(
@@ -175,7 +177,8 @@ class StepConfig:
         if not self.scorer and not self.capture:
             raise ConfigError(
                 "--enable-step needs --step-scorer PATH, the trained scorer file (or a repository "
-                "on the Hub, or auto)"
+                "on the Hub, or auto); without one, "
+                f"--step-scorer {NO_SCORER} scores steps by how certain the model is of its tokens"
             )
         if not isinstance(self.capture, bool):
             raise ConfigError(f"--step-capture is on or off, not {self.capture!r}")
@@ -250,6 +253,16 @@ class StepConfig:
                 raise ConfigError(
                     f"{flag} must be {AUTO}, {OFF} or an integer of at least 1, not {value!r}"
                 )
+
+    @property
+    def by_certainty(self) -> bool:
+        """Whether the model's own certainty scores the steps, as there is no scorer."""
+        return self.scorer == NO_SCORER
+
+    @property
+    def scorer_file(self) -> str:
+        """The scorer's path; empty without one."""
+        return "" if self.by_certainty else self.scorer
 
     @property
     def scores_all(self) -> bool:

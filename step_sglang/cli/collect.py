@@ -64,6 +64,14 @@ def collect(
     ] = None,
     question_field: Annotated[str, typer.Option(rich_help_panel=QUESTIONS)] = "question",
     answer_field: Annotated[str, typer.Option(rich_help_panel=QUESTIONS)] = "answer",
+    no_answers: Annotated[
+        bool,
+        typer.Option(
+            "--no-answers",
+            help="The questions have none, as in use: `train --labels vote` does without.",
+            rich_help_panel=QUESTIONS,
+        ),
+    ] = False,
     text_field: Annotated[str, typer.Option(rich_help_panel=QUESTIONS)] = "text",
     from_traces: Annotated[
         bool,
@@ -147,6 +155,7 @@ def collect(
     from step_sglang.data.questions import Fields
     from step_sglang.training.setup import REASONER_SAMPLING, CollectOptions, plan_collection
     from step_sglang.training.stored import DTYPES
+    from step_sglang.voting.suffix import is_reasoner
 
     one_of("--dtype", dtype, tuple(DTYPES))
     one_of("--scope", scope, SCOPES)
@@ -160,10 +169,10 @@ def collect(
         limit=limit,
         split=split,
         config=config,
-        fields=Fields(question_field, answer_field, text_field),
+        fields=Fields(question_field, None if no_answers else answer_field, text_field),
         suffix=suffix,
         sampling=given(
-            REASONER_SAMPLING if name == "reasoner" else Sampling(),
+            REASONER_SAMPLING if is_reasoner(name) else Sampling(),
             temperature=temperature, top_p=top_p, top_k=top_k, max_new_tokens=max_new_tokens,
         ),
         delimiters=tuple(unescape(text) for text in delimiter or ["\\n\\n"]),

@@ -32,7 +32,7 @@ DELIMITER_HELP = r"Text that ends a step; \n and \t are understood. Repeat for s
 SUFFIX_HELP = r"Appended to each question. Default: asks for \boxed{}; reasoner: nothing."
 
 # Without brackets, which are markup in a help text.
-SCORER_HELP = "a file; org/name or org/name/file on the Hub, perhaps with @revision; or auto"
+SCORER_HELP = "a file; org/name or org/name/file on the Hub, perhaps with @revision; auto; or none"
 
 Settings = TypeVar("Settings")
 
@@ -94,7 +94,7 @@ def resolve_model(
     """
     from step_sglang.client.http import served_model
     from step_sglang.reasoner import model_path
-    from step_sglang.voting.suffix import is_reasoner
+    from step_sglang.voting.suffix import reasoner_name
 
     if model is None and url is not None:
         model = served_model(url)
@@ -102,7 +102,8 @@ def resolve_model(
         model = "reasoner"
     if model is None:
         raise wanted("give --model, the model to sample from, or --url, a running server")
-    return ("reasoner", str(model_path())) if is_reasoner(model) else (model, model)
+    ours = reasoner_name(model)
+    return (model, model) if ours is None else (ours, str(model_path(ours)))
 
 
 @contextmanager

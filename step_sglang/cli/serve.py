@@ -25,7 +25,10 @@ _START_TIMEOUT = 3600.0  # seconds; a model may have to be downloaded
 
 def serve(
     model: Annotated[
-        str, typer.Argument(help="`reasoner`, the embedded model, or a model's path or name.")
+        str,
+        typer.Argument(
+            help="`reasoner`, `reasoner-dwelling` (the embedded models), or a path or name."
+        ),
     ] = "reasoner",
     server_flags: Annotated[
         list[str] | None, typer.Argument(help="After `--`: more flags of SGLang; they win.")
@@ -107,11 +110,12 @@ def server_command(
     """
     from step_sglang.reasoner import model_path
     from step_sglang.scoring.locate import locate_scorer
-    from step_sglang.voting.suffix import is_reasoner
+    from step_sglang.voting.suffix import reasoner_name
 
     environment, flags = plain_cpu(more)
-    if is_reasoner(model):
-        path, pool = str(model_path()), pool or REASONER_POOL
+    ours = reasoner_name(model)
+    if ours is not None:
+        path, pool = str(model_path(ours)), pool or REASONER_POOL
     else:
         path = model
         if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():

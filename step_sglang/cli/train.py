@@ -30,6 +30,22 @@ def train(
     test: Annotated[
         float, typer.Option(help="Share of questions.", rich_help_panel=QUESTIONS)
     ] = 0.15,
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="answers, or vote: a trace is right if it has the answer that its question's "
+            "traces agree on, for questions that nobody has answered. Then measure on a "
+            "--test-store with true answers.",
+            rich_help_panel=QUESTIONS,
+        ),
+    ] = "answers",
+    agreement: Annotated[
+        float,
+        typer.Option(
+            help="With --labels vote: the least share of a question's traces that must agree.",
+            rich_help_panel=QUESTIONS,
+        ),
+    ] = 0.5,
     objective: Annotated[
         str, typer.Option(help="bce (the paper's) or pairwise.", rich_help_panel=RECIPE)
     ] = "bce",
@@ -68,6 +84,7 @@ def train(
 
     from step_sglang.training.fit import Epoch, Recipe
     from step_sglang.training.train import Shares, train_scorer
+    from step_sglang.training.voted import Labels
 
     torch.set_num_threads(threads)
     recipe = Recipe(
@@ -83,7 +100,10 @@ def train(
         )
 
     trained = train_scorer(
-        store, folder, recipe, Shares(validation, test), test_store, skip_bad_shards, show
-    )
+        store, folder, recipe, Shares(validation, test), test_store, skip_bad_shards, show,
+        Labels(labels, agreement),
+    )  # fmt: skip
+    if labels == "vote" and test_store is None:
+        warn("", ("the figures are against the traces' own vote: true ones need --test-store",))
     warn("", show_evaluation(trained.test, trained.linear_probe))
     out.print(f"kept epoch {trained.fitted.best_epoch}; wrote {trained.scorer}", highlight=False)

@@ -48,12 +48,18 @@ class QuestionSet:
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of the members of a line or of a row."""
+    """Names of the members of a line or of a row. ``answer`` None: nobody knows the answers."""
 
     question: str = "question"
-    answer: str = "answer"
+    answer: str | None = "answer"
     text: str = "text"
     tokens: str = "tokens"
+
+    @property
+    def wanted(self) -> str:
+        """The members that every line must have, in words."""
+        answer = "" if self.answer is None else f" and {self.answer!r}"
+        return f"{self.question!r}{answer}"
 
 
 def load_questions(
@@ -99,7 +105,7 @@ def load_questions(
             )
         rows = _data_set(name, config, split)
     jobs, problems = _jobs(rows, fields, limit)
-    return _source(name, jobs, problems, f"{fields.question!r} and {fields.answer!r}")
+    return _source(name, jobs, problems, fields.wanted)
 
 
 def load_traces(file: Path, n: int | None = None, fields: Fields = Fields()) -> QuestionSet:
@@ -134,7 +140,7 @@ def load_traces(file: Path, n: int | None = None, fields: Fields = Fields()) -> 
             if len(found) > wanted:
                 problems.append(f"{len(found) - wanted} traces too many of {question[:60]!r}")
             jobs[name] = Job(name, question, answer, tuple(found[:wanted]))
-    members = f"{fields.question!r}, {fields.answer!r} and {fields.text!r}"
+    members = f"{fields.wanted} and {fields.text!r}"
     return _source(str(file), list(jobs.values()), problems, members)
 
 
@@ -230,7 +236,8 @@ def _data_set(name: str, config: str | None, split: str) -> Iterator[tuple[str, 
 def _pair(row: Any, fields: Fields) -> tuple[str, str] | None:
     if not isinstance(row, Mapping):
         return None
-    question, answer = row.get(fields.question), gold_answer(row.get(fields.answer))
+    question = row.get(fields.question)
+    answer = "" if fields.answer is None else gold_answer(row.get(fields.answer))
     if not isinstance(question, str) or not question.strip() or answer is None:
         return None
     return question, answer

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from step_sglang.client.sampling import Sampling
-from step_sglang.reasoner import scorer_path
+from step_sglang.reasoner import NAME, NAME_DWELLING, scorer_path
 from step_sglang.training.setup import REASONER_SAMPLING
 
 
@@ -27,11 +27,13 @@ _REASONER = Profile(
     REASONER_SAMPLING, window=20, delay=5, scorer=str(scorer_path()),
     mean_tokens=238, prompt_tokens=52,
 )  # fmt: skip
+# The same task: wrong traces go on looking back.
+_DWELLING = replace(_REASONER, scorer=str(scorer_path(NAME_DWELLING)), mean_tokens=265)
 _PHI = Profile(Sampling(0.8, 0.95, 50))
 
 
 def profile_of(model: str) -> Profile:
-    """The profile of a model by its name; the embedded reasoner's is ``reasoner``."""
-    if model == "reasoner":
-        return _REASONER
+    """The profile of a model by its name, an embedded reasoner's too."""
+    if model in (NAME, NAME_DWELLING):
+        return _REASONER if model == NAME else _DWELLING
     return _PHI if "phi-4" in model.lower() else Profile()

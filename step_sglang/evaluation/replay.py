@@ -105,6 +105,7 @@ def simulate(
     prune_at: float = 1.0,
     unit: int = 1,
     verifier: AnswerVerifier | None = None,
+    ranks: Sequence[Rank] | None = None,
 ) -> ReplayOutcome:
     """The outcome of a group in a pool of that size.
 
@@ -120,6 +121,7 @@ def simulate(
         prune_at: the share of the pool that the group may fill; for :data:`WATERMARKED` policies.
         unit: real tokens that a token of ``group`` stands for, where the caller made it coarser.
         verifier: compares answers for ``rules``; None: in this process.
+        ranks: of each trace, by which it is pruned, instead of the policy's own.
 
     Raises:
         ReplayError: there is no such policy, it has no such share, or the pool cannot hold
@@ -144,7 +146,7 @@ def simulate(
     simulator = Simulator(room, page, config, reserve=Reserve(limit, unit=unit))
     requests = [
         Request(0, 0, trace.tokens, alive, steps=_score_events(trace), rank=rank)
-        for trace, rank in zip(group.traces, _ranks(policy, group, seed), strict=True)
+        for trace, rank in zip(group.traces, ranks or _ranks(policy, group, seed), strict=True)
     ]
     if rules.early != "off":
         simulator.ended_by = _EarlyEnd(group, requests, rules, limit, verifier)

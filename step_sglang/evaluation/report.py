@@ -16,6 +16,7 @@ from step_sglang.evaluation.stats import Mean, Paired
 from step_sglang.evaluation.summary import Summary, summarize
 from step_sglang.training.metrics import FEW_QUESTIONS, few_questions
 from step_sglang.voting.session import STREAM_INTERVAL
+from step_sglang.voting.suffix import is_reasoner
 
 MARKDOWN, LATEX = "report.md", "report.tex"
 _PLOTS = {
@@ -187,7 +188,7 @@ def _heading(loaded: Loaded, machines: Sequence[str]) -> str:
     results, meta = loaded.results, loaded.meta
     questions = len({result.question for result in results})
     repeats = len({result.repeat for result in results})
-    embedded = "the embedded one" if meta["model"] == "reasoner" else "as the server has it"
+    embedded = "the embedded one" if is_reasoner(meta["model"]) else "as the server has it"
     scorer = meta.get("scorer") or embedded
     sampling = ", ".join(f"{name} {value}" for name, value in (meta.get("sampling") or {}).items())
     flags = " ".join(meta.get("server_flags") or ()) or "none"

@@ -90,8 +90,8 @@ def served(serving: Serving, model: Model, running: int, log: Path) -> Iterator[
     if serving.policy is not None:
         if model.scorer is None:
             raise BenchError(
-                "these methods need STEP, and STEP needs --scorer, the model's scorer; only cot "
-                "and sc do without"
+                "these methods need STEP, and STEP needs --scorer, the model's scorer, or "
+                "--scorer none; only cot and sc do without"
             )
         flags += ["--enable-step", "--step-scorer", model.scorer]
         flags += ["--step-policy", serving.policy]

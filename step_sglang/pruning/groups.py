@@ -17,6 +17,7 @@ from step_sglang import protocol
 from step_sglang.baselines.base import DEFAULT_TOP_K, Baseline, EngineContext, Signal
 from step_sglang.pruning.timeline import Timeline
 from step_sglang.scoring.capture import Capture
+from step_sglang.scoring.certainty import Certainty
 
 MAX_NAMED = 65536  # named traces whose score is kept for a continuation
 
@@ -91,6 +92,7 @@ class Trace:
     signal: Signal | None = None  # of its group's baseline
     timeline: Timeline | None = None
     ending: bool = False  # its group's baseline ends it
+    certainty: Certainty | None = None  # scores its steps on a server without a scorer
     reason: str | None = None  # why it was pruned
     rid: str = ""  # its request's id
     show_text: bool = False  # whoever watches may see the text of its steps
@@ -228,6 +230,7 @@ class GroupRegistry:
     num_ending: int = 0  # live traces that their baseline ends
     observer: Callable[[Trace], None] | None = None
     watcher: Watcher | None = None
+    by_certainty: bool = False  # the server has no scorer
     stopped: str | None = None  # why STEP was given up
     changes: int = 0  # traces that joined or ended so far, and STEP's own end
 
@@ -281,6 +284,7 @@ class GroupRegistry:
             timeline=timeline,
             rid=rid,
             show_text=show_text,
+            certainty=Certainty() if self.by_certainty else None,
         )
         if group.baseline is not None and context is not None:
             trace.signal = group.baseline.signal(trace, group.joined + 1, context)

@@ -7,8 +7,10 @@ the trained weights are loaded by transformers and SGLang as an ordinary Qwen3Fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -128,6 +130,14 @@ class Reasoner(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, through the tied embedding."""
         return F.linear(hidden, self.embed_tokens.weight)
+
+
+def load(folder: Path) -> Reasoner:
+    """The network with the weights of a folder that `train` wrote."""
+    model = Reasoner(Shape())
+    state = load_file(folder / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    return model
 
 
 def rope_table(length: int, shape: Shape) -> tuple[Tensor, Tensor]:

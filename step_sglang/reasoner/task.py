@@ -33,6 +33,7 @@ SPLITS = {
 }
 MULTIPLY_SHARES = (0.2, 0.35, 0.5)  # one is drawn per question: easy to hard
 
+_WRITTEN = re.compile(r"(?:(?:wait|check),)?([A-P]):(\d+)([+*-])(\d+)=.*=(\d+)(\?ok|\?no)?")
 _OPERATION = re.compile(r"([A-P])(\+[1-9]|-[1-9]|\*[2-6])")
 _ANSWER = re.compile(r"\\boxed\{(\d+)\}")
 
@@ -150,6 +151,31 @@ def is_correct(question: Question, text: str) -> bool:
     return final_answer(text) == question.answer
 
 
+def progress(question: str, text: str) -> list[bool]:
+    """Of every step of a trace, whether the chain as it stands then is right so far.
+
+    A step that is no line of the chain leaves it as it was.
+    """
+    asked = parse_question(question)
+    values = [asked.start]
+    for operation in asked.operations:
+        values.append(operation.raw(values[-1]) % MODULUS)
+    chain: list[bool] = []  # of every line that stands, whether its value is the true one
+    found = []
+    for step in text.split(THINK_END, maxsplit=1)[0].split(BOUNDARY):
+        line = _WRITTEN.match(step)
+        if line is not None:
+            label = LABELS.index(line[1])
+            if line[6] == "?no":
+                del chain[label:]
+            elif line[6] is None:
+                right = label == len(chain) < len(asked.operations)
+                right = right and int(line[5]) == values[label + 1]
+                chain[label:] = [right]
+        found.append(all(chain))
+    return found
+
+
 @dataclass(frozen=True)
 class Habits:
     """How careless the writer is and how it re-checks."""
@@ -170,6 +196,11 @@ class Habits:
     # It heeds the state for this many boundaries in a row, from a random one on, and re-checks at
     # random elsewhere: its earlier doubts tell nothing, so a model must look at the lines.
     heed_span: int = 5
+
+
+# A writer that sees a slip as well but seldom finds it: it looks back on and on, so its wrong
+# traces tend to be the longer ones, as those of large models are.
+DWELLING = Habits(look_back=(0.02, 0.5), check_last=(0.1, 0.03), notices_slip=0.1, max_checks=30)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Writes a folder that transformers and SGLang load as Qwen3ForCausalLM. Only questions of the
 "train" split are used. Deterministic for a given seed and number of threads; the shipped weights
-come from the defaults.
+come from the defaults, those of the dwelling reasoner from `--dwelling`, which goes on from them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,12 +21,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from step_sglang.reasoner.network import Reasoner, Shape
+from step_sglang.reasoner import model_path
+from step_sglang.reasoner.network import Reasoner, Shape, load
 from step_sglang.reasoner.optimizer import Muon
-from step_sglang.reasoner.task import BOUNDARY, Habits, question_stream, write_trace
+from step_sglang.reasoner.task import (
+    BOUNDARY,
+    DWELLING,
+    Habits,
+    question_stream,
+    write_trace,
+)
 from step_sglang.reasoner.tokenizer import ASSISTANT, EOS, build_tokenizer, prompt_text
 
 STEPS = 2400
+DWELLING_STEPS = 300
+DWELLING_RATE = 0.25  # of the learning rates
 BATCH_TOKENS = 2560
 SHORT_SHARE = 0.15  # share of the steps spent on short chains
 MATRIX_LR = 0.02
@@ -42,14 +51,18 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--dwelling", action="store_true", help="the reasoner that dwells")
+    parser.add_argument("--steps", type=int, help="of training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer()
-    model = train(tokenizer, args.steps, args.seed)
-    save(model, tokenizer, args.out)
+    if args.dwelling:
+        model = train_dwelling(tokenizer, args.steps or DWELLING_STEPS, args.seed)
+        save(model, tokenizer, args.out, torch.bfloat16)  # half the size
+    else:
+        save(train(tokenizer, args.steps or STEPS, args.seed), tokenizer, args.out)
     print(f"wrote {args.out}")
 
 
@@ -58,16 +71,32 @@ def train(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Reasoner
     torch.manual_seed(seed + 1)
     model = Reasoner(Shape(vocab_size=len(tokenizer)))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    short = int(steps * SHORT_SHARE)
+    stages = (
+        (short, batches(tokenizer, seed, 1, 6, Habits())),
+        (steps - short, batches(tokenizer, seed + 1, 4, 16, Habits())),
+    )
+    descend(model, stages, 1.0)
+    return model
+
+
+def train_dwelling(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Reasoner:
+    """Go on from the shipped weights with a writer whose wrong traces are long."""
+    model = load(model_path())
+    descend(model, ((steps, batches(tokenizer, seed + 2, 4, 16, DWELLING)),), DWELLING_RATE)
+    return model
+
+
+def descend(
+    model: Reasoner, stages: Sequence[tuple[int, Iterator[tuple[Tensor, Tensor]]]], scale: float
+) -> None:
+    """Train on so many batches of each stage; ``scale`` is of the learning rates."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     muon = Muon(matrices)
     adam = torch.optim.AdamW(others, lr=OTHER_LR, betas=(0.9, 0.98), weight_decay=0.0)
-    short = int(steps * SHORT_SHARE)
-    stages = (
-        (short, batches(tokenizer, seed, 1, 6)),
-        (steps - short, batches(tokenizer, seed + 1, 4, 16)),
-    )
+    steps = sum(count for count, _ in stages)
     step, tokens, started = 0, 0, time.monotonic()
     for count, stream in stages:
         for _ in range(count):
@@ -75,7 +104,7 @@ def train(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Reasoner
             loss, plain = weighted_loss(model, ids, weights)
             model.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            rate = min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / steps)
+            rate = scale * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / steps)
             for group in adam.param_groups:
                 group["lr"] = OTHER_LR * rate
             adam.step()
@@ -89,16 +118,18 @@ def train(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Reasoner
                     f"{elapsed / 60:.1f} min, {elapsed / 60 * (steps / step - 1):.1f} left",
                     flush=True,
                 )
-    return model
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, min_operations: int, max_operations: int
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    min_operations: int,
+    max_operations: int,
+    habits: Habits,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (ids [B, T], loss weights [B, T] of each token as a target)."""
     rng = random.Random(f"writer/{seed}")
     stream = question_stream("train", seed, min_operations, max_operations)
-    habits = Habits()
     while True:
         texts, heeded = [], []
         for _ in range(POOL):
@@ -147,10 +178,15 @@ def weighted_loss(model: Reasoner, ids: Tensor, weights: Tensor) -> tuple[Tensor
     return loss, float(losses.detach().mean())
 
 
-def save(model: Reasoner, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write the folder in the layout of transformers."""
+def save(
+    model: Reasoner,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the folder in the layout of transformers; ``dtype`` is that of the weights on disk."""
     out.mkdir(parents=True, exist_ok=True)
-    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state = {f"model.{name}": tensor.to(dtype) for name, tensor in model.state_dict().items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # written readable by its owner alone
     config = {

@@ -18,7 +18,10 @@ def token_confidences(logits: torch.Tensor, top_ks: Sequence[int]) -> torch.Tens
         [B, K] fp32, nats.
     """
     sizes = [min(k, logits.shape[1]) for k in top_ks]
-    best = logits.topk(sizes[-1], dim=1).values.float()
+    if sizes[-1] == 1:
+        best = logits.amax(dim=1, keepdim=True).float()
+    else:
+        best = logits.topk(sizes[-1], dim=1).values.float()
     totals = best.cumsum(dim=1)
     normalizer = logits.float().logsumexp(dim=1)
     return torch.stack([normalizer - totals[:, k - 1] / k for k in sizes], dim=1)

@@ -10,14 +10,18 @@ import os
 import re
 from pathlib import Path
 
-from step_sglang.config import AUTO
+from step_sglang.config import AUTO, NO_SCORER
 from step_sglang.errors import ScorerError
 from step_sglang.scoring import hub, published
 from step_sglang.scoring.published import PUBLISHED, Published
 
 SCORER_FILE = "scorer.safetensors"  # in the folder that `train` writes
-EMBEDDED = "reasoner"
-_ROOM = Path(__file__).parents[1] / EMBEDDED  # not imported: it is a room above
+_ROOM = Path(__file__).parents[1] / "reasoner"  # not imported: it is a room above
+# The embedded models: folder and scorer of each.
+_EMBEDDED = {
+    "reasoner": ("model", SCORER_FILE),
+    "reasoner-dwelling": ("dwelling", "dwelling_scorer.safetensors"),
+}
 _CACHED = re.compile(r"models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})")
 
 
@@ -26,14 +30,14 @@ def locate_scorer(given: str | os.PathLike[str], model: str) -> str:
 
     Args:
         given: ``auto``, a file, a folder of `train`, or ``org/name[/file][@revision]`` on the Hub.
-            Empty stays empty: a server that collects training data needs none.
+            ``none`` and empty stay as they are: some servers need no scorer.
         model: the path or name that is served.
 
     Raises:
         ScorerError: there is no such scorer, it cannot be downloaded, or ``auto`` knows none.
     """
     given = os.fspath(given)
-    if not given or (given != AUTO and os.path.isfile(given)):
+    if given in ("", NO_SCORER) or (given != AUTO and os.path.isfile(given)):
         return given
     if given == AUTO:
         return str(_known(model))
@@ -53,8 +57,8 @@ def locate_scorer(given: str | os.PathLike[str], model: str) -> str:
 
 def known_scorer(model: str) -> Published | Path | None:
     """What ``auto`` means for a model: a published scorer, the embedded one, or None."""
-    if _is_embedded(model):
-        return _ROOM / SCORER_FILE
+    if (embedded := _embedded(model)) is not None:
+        return _ROOM / _EMBEDDED[embedded][1]
     name, _ = model_identity(model)
     return next((entry for entry in PUBLISHED if same_model(entry.model, name)), None)
 
@@ -95,7 +99,7 @@ def other_model(name: str, commit: str | None, model: str, revision: str | None)
         model: path or name of the served one.
         revision: that was asked for with it.
     """
-    served = EMBEDDED if _is_embedded(model) else model_identity(model)[0]
+    served = _embedded(model) or model_identity(model)[0]
     if not same_model(name, served):
         return f"was trained for {name}, and {served} is served"
     now = model_revision(model, revision)
@@ -104,8 +108,13 @@ def other_model(name: str, commit: str | None, model: str, revision: str | None)
     return None
 
 
-def _is_embedded(model: str) -> bool:
-    return model == EMBEDDED or Path(model).resolve() == (_ROOM / "model").resolve()
+def _embedded(model: str) -> str | None:
+    """The name of the embedded model whose name or path this is."""
+    if model in _EMBEDDED:
+        return model
+    path = Path(model).resolve()
+    found = (name for name, (folder, _) in _EMBEDDED.items() if (_ROOM / folder).resolve() == path)
+    return next(found, None)
 
 
 def same_model(name: str, other: str) -> bool:
@@ -120,9 +129,10 @@ def same_model(name: str, other: str) -> bool:
 def _known(model: str) -> Path:
     found = known_scorer(model)
     if found is None:
-        known = ", ".join((EMBEDDED, *(entry.model for entry in PUBLISHED)))
+        known = ", ".join((*_EMBEDDED, *(entry.model for entry in PUBLISHED)))
         raise ScorerError(
             f"no scorer is known for {model}: one is for {known}; give --step-scorer a file or a "
-            "repository on the Hub, or train one (step-sglang collect, train)"
+            "repository on the Hub, or train one (step-sglang collect, train); until then, none "
+            "scores steps by how certain the model is of its tokens"
         )
     return found if isinstance(found, Path) else published.download(found)

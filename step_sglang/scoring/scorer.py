@@ -89,7 +89,7 @@ def load_scorer(path: str | os.PathLike[str]) -> Scorer:
 
 
 def blank_scorer(hidden_size: int) -> Scorer:
-    """A scorer that gives every step 0.5, for a server that only captures hidden states."""
+    """A scorer that gives every step 0.5, for a server that has none: the op finds boundaries."""
     return Scorer(
         w1=torch.zeros(HIDDEN_UNITS, hidden_size),
         b1=torch.zeros(HIDDEN_UNITS),

@@ -19,6 +19,8 @@ def graded(text: str, finish: str, gold: str) -> tuple[str | None, bool]:
     answer = extract_boxed(text) if finish == "stop" else None
     if answer is None or len(answer) > _MAX_LENGTH:
         return None, False
+    if not gold:  # nobody knows it
+        return answer, False
     try:
         with _time_limit(TIME_LIMIT):
             return answer, equivalent(answer, gold)

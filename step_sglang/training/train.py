@@ -19,6 +19,7 @@ from step_sglang.training.linear_probe import fit_linear_probe
 from step_sglang.training.metrics import RUNNING_MEAN
 from step_sglang.training.reader import Reader
 from step_sglang.training.split import check_classes, split_questions
+from step_sglang.training.voted import Labels
 
 METRICS_FILE = "metrics.json"
 
@@ -55,6 +56,7 @@ def train_scorer(
     test_store: Path | None = None,
     skip_bad: bool = False,
     report: Callable[[int, Epoch], None] = lambda number, epoch: None,
+    labels: Labels | None = None,
 ) -> Trained:
     """Train, measure, and write ``out``: the scorer, its card, metrics.json and the plots.
 
@@ -66,12 +68,15 @@ def train_scorer(
         test_store: measure on all questions of this store instead of a share of ``store``.
         skip_bad: leave damaged shards out.
         report: called after every epoch.
+        labels: of the questions in ``store`` (None: their answers); a ``test_store`` has its true
+            ones.
 
     Raises:
         StoreError: a store is missing or damaged.
         TrainError: the traces cannot train or test a scorer.
     """
-    reader = Reader(store, skip_bad)
+    labels = labels or Labels()
+    reader = labels.reader(store, skip_bad)
     tested = reader if test_store is None else Reader(test_store, skip_bad)
     split = split_questions(
         reader, shares.validation, 0.0 if test_store else shares.test, recipe.seed
@@ -97,7 +102,7 @@ def train_scorer(
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        summary = _summary(reader, recipe, trained, len(split.train))
+        summary = _summary(reader, recipe, labels, trained, len(split.train))
         info = ScorerInfo(
             reader.meta.model, tuple(reader.meta.delimiters), reader.meta.think_end, summary,
             reader.meta.revision,
@@ -107,6 +112,7 @@ def train_scorer(
         report_value = {
             "store": reader.meta.as_json(),
             "recipe": asdict(recipe),
+            "labels": asdict(labels),
             "best_epoch": fitted.best_epoch,
             "positive_weight": fitted.positive_weight,
             "seconds": fitted.seconds,
@@ -183,12 +189,13 @@ def _check_test_store(reader: Reader, tested: Reader) -> None:
 
 
 def _summary(
-    reader: Reader, recipe: Recipe, trained: Trained, train_questions: int
+    reader: Reader, recipe: Recipe, labels: Labels, trained: Trained, train_questions: int
 ) -> dict[str, Any]:
     """What the scorer file says of its training; short, the whole is in metrics.json."""
     test = trained.test
     value = {
         "objective": recipe.objective,
+        "labels": labels.source,
         "seed": recipe.seed,
         "best_epoch": trained.fitted.best_epoch,
         "source": reader.meta.source,

@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-_REASONER = Path(__file__).parents[1] / "reasoner" / "model"  # not imported: it is a room above
+_FOLDER = Path(__file__).parents[1] / "reasoner"  # not imported: it is a room above
+_REASONERS = {"reasoner": _FOLDER / "model", "reasoner-dwelling": _FOLDER / "dwelling"}
 BOXED_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
+def reasoner_name(model: str) -> str | None:
+    """The name of the embedded reasoner whose name or path this is; None for another model."""
+    if model in _REASONERS:
+        return model
+    path = Path(model).resolve()
+    return next((name for name, folder in _REASONERS.items() if folder.resolve() == path), None)
+
+
 def is_reasoner(model: str) -> bool:
-    """Whether a model's name or path is the embedded reasoner's."""
-    return model == "reasoner" or Path(model).resolve() == _REASONER.resolve()
+    """Whether a model's name or path is an embedded reasoner's."""
+    return reasoner_name(model) is not None
 
 
 def default_suffix(model: str, extract: object = "boxed") -> str:

@@ -14,24 +14,35 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from step_sglang.reasoner import Question, model_path, questions
-from step_sglang.reasoner.network import Reasoner, Shape
+from step_sglang.reasoner import (
+    NAME,
+    NAME_DWELLING,
+    Question,
+    model_path,
+    questions,
+    scorer_path,
+)
+from step_sglang.reasoner.network import Reasoner, Shape, load
 from step_sglang.reasoner.optimizer import orthogonalize
 from step_sglang.reasoner.task import (
     BOUNDARY,
     CHECK_LAST,
+    DWELLING,
     LOOK_BACK,
     SPLITS,
     Habits,
     final_answer,
     is_correct,
     parse_question,
+    progress,
     question_stream,
     split_of,
     write_trace,
 )
 from step_sglang.reasoner.tokenizer import EOS, build_tokenizer, prompt_text
 from step_sglang.reasoner.train import collate, save, weighted_loss
+from step_sglang.scoring.scorer import load_scorer
+from step_sglang.voting.suffix import default_suffix, reasoner_name
 
 CAREFUL = Habits(wrong_multiple=(0.0,) * 6, wrong_when_negative=0.0, false_alarm=0.1)
 
@@ -271,3 +282,51 @@ def test_shipped_model_is_what_train_writes() -> None:
     assert shipped.get_vocab() == build_tokenizer().get_vocab()
     config = json.loads((model_path() / "config.json").read_text())
     assert config["vocab_size"] == len(shipped)
+
+
+@pytest.mark.parametrize("habits", [Habits(), DWELLING])
+def test_progress_reads_from_the_text_what_the_writer_knew(habits: Habits) -> None:
+    rng = random.Random(5)
+    wrong = 0
+    for question in questions("train", 60, seed=2):
+        trace = write_trace(question, rng, habits)
+        found = progress(question.question, trace.text)
+        assert found[: len(trace.clean)] == trace.clean
+        assert not found[-1] or trace.answer == question.answer  # two slips may cancel out
+        wrong += not found[-1]
+    assert 10 < wrong < 50
+
+
+def test_a_step_that_is_no_line_and_a_skipped_line_are_not_progress() -> None:
+    question = "4;A+1;B+2;C+3"
+    text = "A:4+1=5-0=5\n\nwell,\n\nC:5+3=8-0=8\n\n</think>\\boxed{8}"
+    assert progress(question, text)[:3] == [True, True, False]
+
+
+def test_wrong_traces_of_the_writer_that_dwells_are_longer() -> None:
+    def lead(habits: Habits) -> float:
+        rng, right, wrong = random.Random(1), [], []
+        for question in questions("train", 150, seed=4):
+            trace = write_trace(question, rng, habits)
+            (right if trace.answer == question.answer else wrong).append(
+                len(trace.steps) / len(question.operations)
+            )
+        return sum(wrong) / len(wrong) - sum(right) / len(right)
+
+    assert lead(replace(DWELLING, heed_span=40)) > 0.2 > lead(replace(Habits(), heed_span=40))
+
+
+def test_both_embedded_reasoners_are_complete_and_known_by_name_and_path() -> None:
+    for name in (NAME, NAME_DWELLING):
+        folder = model_path(name)
+        assert reasoner_name(name) == reasoner_name(str(folder)) == name
+        assert default_suffix(str(folder)) == ""
+        scorer = load_scorer(scorer_path(name))
+        model = load(folder)
+        assert scorer.hidden_size == model.shape.hidden_size == 128
+        assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert scorer.info.model == NAME_DWELLING
+    assert reasoner_name("Qwen/Qwen3-8B") is None
+    assert model_path(NAME).joinpath("config.json").read_text() == (
+        model_path(NAME_DWELLING).joinpath("config.json").read_text()
+    )
