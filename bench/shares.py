@@ -209,13 +209,11 @@ def load(file: Path) -> list[list[Any]]:
     return found
 
 
-def main() -> None:
-    """Simulate and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the simulation is of: traces, scores, memory and time."""
     parser.add_argument("file", type=Path)
     parser.add_argument("-n", type=int, default=64, help="traces of a question")
     parser.add_argument("--pool", type=int, default=360_000, help="KV tokens")
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.25])
     parser.add_argument("--auc", type=float, default=0.70, help="within a question")
     parser.add_argument(
         "--growth", type=float, default=0.0, help="share of the mean length at which it is reached"
@@ -228,6 +226,13 @@ def main() -> None:
     parser.add_argument("--base-ms", type=float, default=6.1, help="of a decode step")
     parser.add_argument("--trace-us", type=float, default=20.0, help="more for each trace")
     parser.add_argument("--token-ns", type=float, default=55.0, help="more for each token attended")
+
+
+def main() -> None:
+    """Simulate and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_options(parser)
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.25])
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     questions = load(options.file)

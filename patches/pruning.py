@@ -23,6 +23,8 @@ def update_running_batch(scheduler: Any, batch: Any) -> None:
     state = state_of(scheduler)
     if state is None or state.config.capture or not state.groups.num_live:
         return
+    if not state.groups.num_ending and _has_room(state, batch):
+        return
     finishing = scheduler._reqs_finishing_inflight(batch)
     if state.groups.num_ending:
         _prune_ending(scheduler, state, batch, finishing)
@@ -34,12 +36,49 @@ def update_running_batch(scheduler: Any, batch: Any) -> None:
     if finishing:
         fits()
         return
+    if state.kv_limit is not None or state.groups.num_held:
+        _prune_to_shares(scheduler, state, batch)
+    if not fits():
+        PruningRound(scheduler, state, batch).prune_until(fits, partial(_short, batch))
+
+
+def _has_room(state: SchedulerStep, batch: Any) -> bool:
+    """Whether the next decode step fits for certain, told without a look at its requests.
+
+    What groups hold below their shares was added up in an earlier step; until a trace joins or ends
+    or the batch grows, each request has taken at most a page in every step since.
+    """
+    if not batch.spec_algorithm.is_none():
+        return False
+    allocator = batch.token_to_kv_pool_allocator
+    most = len(batch.reqs) * allocator.page_size
+    if state.kv_limit is not None or state.groups.num_held:
+        state.below_shares -= most
+        seen = (state.groups.changes, len(batch.reqs))
+        if state.below_shares < 0 or seen != state.shares_seen:
+            return False
+    return bool(allocator.available_size() >= most)
+
+
+def _prune_to_shares(scheduler: Any, state: SchedulerStep, batch: Any) -> None:
+    """Prune until all groups together, and each by itself, hold no more than they may."""
     if state.groups.num_held:
         _prune_held(scheduler, state, batch)
     if state.kv_limit is not None:
         _prune_to(scheduler, state, batch, state.kv_limit)
-    if not fits():
-        PruningRound(scheduler, state, batch).prune_until(fits, partial(_short, batch))
+    # The tokens of the next step are in the sums.
+    page = batch.token_to_kv_pool_allocator.page_size
+    held: Counter[Group] = Counter()
+    for req in batch.reqs:
+        trace = trace_of(req)
+        if trace is not None and _gives_memory(req):
+            held[trace.group] += own_tokens(req, page, _grows(batch, req))
+    pool, below = scheduler.max_total_num_tokens, []
+    if state.kv_limit is not None:
+        below.append(state.kv_limit - sum(held.values()))
+    below += [int(pool * g.prune_at) - tokens for g, tokens in held.items() if g.is_held]
+    state.below_shares = min(below, default=0)
+    state.shares_seen = (state.groups.changes, len(batch.reqs))
 
 
 def _prune_to(scheduler: Any, state: SchedulerStep, batch: Any, limit: int) -> None:

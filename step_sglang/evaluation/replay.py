@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from step_sglang.config import StepConfig
 from step_sglang.errors import nearest
@@ -145,7 +146,7 @@ def simulate(
     limit = min(group.max_new_tokens, room - 2)  # as SGLang cuts it to the pool
     simulator = Simulator(room, page, config, reserve=Reserve(limit, unit=unit))
     requests = [
-        Request(0, 0, trace.tokens, alive, steps=_score_events(trace), rank=rank)
+        Request(0, 0, trace.tokens, alive, steps=_score_events(trace.positions, trace.step_scores), rank=rank)
         for trace, rank in zip(group.traces, _ranks(policy, group, seed), strict=True)
     ]
     if rules.early != "off" or rules.shrink:
@@ -305,9 +306,12 @@ def is_right(fate: ReplayOutcome, vote: str, verifier: AnswerVerifier | None = N
     return bool(tallies) and voters[tallies[0].members[0]].correct
 
 
-def _score_events(trace: RecordedTrace) -> list[ScoreEvent]:
-    pairs = zip(trace.positions, trace.step_scores, strict=True)
-    return [ScoreEvent(position + _LAG, score) for position, score in pairs]
+@lru_cache(maxsize=256)  # the same traces are evaluated many times
+def _score_events(
+    positions: tuple[int, ...], step_scores: tuple[float, ...]
+) -> tuple[ScoreEvent, ...]:
+    pairs = zip(positions, step_scores, strict=True)
+    return tuple(ScoreEvent(position + _LAG, score) for position, score in pairs)
 
 
 def _ranks(policy: str, group: RecordedGroup, seed: int) -> list[Rank | None]:

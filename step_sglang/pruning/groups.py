@@ -98,6 +98,8 @@ class Trace:
     timeline: Timeline | None = None
     ending: bool = False  # it is pruned at the next opportunity, whatever memory there is
     reason: str | None = None  # why it was pruned, or is ending
+    looked: int = 0  # output tokens among which a think-end token was looked for
+    think_end: int | None = None  # where it was found
     rid: str = ""  # its request's id
     show_text: bool = False  # whoever watches may see the text of its steps
     tokens: int = 0  # generated, known when it ends
