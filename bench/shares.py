@@ -7,10 +7,13 @@ prompts take no room.
 The file (gzipped JSON) holds "questions", each with "traces": lists that begin with the trace's
 number of tokens and its answer, a number: 0 is the right one, -1 none.
 
-Scores: a trace's score does not change along the trace. Its log-odds are `gap * (x - gap / 2)`, x
-drawn from a normal distribution of deviation 1 and mean `gap` for a right trace, 0 for a wrong one;
-`gap` is chosen so that a right trace beats a wrong one with probability `--auc`. Every draw also
-takes other traces of each question. A method sees the same traces and scores as the others.
+Scores: the log-odds of a trace's score are `gap * (x - gap / 2)`, x drawn from a normal
+distribution of deviation 1 and mean `gap` for a right trace, 0 for a wrong one; `gap` is chosen so
+that a right trace beats a wrong one with probability `--auc`. Without `--growth` they do not change
+along the trace. With `--growth G` the probability rises in a line from one half to `--auc` until G
+of the mean length of the question's traces, so that shorter traces never reach it, and the noise in
+x is that of a sum of independent steps. Every draw also takes other traces of each question. A
+method sees the same traces and scores as the others.
 
 Tokens are counted in units of `--unit`, in which a decode step is `--unit` decode steps.
 """
@@ -33,10 +36,13 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
+
 from step_sglang.evaluation.cost_model import CostModel
-from step_sglang.evaluation.replay import NEVER_EARLY, is_right, simulate
+from step_sglang.evaluation.replay import is_right, simulate
 from step_sglang.evaluation.stats import compare, mean_of
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
+from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
 from step_sglang.voting.session import VoteRules
 
 
@@ -49,11 +55,14 @@ class Row:
     vote: str
     early: bool
     share: float = 1.0
+    threshold: float = DEFAULT_THRESHOLD  # of the early end
+    shrink: float = 0.0
 
     @property
     def rules(self) -> VoteRules:
         """By which a group ends."""
-        return VoteRules(self.vote, "posterior") if self.early else NEVER_EARLY
+        rule = "posterior" if self.early else "off"
+        return VoteRules(self.vote, rule, self.threshold, self.shrink)
 
 
 ALONE = (Row("SC", "none", "majority", False), Row("SC, ends early", "none", "majority", True))
@@ -76,22 +85,22 @@ def group(
 ) -> RecordedGroup:
     """Traces of a question with invented scores, in units of tokens."""
     source = random.Random(f"{options.seed}/{question}/{draw}")
-    gap = math.sqrt(2) * NormalDist().inv_cdf(options.auc)
+    plateau = options.growth * sum(t[0] for t in traces) / len(traces) / options.unit
 
     def trace(tokens: int, answer: int) -> RecordedTrace:
         length = max(1, round(tokens / options.unit))
         right = answer == 0
-        odds = gap * (source.gauss(gap if right else 0.0, 1.0) - gap / 2)
-        score = 1 / (1 + math.exp(-odds))
+        scores = trace_scores(length, right, options.auc, plateau, source)
+        means = np.asarray([0.0, *scores]) * np.arange(length + 1)
         return RecordedTrace(
             fate="finished",
             answer=None if answer < 0 else str(answer),
             correct=right,
-            score=score,
+            score=scores[-1],
             times=(0.0,) * length,
             confidences=(),
             positions=tuple(range(length)),
-            step_scores=(score,) * length,
+            step_scores=tuple(np.diff(means).tolist()),
             text="",
         )
 
@@ -99,6 +108,21 @@ def group(
     limit = options.max_new_tokens // options.unit
     recorded = tuple(trace(tokens, answer) for tokens, answer, *_ in chosen)
     return RecordedGroup(str(question), draw, "0", 0, limit, 0.0, recorded)
+
+
+def trace_scores(
+    length: int, right: bool, auc: float, plateau: float, source: random.Random
+) -> list[float]:
+    """The trace score after every step, 1 to ``length``; ``plateau``: the step of the full AUC."""
+    steps = 1 if plateau <= 1 else min(length, math.ceil(plateau))
+    walk, found = 0.0, []
+    for step in range(1, steps + 1):
+        walk += source.gauss(0.0, 1.0)
+        now = 0.5 + (auc - 0.5) * min(1.0, step / plateau) if plateau > 1 else auc
+        gap = math.sqrt(2) * NormalDist().inv_cdf(now)
+        x = walk / math.sqrt(step) + (gap if right else 0.0)
+        found.append(1 / (1 + math.exp(-gap * (x - gap / 2))))
+    return found + found[-1:] * (length - steps)
 
 
 def clock(options: argparse.Namespace) -> CostModel:
@@ -123,13 +147,13 @@ class Outcome:
 
 
 def outcomes(
-    job: tuple[int, list[Any], int], options: argparse.Namespace
+    job: tuple[int, list[Any], int], options: argparse.Namespace, table: list[Row]
 ) -> tuple[int, list[Outcome]]:
     """Every method on one question in one draw."""
     question, traces, draw = job
     one = group(question, traces, draw, options)
     found = []
-    for row in rows(options.shares):
+    for row in table:
         pool = options.pool // options.unit
         fate = simulate(
             one, row.policy, pool, clock(options), seed=draw, rules=row.rules,
@@ -185,14 +209,15 @@ def load(file: Path) -> list[list[Any]]:
     return found
 
 
-def main() -> None:
-    """Simulate and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What the simulation is of: traces, scores, memory and time."""
     parser.add_argument("file", type=Path)
     parser.add_argument("-n", type=int, default=64, help="traces of a question")
     parser.add_argument("--pool", type=int, default=360_000, help="KV tokens")
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.25])
     parser.add_argument("--auc", type=float, default=0.70, help="within a question")
+    parser.add_argument(
+        "--growth", type=float, default=0.0, help="share of the mean length at which it is reached"
+    )
     parser.add_argument("--draws", type=int, default=10, help="of traces and scores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unit", type=int, default=64, help="tokens")
@@ -201,6 +226,13 @@ def main() -> None:
     parser.add_argument("--base-ms", type=float, default=6.1, help="of a decode step")
     parser.add_argument("--trace-us", type=float, default=20.0, help="more for each trace")
     parser.add_argument("--token-ns", type=float, default=55.0, help="more for each token attended")
+
+
+def main() -> None:
+    """Simulate and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_options(parser)
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5, 0.25])
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     questions = load(options.file)
@@ -213,7 +245,9 @@ def main() -> None:
     table = rows(options.shares)
     values: list[dict[str, list[Outcome]]] = [defaultdict(list) for _ in table]
     with ProcessPoolExecutor(options.processes) as pool:
-        for question, found in pool.map(partial(outcomes, options=options), jobs, chunksize=4):
+        for question, found in pool.map(
+            partial(outcomes, options=options, table=table), jobs, chunksize=4
+        ):
             for index, outcome in enumerate(found):
                 values[index][str(question)].append(outcome)
     print(

@@ -197,6 +197,12 @@ ADD_REQUEST_TO_QUEUE = Target(
     why="lets a request of a group be tried at once, though the batch was full for others",
     until="admission is a plugin's",
 )
+ABORT_SCHEDULED = Target(
+    f"{_SCHEDULER}.abort_request",
+    ("self", "recv_req"),
+    why="prunes a trace that a vote does not need, and says so",
+    until="an abort carries a reason that its request's answer says",
+)
 GET_NEW_BATCH_PREFILL = Target(
     f"{_SCHEDULER}.get_new_batch_prefill",
     ("self", "running_batch"),
@@ -313,6 +319,7 @@ HOOKED = (
     INIT_ALL_CUDA_GRAPHS,
     CREATE_GENERATION_REQ,
     UPDATE_RUNNING_BATCH,
+    ABORT_SCHEDULED,
     ADD_REQUEST_TO_QUEUE,
     GET_NEW_BATCH_PREFILL,
     GET_PREFILL_ADDER_CLASS,
@@ -397,6 +404,8 @@ USED = (
     Target(f"{_TOKENIZER}._handle_abort_req", ("self", "recv_obj")),
     Target("sglang.srt.managers.io_struct.TokenizedGenerateReqInput.routed_dp_rank"),
     Target("sglang.srt.managers.io_struct.AbortReq"),
+    Target("sglang.srt.managers.io_struct.AbortReq.abort_message"),
+    Target(f"{_TOKENIZER}._dispatch_to_scheduler", ("self", "obj")),
     Target(f"{_TIME_STATS}.SchedulerReqTimeStats.queue_duration_s"),
     Target(f"{_TIME_STATS}.SchedulerReqTimeStats.set_completion_time", ("self", "ts")),
     Target(f"{_TIME_STATS}.APIServerReqTimeStats.set_finished_time", ("self", "ts", "span_attrs")),

@@ -1,6 +1,6 @@
-"""The HTTP endpoints of STEP; here is the one that aborts a group.
+"""The HTTP endpoints of STEP; here are those that abort a group, or end single traces.
 
-Tells a group's requests by what they said of STEP.
+A group's requests are told by what they said of STEP.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
 from step_sglang.patches.page import add_page
 from step_sglang.patches.parsed import parsed_of
+from step_sglang.patches.shrink import end_traces
 from step_sglang.pruning.request import check_group_id
 
 _SERVER = "sglang.srt.entrypoints.http_server"
@@ -34,8 +35,12 @@ def add_endpoints(config: StepConfig) -> None:
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
     # Who may abort requests may abort groups.
-    endpoint = auth_level(AuthLevel.ADMIN_OPTIONAL)(abort_group)
-    server.app.add_api_route(protocol.ABORT_GROUP_PATH, endpoint, methods=["POST"])
+    for path, function in (
+        (protocol.ABORT_GROUP_PATH, abort_group),
+        (protocol.END_TRACES_PATH, end_traces_of),
+    ):
+        endpoint = auth_level(AuthLevel.ADMIN_OPTIONAL)(function)
+        server.app.add_api_route(path, endpoint, methods=["POST"])
     add_page(server.app, config)
 
 
@@ -60,6 +65,20 @@ async def abort_group(request: Request) -> JSONResponse:
             break
         await asyncio.sleep(_LOOK_AGAIN)
     return JSONResponse({protocol.GROUP: group, protocol.ABORTED: len(aborted)})
+
+
+async def end_traces_of(request: Request) -> JSONResponse:
+    """End traces by their ids; answers at once how many lived."""
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError):
+        body = None
+    rids = body.get(protocol.TRACES) if isinstance(body, dict) and len(body) == 1 else None
+    if not isinstance(rids, list) or not all(isinstance(rid, str) for rid in rids):
+        message = 'the body must be an object such as {"traces": ["ID", "ID"]}'
+        return JSONResponse({"error": {"message": message}}, status_code=400)
+    manager = sys.modules[_SERVER]._global_state.tokenizer_manager
+    return JSONResponse({protocol.ENDED: end_traces(manager, rids)})
 
 
 def _members(manager: Any, group: str) -> set[str]:

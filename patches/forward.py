@@ -14,7 +14,7 @@ import torch
 from step_sglang import protocol
 from step_sglang.patches.guard import guard
 from step_sglang.patches.state import trace_of
-from step_sglang.pruning.groups import GroupRegistry
+from step_sglang.pruning.groups import GroupRegistry, Trace
 from step_sglang.pruning.metrics import StepMetrics
 from step_sglang.scoring.capture import Capture
 from step_sglang.scoring.certainty import CANDIDATES
@@ -427,22 +427,23 @@ class StepHostOutput:
             self._show_tokens(_active.groups, batch, commits)
 
     def _record(self, batch: Any, commits: Sequence[Any]) -> None:
-        for i, j in (~self.values[:, :, 0].isnan()).nonzero().tolist():
+        scores = self.values.numpy()[:, :, 0]
+        # NaN is unequal to itself.
+        for i, j in zip(*(scores == scores).nonzero(), strict=True):  # noqa: PLR0124
             # A request that ended within the pass did not consume what it drafted beyond.
             if commits[i] is not None and j < len(commits[i].token_ids):
                 with guard(protocol.IN_SCORING):  # one that fails costs the others nothing
-                    self._record_step(i, j, batch.reqs[i], commits[i])
+                    self._record_step(i, j, float(scores[i, j]), batch.reqs[i], commits[i])
         for row, (capture, position) in enumerate(self.owners):
             assert self.kept is not None
             capture.keep_prefilled(position, self.kept[row].clone())
 
-    def _record_step(self, row: int, token: int, req: Any, commit: Any) -> None:
+    def _record_step(self, row: int, token: int, score: float, req: Any, commit: Any) -> None:
         trace = trace_of(req)
         # The pass consumed the token before each one that it made visible.
         position = commit.output_index - 1 + token
-        if trace is None or getattr(req, _UNSURE, False) or _thought_before(req, position):
+        if trace is None or getattr(req, _UNSURE, False) or _thought_before(req, trace, position):
             return
-        score = float(self.values[row, token, 0])
         if math.isinf(score):
             _step_unscored()
             return
@@ -496,11 +497,20 @@ class StepHostOutput:
                         groups.end_soon(ended)
 
 
-def _thought_before(req: Any, position: int) -> bool:
-    """Whether the think-end token came before, in a pass that was not scored."""
+def _thought_before(req: Any, trace: Trace, position: int) -> bool:
+    """Whether the think-end token came before, in a pass that was not scored.
+
+    Each token is looked at once, however often it is asked.
+    """
     if _active is None or not _active.missed_any:
         return False
-    return _active.slots.think_end_id in req.output_ids[:position]
+    if trace.think_end is None and trace.looked < position:
+        new = req.output_ids[trace.looked : position]
+        end = _active.slots.think_end_id
+        if end in new:
+            trace.think_end = trace.looked + new.index(end)
+        trace.looked = position
+    return trace.think_end is not None and trace.think_end < position
 
 
 def _step_unscored() -> None:

@@ -58,6 +58,7 @@ SCHEDULER = (
     Hook(contract.INIT_ALL_CUDA_GRAPHS, HookType.AROUND, "scheduler:init_all_cuda_graphs"),
     Hook(contract.CREATE_GENERATION_REQ, HookType.AFTER, "scheduler:create_generation_req"),
     Hook(contract.UPDATE_RUNNING_BATCH, HookType.BEFORE, "pruning:update_running_batch"),
+    Hook(contract.ABORT_SCHEDULED, HookType.AROUND, "shrink:abort_request"),
     Hook(contract.ADD_REQUEST_TO_QUEUE, HookType.AFTER, "queue:add_request_to_queue"),
     Hook(contract.GET_NEW_BATCH_PREFILL, HookType.AROUND, "queue:get_new_batch_prefill"),
     Hook(contract.GET_PREFILL_ADDER_CLASS, HookType.AFTER, "admission:get_prefill_adder_class"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,8 @@ def update_running_batch(scheduler: Any, batch: Any) -> None:
     state = state_of(scheduler)
     if state is None or state.config.capture or not state.groups.num_live:
         return
+    if not state.groups.num_ending and _has_room(state, batch):
+        return
     finishing = scheduler._reqs_finishing_inflight(batch)
     if state.groups.num_ending:
         _prune_ending(scheduler, state, batch, finishing)
@@ -33,10 +36,49 @@ def update_running_batch(scheduler: Any, batch: Any) -> None:
     if finishing:
         fits()
         return
-    if state.kv_limit is not None:
-        _prune_to(scheduler, state, batch, state.kv_limit)
+    if state.kv_limit is not None or state.groups.num_held:
+        _prune_to_shares(scheduler, state, batch)
     if not fits():
         PruningRound(scheduler, state, batch).prune_until(fits, partial(_short, batch))
+
+
+def _has_room(state: SchedulerStep, batch: Any) -> bool:
+    """Whether the next decode step fits for certain, told without a look at its requests.
+
+    What groups hold below their shares was added up in an earlier step; until a trace joins or ends
+    or the batch grows, each request has taken at most a page in every step since.
+    """
+    if not batch.spec_algorithm.is_none():
+        return False
+    allocator = batch.token_to_kv_pool_allocator
+    most = len(batch.reqs) * allocator.page_size
+    if state.kv_limit is not None or state.groups.num_held:
+        state.below_shares -= most
+        seen = (state.groups.changes, len(batch.reqs))
+        if state.below_shares < 0 or seen != state.shares_seen:
+            return False
+    return bool(allocator.available_size() >= most)
+
+
+def _prune_to_shares(scheduler: Any, state: SchedulerStep, batch: Any) -> None:
+    """Prune until all groups together, and each by itself, hold no more than they may."""
+    if state.groups.num_held:
+        _prune_held(scheduler, state, batch)
+    if state.kv_limit is not None:
+        _prune_to(scheduler, state, batch, state.kv_limit)
+    # The tokens of the next step are in the sums.
+    page = batch.token_to_kv_pool_allocator.page_size
+    held: Counter[Group] = Counter()
+    for req in batch.reqs:
+        trace = trace_of(req)
+        if trace is not None and _gives_memory(req):
+            held[trace.group] += own_tokens(req, page, _grows(batch, req))
+    pool, below = scheduler.max_total_num_tokens, []
+    if state.kv_limit is not None:
+        below.append(state.kv_limit - sum(held.values()))
+    below += [int(pool * g.prune_at) - tokens for g, tokens in held.items() if g.is_held]
+    state.below_shares = min(below, default=0)
+    state.shares_seen = (state.groups.changes, len(batch.reqs))
 
 
 def _prune_to(scheduler: Any, state: SchedulerStep, batch: Any, limit: int) -> None:
@@ -66,6 +108,36 @@ def _grows(batch: Any, req: Any) -> int:
     return max(0, int(get_alloc_reserve_per_decode()) - held)
 
 
+def _prune_held(scheduler: Any, state: SchedulerStep, batch: Any) -> None:
+    """Prune groups that would hold more than the share of the pool that they asked for."""
+    page = batch.token_to_kv_pool_allocator.page_size
+
+    def above() -> dict[str, int]:
+        """KV tokens by which groups would exceed their shares, as `_prune_to` counts."""
+        held: Counter[Group] = Counter()
+        for req in batch.reqs:
+            trace = trace_of(req)
+            if trace is not None and trace.group.is_held and _gives_memory(req):
+                held[trace.group] += own_tokens(req, page, _grows(batch, req))
+        pool = scheduler.max_total_num_tokens
+        excess = {g.group_id: tokens - int(pool * g.prune_at) for g, tokens in held.items()}
+        return {name: tokens for name, tokens in excess.items() if tokens > 0}
+
+    excess = above()
+    if not excess:
+        return
+    pruning = PruningRound(scheduler, state, batch)
+    for name in sorted(excess):  # ranks agree on it: their memory is the same
+
+        def short(name: str = name) -> int:
+            return above().get(name, 0)
+
+        def enough(name: str = name) -> bool:
+            return name not in above()
+
+        pruning.prune_until(enough, short, protocol.PRUNED_FOR_WATERMARK, name)
+
+
 def _gives_memory(req: Any) -> bool:
     """Whether it is a trace that memory may be taken from, its group's minimum left aside."""
     trace = trace_of(req)
@@ -93,15 +165,14 @@ def _short(batch: Any) -> int:
 def _prune_ending(
     scheduler: Any, state: SchedulerStep, batch: Any, finishing: Sequence[Any]
 ) -> None:
-    """Prune the traces that a baseline ends, whatever memory there is."""
+    """Prune the traces that are to end, whatever memory there is."""
     spared = set(finishing)
     ended = []
     for req in batch.reqs:
         trace = trace_of(req)
         if trace is not None and trace.is_live and trace.ending and req not in spared:
-            method = trace.group.baseline
-            assert method is not None
-            _prune(scheduler, state, batch, req, method.REASON)
+            assert trace.reason is not None
+            _prune(scheduler, state, batch, req, trace.reason)
             ended.append(req)
     _dismiss(scheduler, batch, ended)
 
@@ -140,6 +211,7 @@ class PruningRound:
         enough: Callable[[], bool],
         short: Callable[[], int],
         reason: str = protocol.PRUNED_FOR_DECODE,
+        group: str | None = None,
     ) -> None:
         """Prune the worst traces, until there is enough room or none may be pruned any more.
 
@@ -148,12 +220,13 @@ class PruningRound:
                 what a victim frees beyond its own pages. Ranks must agree on it.
             short: KV tokens that are missing.
             reason: one of the words for it.
+            group: the only one that gives; None: all may.
         """
         gone: list[Any] = []
         while not enough():
             tokens, victims = short(), []
             with guard(protocol.IN_PRUNING) as choosing:
-                victims = self.candidates.take_until(tokens)
+                victims = self.candidates.take_until(tokens, group)
             pruned = self._prune(victims, reason, choosing.failed, enough)
             if not pruned:
                 break

@@ -171,6 +171,7 @@ def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -
         step_request.group or req.rid,
         weight=step_request.weight,
         min_survivors=step_request.min_survivors or state.config.min_survivors,
+        prune_at=step_request.prune_at,
         name=step_request.trace,
         prompt_tokens=len(req.origin_input_ids),
         step_scores=step_request.step_scores,

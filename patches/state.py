@@ -33,6 +33,8 @@ class SchedulerStep:
     lengths: TraceLengths = field(default_factory=TraceLengths)
     group_limit: GroupLimit | None = None
     kv_limit: int | None = None  # KV tokens that groups may hold together; None: the pool
+    below_shares: int = 0  # KV tokens that every group may surely still take, of its own share too
+    shares_seen: tuple[int, int] | None = None  # traces and requests of which that was told
     max_batch: int | None = None  # requests; no further trace starts then
     groups_waiting: int = 0  # that may not begin yet
     queued: int = 0  # requests so far

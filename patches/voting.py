@@ -17,6 +17,7 @@ from step_sglang.patches.choices import PROGRESS, leaves_out, without_pruned
 from step_sglang.patches.page import following
 from step_sglang.patches.parsed import hand_out, parse_prompts, parsed_of, set_parsed, takes_part
 from step_sglang.patches.record import config_of
+from step_sglang.patches.shrink import end_traces
 from step_sglang.pruning.request import StepRequest
 from step_sglang.voting.one_choice import VoteProgress, not_voted, one_choice, run, session_of
 from step_sglang.voting.request import ParsedRequest, VoteRequest, trace_params, without_vote
@@ -138,7 +139,10 @@ async def _answer(
     check = partial(_raise_errors, whole.stream)
     try:
         with following(manager, session):
-            last = await run(chunks, session, check, connected, comparison, live.is_aborted)
+            last = await run(
+                chunks, session, check, connected, comparison, live.is_aborted,
+                partial(end_traces, manager),
+            )  # fmt: skip
     finally:
         best = session.outcome().best
         if best is not None:

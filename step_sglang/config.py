@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from step_sglang.errors import ConfigError, nearest
-from step_sglang.protocol import EXTRACTORS, NGRAMS, PRUNED_ABORT, PRUNED_MODES, VOTES
+from step_sglang.protocol import EFFORTS, EXTRACTORS, NGRAMS, PRUNED_ABORT, PRUNED_MODES, VOTES
 
 POLICIES = ("fair", "paper")
 SCOPES = ("thinking", "all")
@@ -139,6 +139,14 @@ class StepConfig:
             "help": "Where a trace's answer is: in \\boxed{}, a choice's letter, the last number.",
         },
     )
+    effort: str | float = field(
+        default="thorough",
+        metadata={
+            "metavar": "fast|balanced|thorough|E",
+            "help": "How soon votes end and how much memory they may fill, where a request does "
+            "not say: a word, or a number from 0 (fast) to 1 (thorough).",
+        },
+    )
     pruned: str = field(
         default=PRUNED_ABORT,
         metadata={
@@ -218,12 +226,29 @@ class StepConfig:
             )
         _check_choice("--step-vote", self.vote, VOTES)
         _check_choice("--step-extract", self.extract, EXTRACTORS)
+        self._check_effort()
         _check_choice("--step-pruned", self.pruned, PRUNED_MODES)
         _check_choice("--step-page", self.page, PAGES)
         if not isinstance(self.embedding, str) or not self.embedding:
             raise ConfigError(f"--step-embedding must be a name, not {self.embedding!r}")
         if not isinstance(self.temperature, int | float) or not 0 < self.temperature < 100:
             raise ConfigError(f"--step-temperature must be above 0, not {self.temperature!r}")
+
+    def _check_effort(self) -> None:
+        effort = self.effort
+        if isinstance(effort, str):
+            try:
+                effort = float(effort)
+            except ValueError:
+                _check_choice("--step-effort", effort, EFFORTS)
+                return
+            object.__setattr__(self, "effort", effort)  # a flag's value is text
+        number = isinstance(effort, int | float) and not isinstance(effort, bool)
+        if not (number and 0 <= effort <= 1):
+            raise ConfigError(
+                f"--step-effort must be {', '.join(EFFORTS)} or a number from 0 to 1, not "
+                f"{effort!r}"
+            )
 
     def _check_watermark(self) -> None:
         share = self.prune_at

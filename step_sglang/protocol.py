@@ -21,9 +21,10 @@ BASELINE = "baseline"
 RECORD = "record"
 PRUNED = "pruned"
 SHOW_TEXT = "show_text"
+PRUNE_AT = "prune_at"
 REQUEST_MEMBERS = (
     GROUP, TRACE, WEIGHT, MIN_SURVIVORS, STEP_SCORES, HIDDEN_STATES, PROMPT_TOKENS, BASELINE,
-    RECORD, PRUNED, SHOW_TEXT,
+    RECORD, PRUNED, SHOW_TEXT, PRUNE_AT,
 )  # fmt: skip
 
 # How a pruned trace is reported: the values of PRUNED.
@@ -39,11 +40,14 @@ EARLY = "early"
 THRESHOLD = "threshold"
 EXTRACT = "extract"
 SUFFIX = "suffix"
-VOTE_MEMBERS = (TRACES, VOTE, EARLY, THRESHOLD, EXTRACT, SUFFIX)
+SHRINK = "shrink"
+EFFORT = "effort"
+VOTE_MEMBERS = (TRACES, VOTE, EARLY, THRESHOLD, SHRINK, EFFORT, EXTRACT, SUFFIX)
 
 # Choices by name, in requests and flags.
 VOTES = ("weighted", "majority", "best")
 EARLY_RULES = ("exact", "posterior", "off")
+EFFORTS = ("fast", "balanced", "thorough")  # from the cheapest vote to the safest
 EXTRACTORS = ("boxed", "choice", "number")  # who reads a trace's answer
 NGRAMS = "ngrams"  # the embedding of a step that needs no model
 
@@ -79,12 +83,16 @@ CUDA_LIBRARY_ENV = "STEP_SGLANG_CUDA_LIBRARY"
 PRUNED_FOR_DECODE = "decode"  # the next decode step did not fit
 PRUNED_FOR_WATERMARK = "watermark"  # groups would hold more than their share of the pool
 PRUNED_FOR_ADMISSION = "admission"  # a waiting request did not fit
+PRUNED_FOR_VOTE = "shrink"  # fewer traces settle the vote
 PRUNED_FOR_CONFIDENCE = "confidence"  # DeepConf
 PRUNED_FOR_SIMILARITY = "similarity"  # Slim-SC
 
 # The endpoint that ends a group, and its answer's member.
 ABORT_GROUP_PATH = "/step/abort_group"
 ABORTED = "aborted"
+# The endpoint that ends traces that a vote does not need, and its answer's member.
+END_TRACES_PATH = "/step/end_traces"
+ENDED = "ended"
 # The live page and its feed.
 PAGE_PATH = "/step"
 EVENTS_PATH = "/step/events"

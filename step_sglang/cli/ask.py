@@ -25,9 +25,8 @@ from step_sglang.cli.common import (
 )
 from step_sglang.client.http import Client
 from step_sglang.client.result import Answer, Result, SolveProgress
-from step_sglang.client.solve import DEFAULT_N, DEFAULT_TIMEOUT, solve
+from step_sglang.client.solve import DEFAULT_EFFORT, DEFAULT_N, DEFAULT_TIMEOUT, solve
 from step_sglang.errors import ServerError
-from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
 from step_sglang.voting.session import VoteStatus
 from step_sglang.voting.suffix import is_reasoner
 
@@ -52,20 +51,43 @@ def ask(
     vote: Annotated[
         str, typer.Option(help="weighted, majority or best.", rich_help_panel=VOTING)
     ] = "weighted",
-    early: Annotated[
+    effort: Annotated[
         str,
+        typer.Option(
+            help="fast, balanced, thorough, or a number from 0 (fast) to 1 (thorough): how soon "
+            "the vote ends, and how much memory it fills. The next four win over it.",
+            rich_help_panel=VOTING,
+        ),
+    ] = DEFAULT_EFFORT,
+    early: Annotated[
+        str | None,
         typer.Option(
             help="End when the answer cannot change (exact), also when that is improbable "
             "(posterior), or never (off).",
             rich_help_panel=VOTING,
         ),
-    ] = "exact",
+    ] = None,
     threshold: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Of posterior: probability that the answer changes.", rich_help_panel=VOTING
         ),
-    ] = DEFAULT_THRESHOLD,
+    ] = None,
+    shrink: Annotated[
+        float | None,
+        typer.Option(
+            help="End the least promising traces once fewer settle the vote: probability that "
+            "all would vote otherwise.",
+            rich_help_panel=VOTING,
+        ),
+    ] = None,
+    prune_at: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the KV pool that the group may hold before its worst trace is pruned.",
+            rich_help_panel=VOTING,
+        ),
+    ] = None,
     extract: Annotated[
         str, typer.Option(help="boxed, choice or number.", rich_help_panel=VOTING)
     ] = "boxed",
@@ -105,6 +127,7 @@ def ask(
     }  # fmt: skip
     options: dict[str, Any] = {
         "url": url, "vote": vote, "early": early, "threshold": threshold, "extract": extract,
+        "shrink": shrink, "prune_at": prune_at, "effort": _effort(effort),
         "sampling": {key: value for key, value in sampling.items() if value is not None},
         "api_key": api_key, "timeout": timeout, "suffix": suffix,
     }  # fmt: skip
@@ -118,6 +141,14 @@ def ask(
         _print(result, pool, show)
     if result.status is not VoteStatus.VOTED:
         raise typer.Exit(NO_VOTE)
+
+
+def _effort(text: str) -> str | float:
+    """A number where it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _pool(url: str, api_key: str | None, question: str) -> int | None:

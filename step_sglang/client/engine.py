@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from step_sglang.client.errors import ClientError, RequestRefused
@@ -17,6 +17,11 @@ class EngineSource:
 
     async def close(self) -> None:
         """The engine is the caller's."""
+
+    async def end_traces(self, ids: Sequence[str]) -> None:
+        """Abort them: the caller asked for it, so it needs no other reason."""
+        for rid in ids:
+            self._engine.tokenizer_manager.abort_request(rid)
 
     async def model(self) -> str:
         """Of its server arguments."""

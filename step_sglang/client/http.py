@@ -262,6 +262,17 @@ class AsyncClient(_Connection):
             raise self._unfit("its tokens are no list")
         return tokens
 
+    async def end_traces(self, ids: Sequence[str]) -> None:
+        """POST /step/end_traces: end single traces by their ids.
+
+        Raises:
+            ServerError: the server does not answer, runs without STEP, or wants another key.
+        """
+        answer = await self._send("POST", protocol.END_TRACES_PATH, {protocol.TRACES: list(ids)})
+        if answer.status_code == 404:
+            raise ServerError(f"the server at {self.url} ends no single traces (HTTP 404)")
+        self._member(answer, protocol.ENDED)
+
     async def flush(self) -> None:
         """POST /flush_cache: empty the radix cache, as soon as the server is idle.
 

@@ -60,7 +60,7 @@ class SolveProgress:
     running: int
     finished: int
     pruned: int
-    ended_otherwise: int  # aborted or cancelled
+    ended_otherwise: int  # aborted, cancelled, or not needed by the vote
     tokens: int
     leaders: tuple[Answer, ...]  # the winner first
 
@@ -119,7 +119,7 @@ def result_of(session: VoteSession, total: float) -> Result:
         traces=traces,
         best=None if outcome.best is None else traces[outcome.best],
         timing=_mean([trace.times for trace in traces], total),
-        early=session.num(TraceFate.CANCELLED) > 0,
+        early=session.num(TraceFate.CANCELLED, TraceFate.SHRUNK) > 0,
         text_only=outcome.text_only,
     )
 
@@ -135,7 +135,7 @@ def _message(session: VoteSession, status: VoteStatus) -> str:
     if status is VoteStatus.NO_FINISHED_TRACE:
         return (
             f"no trace finished: {session.num(TraceFate.PRUNED)} were pruned, "
-            f"{session.num(TraceFate.ABORTED, TraceFate.CANCELLED)} aborted, "
+            f"{session.num(TraceFate.ABORTED, TraceFate.CANCELLED, TraceFate.SHRUNK)} aborted, "
             f"{session.num(TraceFate.RUNNING)} did not end"
         )
     return ""

@@ -18,13 +18,14 @@ from step_sglang.client.sampling import Sampling
 from step_sglang.client.source import Messages, TraceSource, reading_chunks
 from step_sglang.voting.answers import Extractor, extractor_named
 from step_sglang.voting.classes import Same
-from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
+from step_sglang.voting.effort import effort_point
 from step_sglang.voting.session import STREAM_INTERVAL, VoteRules, VoteSession
 from step_sglang.voting.suffix import default_suffix
 from step_sglang.voting.verifier import AnswerVerifier, Comparison
 
 DEFAULT_N = 64
 DEFAULT_TIMEOUT = 600.0
+DEFAULT_EFFORT = "thorough"
 # Up to the context, however long that is.
 DEFAULT_SAMPLING: Mapping[str, Any] = {**asdict(Sampling()), "max_new_tokens": None}
 _REPORT_INTERVAL = 0.1  # seconds between two progress reports
@@ -37,8 +38,11 @@ async def asolve(
     url: str | None = None,
     engine: Any = None,
     vote: str = "weighted",
-    early: str = "exact",
-    threshold: float = DEFAULT_THRESHOLD,
+    early: str | None = None,
+    threshold: float | None = None,
+    shrink: float | None = None,
+    prune_at: float | None = None,
+    effort: str | float = DEFAULT_EFFORT,
     extract: str | Extractor = "boxed",
     same: Same | None = None,
     sampling: Mapping[str, Any] | None = None,
@@ -58,8 +62,13 @@ async def asolve(
         engine: an ``sgl.Engine(enable_step=True, ...)`` of this process.
         vote: ``weighted`` by trace score, ``majority``, or ``best``.
         early: end the group when no outcome of the open traces can change the answer (``exact``),
-            also when that is improbable (``posterior``), or never (``off``).
+            also when that is improbable (``posterior``), or never (``off``). This and the next
+            three are by default what ``effort`` sets.
         threshold: of the posterior rule, the probability that the answer would change.
+        shrink: end the least promising traces once fewer settle the vote: the probability that the
+            vote of all would differ; 0 is never. Needs a key that may abort requests.
+        prune_at: the share of the KV pool that the group may hold before its worst trace is pruned.
+        effort: ``fast``, ``balanced``, ``thorough``, or a number from 0 (fast) to 1 (thorough).
         extract: reads the answer of a trace: ``boxed``, ``choice``, ``number``, or a function of
             its text that returns None when there is none.
         same: whether two answers mean the same; default: math-verify, in a child process.
@@ -75,13 +84,19 @@ async def asolve(
 
     Raises:
         ClientError: the arguments contradict each other or are out of range.
-        VoteError: there is no such vote, early-finish rule or extractor.
+        VoteError: there is no such vote, early-finish rule, effort or extractor.
         NoStepError: the server runs without STEP.
         RequestRefused: the server refused the request.
         ServerGoneError: the server went away in the middle; what had arrived is in ``.result``.
         ServerError: it does not answer, or not as an SGLang server of this version.
     """
-    rules = VoteRules(vote, early, threshold)
+    dial = effort_point(effort)
+    rules = VoteRules(
+        vote,
+        dial.early if early is None else early,
+        dial.threshold if threshold is None else threshold,
+        dial.shrink if shrink is None else shrink,
+    )
     extractor = extract if callable(extract) else extractor_named(extract)
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ClientError(f"n must be an integer of at least 1, not {n!r}")
@@ -94,7 +109,8 @@ async def asolve(
             if suffix is None and extract == "boxed":
                 suffix = default_suffix(await source.model())
             question += suffix or ""
-        body = await _body(source, question, chat, n, params, group)
+        share = dial.prune_at if prune_at is None else prune_at
+        body = await _body(source, question, chat, n, params, group, share)
         session = VoteSession(n, rules, extractor, params["max_new_tokens"], same)
         # What the caller compares by runs in a thread: it may take long.
         comparison = verifier.comparison() if same is None else None
@@ -136,6 +152,7 @@ async def _body(
     n: int,
     params: Mapping[str, Any],
     group: str | None,
+    prune_at: float,
 ) -> dict[str, Any]:
     if not question:
         raise ClientError("the question is empty")
@@ -152,7 +169,11 @@ async def _body(
     custom = params.get("custom_params") or {}
     if protocol.REQUEST_KEY in custom or "n" in params:
         raise ClientError("sampling must not hold n or custom_params.step: solve() sets both")
-    step = {protocol.STEP_SCORES: True, **({} if group is None else {protocol.GROUP: group})}
+    step: dict[str, Any] = {protocol.STEP_SCORES: True}
+    if group is not None:
+        step[protocol.GROUP] = group
+    if prune_at != 1:
+        step[protocol.PRUNE_AT] = prune_at
     return {
         **prompt,
         "sampling_params": {
@@ -183,6 +204,8 @@ async def _gather(
                     await _count(session, comparison)
                     if session.decided():
                         break
+                    if ended := session.surplus():
+                        await source.end_traces(ended)
                 if on_progress is not None and time.perf_counter() - reported > _REPORT_INTERVAL:
                     reported = time.perf_counter()
                     on_progress(progress_of(session))

@@ -26,6 +26,10 @@ class TraceSource(Protocol):
         """Chunks of ``/generate`` for that body. Closing it cancels what still runs."""
         ...
 
+    async def end_traces(self, ids: Sequence[str]) -> None:
+        """End single traces, by the ids in their ``meta_info``, before their stream ends."""
+        ...
+
     async def close(self) -> None:
         """Release what it holds."""
         ...

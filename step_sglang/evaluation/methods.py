@@ -15,6 +15,7 @@ import numpy as np
 
 from step_sglang.errors import nearest
 from step_sglang.evaluation.errors import BenchError
+from step_sglang.voting.effort import effort_point
 from step_sglang.voting.session import SampledTrace, VoteRules
 from step_sglang.voting.tally import weight_of
 
@@ -186,6 +187,12 @@ def _step(rule: str) -> Ask:
     return _one_request(True, VoteRules("weighted", rule))
 
 
+def _effort(effort: str) -> Ask:
+    point = effort_point(effort)
+    rules = VoteRules("weighted", point.early, point.threshold, point.shrink)
+    return _one_request({"prune_at": point.prune_at}, rules)
+
+
 def _majority(trace: SampledTrace, threshold: float | None) -> float:
     return 1.0
 
@@ -204,6 +211,7 @@ def _by_confidence(trace: SampledTrace, threshold: float | None) -> float | None
 
 # STEP waits for all survivors, as the paper's does; `step-early` ends the group once it is
 # improbable that the others change the answer, `step-exact` once they cannot. Likewise SC.
+# `step-balanced` and `step-fast` also shrink the group, and hold it to a share of the pool.
 # `step-paper` differs from `step` in the victims alone: both weigh the traces that finished, while
 # the reference's script also counts pruned traces whose text contains "boxed".
 METHODS = {
@@ -222,6 +230,8 @@ METHODS = {
         Method("step-paper", "STEP (paper policy)", _one_request(True), _by_score, policy="paper"),
         Method("step", "STEP", _one_request(True), _by_score),
         Method("step-early", "STEP, ends early", _step("posterior"), _by_score),
+        Method("step-balanced", "STEP, effort balanced", _effort("balanced"), _by_score),
+        Method("step-fast", "STEP, effort fast", _effort("fast"), _by_score),
         Method("step-exact", "STEP, ends when certain", _step("exact"), _by_score),
     )
 }

@@ -11,6 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from step_sglang.config import StepConfig
 from step_sglang.errors import nearest
@@ -20,9 +21,11 @@ from step_sglang.evaluation.simulator import Request, Reserve, ScoreEvent, Simul
 from step_sglang.evaluation.stats import Mean, mean_of
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
 from step_sglang.pruning.groups import Group
+from step_sglang.pruning.policy import TraceView
 from step_sglang.voting.classes import run_here
 from step_sglang.voting.early_stopping import highest_weight, is_settled
 from step_sglang.voting.session import VoteRules
+from step_sglang.voting.shrink import surplus
 from step_sglang.voting.tally import Ballot, Poll, tallying, weight_of
 from step_sglang.voting.verifier import AnswerVerifier
 
@@ -41,7 +44,7 @@ class ReplayOutcome:
     question: str
     finished: tuple[RecordedTrace, ...]
     pruned: int
-    cancelled: int  # cut short by the early end
+    cancelled: int  # cut short by the early end, or because the vote did not need them
     retracted: int
     tokens: int
     steps: int  # decode steps until the last trace ended
@@ -145,10 +148,17 @@ def simulate(
     limit = min(group.max_new_tokens, room - 2)  # as SGLang cuts it to the pool
     simulator = Simulator(room, page, config, reserve=Reserve(limit, unit=unit))
     requests = [
-        Request(0, 0, trace.tokens, alive, steps=_score_events(trace), rank=rank)
+        Request(
+            0,
+            0,
+            trace.tokens,
+            alive,
+            steps=_score_events(trace.positions, trace.step_scores),
+            rank=rank,
+        )
         for trace, rank in zip(group.traces, ranks or _ranks(policy, group, seed), strict=True)
     ]
-    if rules.early != "off":
+    if rules.early != "off" or rules.shrink:
         simulator.ended_by = _EarlyEnd(group, requests, rules, limit, verifier)
     simulator.run(list(requests), max_steps=20 * sum(trace.tokens for trace in group.traces))
     steps = len(simulator.history)
@@ -261,6 +271,7 @@ class _EarlyEnd:
         self._rules, self._limit = rules, limit
         self._comparison = None if verifier is None else verifier.comparison()
         self._poll = Poll(rules.vote)
+        self._ended: list[Request] = []  # as the vote did not need them
 
     def __call__(self, finished: Sequence[Request]) -> Sequence[Request]:
         """Those who need not go on, once these have finished."""
@@ -275,14 +286,23 @@ class _EarlyEnd:
                 else:
                     self._comparison.run(counting)
         going = [request for request in self._traces if request.fate == "waiting"]
+        tallies, num_ended = self._poll.tallies(), len(self._ended)
         weights = [
             highest_weight(r.score_sum, r.num_steps, self._limit - r.generated, rules.vote)
             for r in going
         ]
-        settled = is_settled(
-            self._poll.tallies(), weights, rules.vote, rules.early, rules.threshold
-        )
-        return going if settled else ()
+        if is_settled(tallies, weights, rules.vote, rules.early, rules.threshold, num_ended):
+            return going
+        if not rules.shrink:
+            return ()
+        views = [TraceView(i, 0, r.generated, *_rank_key(r)) for i, r in enumerate(going)]
+        ended = [going[i] for i in surplus(tallies, views, num_ended, rules.shrink, rules.vote)]
+        self._ended += ended
+        return ended
+
+
+def _rank_key(request: Request) -> tuple[float, int]:
+    return request.rank(request) if request.rank else (request.score_sum, request.num_steps)
 
 
 def is_right(fate: ReplayOutcome, vote: str, verifier: AnswerVerifier | None = None) -> bool:
@@ -295,9 +315,12 @@ def is_right(fate: ReplayOutcome, vote: str, verifier: AnswerVerifier | None = N
     return bool(tallies) and voters[tallies[0].members[0]].correct
 
 
-def _score_events(trace: RecordedTrace) -> list[ScoreEvent]:
-    pairs = zip(trace.positions, trace.step_scores, strict=True)
-    return [ScoreEvent(position + _LAG, score) for position, score in pairs]
+@lru_cache(maxsize=256)  # the same traces are evaluated many times
+def _score_events(
+    positions: tuple[int, ...], step_scores: tuple[float, ...]
+) -> tuple[ScoreEvent, ...]:
+    pairs = zip(positions, step_scores, strict=True)
+    return tuple(ScoreEvent(position + _LAG, score) for position, score in pairs)
 
 
 def _ranks(policy: str, group: RecordedGroup, seed: int) -> list[Rank | None]:

@@ -97,6 +97,8 @@ class ServerSampler:
                     await comparison.arun(agreed.counting([trace]))
                 if session.decided() if agreed is None else agreed.reached():
                     break
+                if surplus := session.surplus():
+                    await self.source.end_traces(surplus)
         seconds = self.clock() - started
         session.cancel()
         for trace in session.traces:

@@ -161,11 +161,13 @@ class Simulator:
 
     def pages(self, tokens: int) -> int:
         """Tokens in whole pages."""
-        return -(-tokens // self.page) * self.page
+        return tokens if self.page == 1 else -(-tokens // self.page) * self.page
 
     @property
     def free(self) -> int:
         """Free KV tokens."""
+        if self.page == 1:
+            return self.pool - sum([r.prompt + r.generated for r in self.running])
         return self.pool - sum(self.pages(r.tokens) for r in self.running)
 
     def _views(self) -> Candidates:
@@ -208,6 +210,9 @@ class Simulator:
 
     def _admit(self) -> None:
         self._fresh = []
+        if not self.waiting:
+            self.turns.order(())
+            return
         tried = self._tried()
         for place, (request, line) in enumerate(tried):
             if not self._start(request):

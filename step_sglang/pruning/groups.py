@@ -38,10 +38,11 @@ class Group:
     group_id: str
     weight: float = 1.0
     min_survivors: int = 1
+    prune_at: float = 1.0  # share of the pool that its running traces may hold
     live: int = 0
     finished: int = 0
     joined: int = 0  # traces so far
-    ending: int = 0  # live traces that the baseline ends
+    ending: int = 0  # live traces that end soon
     scored: bool = False  # any of its traces has reached a step boundary
     stopped: bool = False  # STEP was given up: its traces are ordinary requests
     baseline: Baseline | None = None  # judges its traces; None: STEP
@@ -54,6 +55,11 @@ class Group:
     def for_memory(self) -> bool:
         """Whether its traces are pruned, not queued or retracted, when memory is short."""
         return not self.stopped and (self.baseline is None or self.baseline.FOR_MEMORY)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it asked for a share of the pool."""
+        return self.prune_at < 1
 
     @property
     def limited(self) -> bool:
@@ -91,9 +97,11 @@ class Trace:
     prompt_tokens: int = 0  # of its first request
     signal: Signal | None = None  # of its group's baseline
     timeline: Timeline | None = None
-    ending: bool = False  # its group's baseline ends it
+    ending: bool = False  # it is pruned at the next opportunity, whatever memory there is
     certainty: Certainty | None = None  # scores its steps on a server without a scorer
-    reason: str | None = None  # why it was pruned
+    reason: str | None = None  # why it was pruned, or is ending
+    looked: int = 0  # output tokens among which a think-end token was looked for
+    think_end: int | None = None  # where it was found
     rid: str = ""  # its request's id
     show_text: bool = False  # whoever watches may see the text of its steps
     tokens: int = 0  # generated, known when it ends
@@ -105,7 +113,7 @@ class Trace:
 
     @property
     def is_active(self) -> bool:
-        """Whether it is live, and its baseline has not ended it."""
+        """Whether it is live, and is not to end soon."""
         return self.fate is TraceStatus.LIVE and not self.ending
 
     @property
@@ -227,12 +235,13 @@ class GroupRegistry:
     num_finished: int = 0  # traces, of these groups
     # Live traces whose tokens somebody wants to see, by `top_k`; no entry is 0.
     watched: Counter[int] = field(default_factory=Counter)
-    num_ending: int = 0  # live traces that their baseline ends
+    num_ending: int = 0  # live traces that end soon
     observer: Callable[[Trace], None] | None = None
     watcher: Watcher | None = None
     by_certainty: bool = False  # the server has no scorer
     stopped: str | None = None  # why STEP was given up
     changes: int = 0  # traces that joined or ended so far, and STEP's own end
+    num_held: int = 0  # groups that may not have the whole pool
 
     @property
     def num_begun(self) -> int:
@@ -250,6 +259,7 @@ class GroupRegistry:
         *,
         weight: float = 1.0,
         min_survivors: int = 1,
+        prune_at: float = 1.0,
         name: str | None = None,
         prompt_tokens: int = 0,
         step_scores: bool = False,
@@ -264,15 +274,15 @@ class GroupRegistry:
     ) -> Trace:
         """Add a live trace to a group, which begins with it when it is new.
 
-        Where members disagree on the weight or the minimum, the largest value wins; on the
-        baseline (which needs ``context``), the first member's.
+        Where members disagree on the weight, the minimum or the share of the pool, the largest
+        value wins; on the baseline (which needs ``context``), the first member's.
         A named trace that ended before starts from its score then, and no longer counts as
         finished. ``alone``: its request named no group. ``samples``: traces of its request, whose
         id is ``rid``. ``show_text``: whoever watches may see the text of its steps.
         """
         group = self._groups.get(group_id)
         if group is None:
-            group = Group(group_id, weight, min_survivors, baseline=baseline, alone=alone)
+            group = Group(group_id, weight, min_survivors, prune_at, baseline=baseline, alone=alone)
             group.stopped = self.stopped is not None
         trace = Trace(
             group,
@@ -289,10 +299,13 @@ class GroupRegistry:
         if group.baseline is not None and context is not None:
             trace.signal = group.baseline.signal(trace, group.joined + 1, context)
         # Counted only now: what raises above must leave no survivor behind that does not exist.
+        self.num_held -= group_id in self._groups and group.is_held
         self._groups[group_id] = group
         self.changes += 1
         group.weight = max(group.weight, weight)
         group.min_survivors = max(group.min_survivors, min_survivors)
+        group.prune_at = max(group.prune_at, prune_at)
+        self.num_held += group.is_held
         group.alone = group.alone and alone
         group.samples = max(group.samples, samples)
         group.live += 1
@@ -325,12 +338,24 @@ class GroupRegistry:
         """Let its baseline end a live trace at the next opportunity, if that spares a survivor."""
         group = trace.group
         method = group.baseline
-        if method is None or not trace.is_live or trace.ending:
+        if method is None or not trace.is_active:
             return
-        if method.ENDS_SURVIVORS or group.survivors - group.ending > group.min_survivors:
-            trace.ending = True
-            group.ending += 1
-            self.num_ending += 1
+        if method.ENDS_SURVIVORS or self._spares_survivors(group):
+            self._mark(trace, method.REASON)
+
+    def dismiss(self, trace: Trace, reason: str) -> None:
+        """Let a live trace end at the next opportunity, if that spares enough survivors."""
+        if trace.is_active and self._spares_survivors(trace.group):
+            self._mark(trace, reason)
+
+    @staticmethod
+    def _spares_survivors(group: Group) -> bool:
+        return group.survivors - group.ending > group.min_survivors
+
+    def _mark(self, trace: Trace, reason: str) -> None:
+        trace.ending, trace.reason = True, reason
+        trace.group.ending += 1
+        self.num_ending += 1
 
     def end(self, trace: Trace, fate: TraceStatus) -> None:
         """Record how a live trace ended; a second call for the same trace does nothing."""
@@ -360,6 +385,7 @@ class GroupRegistry:
         if group.live == 0 and self._groups.get(group.group_id) is group:
             del self._groups[group.group_id]
             self.num_finished -= group.finished
+            self.num_held -= group.is_held
             group.method_state = None
         if self.observer is not None:
             self.observer(trace)

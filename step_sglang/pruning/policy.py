@@ -97,15 +97,19 @@ class Candidates:
         name = self._largest()
         return None if name is None else self._take_from(name)
 
-    def take_until(self, tokens: int) -> list[TraceView]:
+    def take_until(self, tokens: int, group: str | None = None) -> list[TraceView]:
         """Take victims out until they free ``tokens`` KV tokens, or no more are allowed.
 
-        At least one, where one is allowed: what is missing may be other than tokens.
+        At least one, where one is allowed: what is missing may be other than tokens. ``group``:
+        of that one alone.
         """
         victims: list[TraceView] = []
         freed = 0
         while not victims or freed < tokens:
-            victim = self.take()
+            if group is None:
+                victim = self.take()
+            else:
+                victim = self._take_from(group) if self._allowed.get(group, 0) > 0 else None
             if victim is None:
                 break
             victims.append(victim)
@@ -152,7 +156,7 @@ class Candidates:
         ranked = self._ranked.get(name)
         if ranked is None:
             view = self._groups[name]
-            ranked = _worst_last(view.traces, view.min_steps or self._config.min_steps)
+            ranked = worst_last(view.traces, view.min_steps or self._config.min_steps)
             self._ranked[name] = ranked
         return ranked
 
@@ -173,7 +177,7 @@ class Candidates:
     def _take_of_all(self) -> TraceView | None:
         """The lowest score of all traces whatever their group, unscored = 0, one trace left."""
         if self._all is None:
-            self._all = _worst_last(
+            self._all = worst_last(
                 [trace for view in self._groups.values() for trace in view.traces], 1, 0.0
             )
         return self._all.pop() if len(self._all) > 1 else None
@@ -197,10 +201,10 @@ def choose_victims(
     return [victim.handle for victim in victims]
 
 
-def _worst_last(
+def worst_last(
     traces: Sequence[TraceView], min_steps: int, unscored: float | None = None
 ) -> list[TraceView]:
-    """Sort traces by trace score, worst last; of equals the longest last.
+    """Traces sorted by trace score, worst last; of equals the longest last.
 
     A trace with fewer than ``min_steps`` steps has no trustworthy score and ranks as ``unscored``,
     or as the mean of those that have one.

@@ -19,6 +19,7 @@ class StepRequest:
     """What a request says of itself as a trace. ``group`` None: it forms a group of its own.
 
     ``weight``: of the group's claim to the KV pool. ``min_survivors`` None: the server's setting.
+    ``prune_at``: the share of the KV pool that the group may hold before its worst trace is pruned.
     ``trace``: the request continues the group's trace of that name, and its score.
 
     ``baseline``: another method than STEP judges the group's traces. ``record``: the final response
@@ -37,6 +38,7 @@ class StepRequest:
     prompt_tokens: int | None = None
     weight: float = 1.0
     min_survivors: int | None = None
+    prune_at: float = 1.0
     trace: str | None = None
     baseline: Baseline | None = None
     record: bool = False
@@ -89,6 +91,7 @@ def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None
         trace=trace,
         weight=_weight(value),
         min_survivors=_min_survivors(value),
+        prune_at=_prune_at(value),
         step_scores=_flag(value, protocol.STEP_SCORES),
         hidden_states=_flag(value, protocol.HIDDEN_STATES),
         prompt_tokens=prompt_tokens,
@@ -164,6 +167,18 @@ def _min_survivors(value: Mapping[str, Any]) -> int | None:
             f"not {safe_repr(minimum)}"
         )
     return minimum
+
+
+def _prune_at(value: Mapping[str, Any]) -> float:
+    share = value.get(protocol.PRUNE_AT)
+    if share is None:
+        return 1.0
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise RequestError(
+            "custom_params.step.prune_at must be a share of the KV pool, above 0 and at most 1, "
+            f"not {safe_repr(share)}"
+        )
+    return float(share)
 
 
 def _pruned(value: Mapping[str, Any]) -> str | None:

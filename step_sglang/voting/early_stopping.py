@@ -118,6 +118,7 @@ def is_settled(
     vote: str,
     early: str,
     threshold: float = DEFAULT_THRESHOLD,
+    num_ended: int = 0,
 ) -> bool:
     """Whether a group may end before its open traces.
 
@@ -127,6 +128,8 @@ def is_settled(
         vote: one of the votes.
         early: one of the rules.
         threshold: of the posterior rule.
+        num_ended: traces that were ended because the vote did not need them. They cannot vote any
+            more, but the posterior rule compares with the vote in which they did, see ``shrink``.
     """
     if early == "off" or not tallies:
         return False
@@ -134,4 +137,4 @@ def is_settled(
         return True
     if early == "exact":
         return False
-    return change_probability(tallies, len(open_weights), vote) < threshold
+    return change_probability(tallies, len(open_weights) + num_ended, vote) < threshold

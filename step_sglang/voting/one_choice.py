@@ -47,6 +47,7 @@ async def run(
     connected: Callable[[], Any] | None,
     comparison: Comparison,
     is_aborted: Callable[[], bool] = lambda: False,
+    end: Callable[[list[str]], object] = lambda ids: None,
 ) -> dict[int, dict[str, Any]]:
     """Consume a group until it is decided or aborted; closing ``chunks`` cancels the rest.
 
@@ -57,6 +58,7 @@ async def run(
         connected: awaited now and then; raises when the client is gone.
         comparison: compares the answers.
         is_aborted: whether the group is to end now.
+        end: ends single traces by their ids, soon.
 
     Returns:
         The last chunk of every trace that sent one.
@@ -79,6 +81,8 @@ async def run(
                 await _count(session, comparison, connected, is_aborted)
                 if session.decided():
                     break
+                if ended := session.surplus():
+                    end(ended)
     session.cancel()
     return last
 

@@ -14,7 +14,7 @@ from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError, VoteError, safe_repr
 from step_sglang.pruning.request import StepRequest, declined, parse_request
 from step_sglang.voting.answers import extractor_named
-from step_sglang.voting.early_stopping import DEFAULT_THRESHOLD
+from step_sglang.voting.effort import effort_point
 from step_sglang.voting.session import STREAM_INTERVAL, VoteRules
 
 MAX_TRACES = 4096
@@ -30,6 +30,7 @@ class VoteRequest:
     extract: str = "boxed"
     suffix: str | None = None  # of a chat's last user message; None: what asks for a box
     by_default: bool = False  # asked for by the server's configuration
+    prune_at: float = 1.0  # share of the KV pool, where the request itself says none
 
 
 def parse_vote(params: Mapping[str, Any], config: StepConfig) -> VoteRequest | None:
@@ -75,10 +76,12 @@ def parse_vote(params: Mapping[str, Any], config: StepConfig) -> VoteRequest | N
     extract = given.get(protocol.EXTRACT, config.extract)
     try:
         extractor_named(extract)
+        dial = effort_point(given.get(protocol.EFFORT, config.effort))
         rules = VoteRules(
             vote=given.get(protocol.VOTE, config.vote),
-            early=given.get(protocol.EARLY, "exact"),
-            threshold=given.get(protocol.THRESHOLD, DEFAULT_THRESHOLD),
+            early=given.get(protocol.EARLY, dial.early),
+            threshold=given.get(protocol.THRESHOLD, dial.threshold),
+            shrink=given.get(protocol.SHRINK, dial.shrink),
         )
     except VoteError as error:
         raise RequestError(f"custom_params.step: {error}") from error
@@ -88,7 +91,8 @@ def parse_vote(params: Mapping[str, Any], config: StepConfig) -> VoteRequest | N
             f"custom_params.step.suffix must be a text of at most {MAX_SUFFIX} characters, "
             f"not {safe_repr(suffix)}"
         )
-    return VoteRequest(traces, rules, extract, suffix, by_default)
+    prune_at = 1.0 if config.policy == "paper" else dial.prune_at
+    return VoteRequest(traces, rules, extract, suffix, by_default, prune_at)
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,10 @@ def trace_params(
 ) -> dict[str, Any]:
     """Sampling parameters of the group that a voted request becomes."""
     custom = without_vote(params.get("custom_params"))
-    custom[protocol.REQUEST_KEY] = custom.get(protocol.REQUEST_KEY) or {}
+    step = custom.get(protocol.REQUEST_KEY) or {}
+    if wish.prune_at < 1 and step.get(protocol.PRUNE_AT) is None:
+        step = {**step, protocol.PRUNE_AT: wish.prune_at}
+    custom[protocol.REQUEST_KEY] = step
     changed: dict[str, Any] = {
         "n": wish.traces,
         "stream_interval": STREAM_INTERVAL,

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from step_sglang import protocol
+from step_sglang.pruning.policy import TraceView
 from step_sglang.voting.answers import Extractor, extract_boxed
 from step_sglang.voting.classes import Same, Steps, run_here
 from step_sglang.voting.early_stopping import (
@@ -23,6 +24,7 @@ from step_sglang.voting.early_stopping import (
     highest_weight,
     is_settled,
 )
+from step_sglang.voting.shrink import check_shrink, surplus
 from step_sglang.voting.tally import Ballot, Poll, Tally, check_vote, share_of, weight_of
 
 # Tokens between two chunks of a trace that runs; its end is always sent at once.
@@ -35,6 +37,7 @@ class TraceFate(Enum):
     RUNNING = "running"  # or waiting
     FINISHED = "finished"  # ended normally, at its length limit included; only these vote
     PRUNED = "pruned"
+    SHRUNK = "shrunk"  # ended, because those that went on settle the vote
     ABORTED = "aborted"  # by the server or another client
     CANCELLED = "cancelled"  # by us, because the vote was decided
 
@@ -52,16 +55,18 @@ class VoteRules:
     """How a group is voted on.
 
     Raises:
-        VoteError: there is no such vote or early-finish rule.
+        VoteError: there is no such vote or early-finish rule, or ``shrink`` is no probability.
     """
 
     vote: str = "weighted"
     early: str = "exact"
     threshold: float = DEFAULT_THRESHOLD  # of the posterior rule
+    shrink: float = 0.0  # threshold at which traces end that the vote does not need; 0: none
 
     def __post_init__(self) -> None:
         check_vote(self.vote)
         check_rule(self.early, self.threshold)
+        check_shrink(self.shrink)
 
 
 @dataclass
@@ -119,6 +124,9 @@ class VoteSession:
         self._poll = Poll(rules.vote, same)
         self._voters: list[int] = []  # traces in the order of their ballots
         self._uncounted: deque[SampledTrace] = deque()
+        self._dismissed: set[int] = (
+            set()
+        )  # traces that were told to end, as the vote needs them not
         self.started = time.perf_counter()
 
     def feed(self, chunk: Mapping[str, Any]) -> bool:
@@ -148,8 +156,12 @@ class VoteSession:
         # First: what the finish reason says of a pruned trace is the server's choice.
         if step is not None and step[protocol.META_PRUNED]:
             trace.fate = TraceFate.PRUNED
+            if step.get(protocol.META_REASON) == protocol.PRUNED_FOR_VOTE:
+                trace.fate = TraceFate.SHRUNK
         elif reason["type"] != "abort":
             trace.fate = TraceFate.FINISHED
+        elif trace.index in self._dismissed:
+            trace.fate = TraceFate.SHRUNK
         else:
             trace.fate = TraceFate.ABORTED
         self._uncounted.append(trace)
@@ -175,11 +187,33 @@ class VoteSession:
 
     def decided(self) -> bool:
         """Whether the group may end now by its early-finish rule. Only after :meth:`counting`."""
-        running = [t for t in self.traces if t.fate is TraceFate.RUNNING]
-        if not running:
+        going = self._going()
+        if not going:
             return True
-        rules, weights = self.rules, [self._highest(t) for t in running]
-        return is_settled(self._poll.tallies(), weights, rules.vote, rules.early, rules.threshold)
+        rules, weights = self.rules, [self._highest(t) for t in going]
+        return is_settled(
+            self._poll.tallies(), weights, rules.vote, rules.early, rules.threshold,
+            self._num_ended_for_vote(),
+        )  # fmt: skip
+
+    def surplus(self) -> list[str]:
+        """Ids of the traces that may end now, though the group goes on; each is said once.
+
+        Only after :meth:`counting`. A trace of which nothing came yet has no known id, and goes on.
+        """
+        if not self.rules.shrink:
+            return []
+        views = [
+            TraceView(t.index, 0, t.tokens, (t.score or 0.0) * t.num_steps, t.num_steps)
+            for t in self._going()
+        ]
+        ended = surplus(
+            self._poll.tallies(), views, self._num_ended_for_vote(), self.rules.shrink,
+            self.rules.vote,
+        )  # fmt: skip
+        named = [index for index in ended if self.traces[index].meta_info]
+        self._dismissed.update(named)
+        return [str(self.traces[index].meta_info["id"]) for index in named]
 
     def is_certain(self) -> bool:
         """Whether no trace that runs can change the winner, whatever the rule says of ending."""
@@ -191,7 +225,20 @@ class VoteSession:
         now = time.perf_counter() - self.started
         for trace in self.traces:
             if trace.fate is TraceFate.RUNNING:
-                trace.fate, trace.ended = TraceFate.CANCELLED, now
+                dismissed = trace.index in self._dismissed
+                trace.fate = TraceFate.SHRUNK if dismissed else TraceFate.CANCELLED
+                trace.ended = now
+
+    def _going(self) -> list[SampledTrace]:
+        """Traces that run or wait, and were not told to end."""
+        return [
+            t for t in self.traces
+            if t.fate is TraceFate.RUNNING and t.index not in self._dismissed
+        ]  # fmt: skip
+
+    def _num_ended_for_vote(self) -> int:
+        """Traces that would still run or have voted, had the vote needed them."""
+        return sum(self.traces[i].fate is not TraceFate.FINISHED for i in self._dismissed)
 
     def num(self, *fates: TraceFate) -> int:
         """How many traces stand like that."""

@@ -24,7 +24,7 @@ FAULTS = (
     Fault("step_sglang.scoring.slots", "SlotState.reset", every=5),
     Fault("step_sglang.scoring.slots", "SlotState.reset", every=7, after=True),
     Fault("step_sglang.scoring.slots", "SlotState.results", every=23),
-    Fault("step_sglang.pruning.policy", "_worst_last", every=13),
+    Fault("step_sglang.pruning.policy", "worst_last", every=13),
     Fault("step_sglang.pruning.policy", "Candidates.take", every=3),
     Fault("step_sglang.pruning.policy", "Candidates.take", every=7, after=True),
     Fault("step_sglang.pruning.policy", "Candidates.reclaim", every=2),

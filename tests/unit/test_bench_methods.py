@@ -28,6 +28,7 @@ from step_sglang.evaluation.serving import PoolSize, Serving, parse_pool_sizes
 from step_sglang.evaluation.watch import read_gauges
 from step_sglang.voting.answers import extract_boxed
 from step_sglang.voting.classes import run_here
+from step_sglang.voting.effort import effort_point
 from step_sglang.voting.session import SampledTrace, TraceFate, VoteRules
 from step_sglang.voting.verifier import AnswerVerifier, Comparison
 
@@ -72,6 +73,7 @@ def vote(name: str, script: Script, n: int) -> tuple[str | None, bool]:
 
 
 def test_what_each_method_says_to_the_server() -> None:
+    balanced, fast = effort_point("balanced"), effort_point("fast")
     expected: dict[str, Any] = {
         "cot": False,
         "sc": False,
@@ -89,12 +91,16 @@ def test_what_each_method_says_to_the_server() -> None:
         "sc-exact": False,
         "step-early": True,
         "step-exact": True,
+        "step-balanced": {"prune_at": balanced.prune_at},
+        "step-fast": {"prune_at": fast.prune_at},
     }
     rules = {
         "sc-early": VoteRules("majority", "posterior"),
         "sc-exact": VoteRules("majority", "exact"),
         "step-early": VoteRules("weighted", "posterior"),
         "step-exact": VoteRules("weighted", "exact"),
+        "step-balanced": VoteRules("weighted", "posterior", balanced.threshold, balanced.shrink),
+        "step-fast": VoteRules("weighted", "posterior", fast.threshold, fast.shrink),
     }
     assert {*expected, "deepconf-low", "deepconf-high"} == {*METHODS}
     for name, step in expected.items():

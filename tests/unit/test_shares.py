@@ -42,7 +42,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("auc", [0.6, 0.7, 0.9])
 def test_right_traces_beat_wrong_ones_as_often_as_stated(shares: ModuleType, auc: float) -> None:
-    options = argparse.Namespace(seed=1, auc=auc, unit=64, n=200, max_new_tokens=40_000)
+    options = argparse.Namespace(seed=1, auc=auc, growth=0.0, unit=64, n=200, max_new_tokens=40_000)
     wins = []
     for draw in range(20):
         group = shares.group(0, traces(200), draw, options)
