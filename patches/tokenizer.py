@@ -50,7 +50,9 @@ def create_tokenized_object(result: Any, manager: Any, obj: Any, *args: Any, **k
         result.routed_dp_rank = replica_of(step_request.group, replicas)
 
 
-def _decide_refill(result: Any, step_request: StepRequest, voted: bool, config: StepConfig) -> None:
+def _decide_refill(
+    result: Any, step_request: StepRequest, voted: bool, config: StepConfig, server_args: Any
+) -> None:
     """Tell the scheduler what becomes of the places of this trace's group."""
     params = result.sampling_params
     mode = refill_of(

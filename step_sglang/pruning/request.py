@@ -98,7 +98,6 @@ def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None
         prompt_tokens=prompt_tokens,
         baseline=_baseline(value),
         record=_flag(value, protocol.RECORD),
-        pruned=_pruned(value),
         show_text=_flag(value, protocol.SHOW_TEXT),
         pruned=_word(value, protocol.PRUNED, protocol.PRUNED_MODES),
         refill=_word(value, protocol.REFILL, protocol.REFILL_MODES),
