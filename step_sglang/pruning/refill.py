@@ -21,12 +21,12 @@ class RefillRules:
     """When and from where. A pass is a decode step, of which each running trace makes one token.
 
     ``min_steps``: of a parent's own since its last branch (or its own), also before it branches
-    first. ``interval``: passes between two decisions about a group. ``margin``: passes that what
-    runs, and the branch, can go on for before memory is full again. ``slack``: a branch is expected
-    to end at most that share of a trace's length after the last of its group. ``prior``: steps with
-    the group's mean score that are added to a prefix's, so that a short one needs more. ``depth``
-    and ``sibling``: score that a prefix loses for each. ``branches``: at most so many for each
-    trace that the group began with.
+    first; and of a finished one's after the branch. ``interval``: passes between two decisions
+    about a group. ``margin``: passes that what runs, and the branch, can go on for before memory is
+    full again. ``slack``: a branch is expected to end at most that share of a trace's length after
+    the last of its group. ``prior``: steps with the group's mean score that are added to a
+    prefix's, so that a short one needs more. ``depth`` and ``sibling``: score that a prefix loses
+    for each. ``branches``: at most so many for each trace that the group began with.
 
     Of the tournament: every ``swap_interval`` passes up to ``swap`` of the worst traces give way,
     where the best prefix's score is higher by ``gap``; both have at least ``warm_up`` steps.
@@ -236,10 +236,13 @@ def _open(source: SourceView, view: RefillView, rules: RefillRules) -> list[Boun
     # What is left of the group's last trace; one that is overdue may end at any moment.
     left = max(0.0, view.expected - shortest) if running else 0.0
     first = view.expected - left - rules.slack * view.expected
+    # The end of a finished trace is settled by what comes before: it would only come again.
+    last = source.boundaries[-1].num_steps - (0 if source.running else rules.min_steps)
     return [
         boundary
         for boundary in source.boundaries
-        if boundary.num_steps - source.since >= rules.min_steps and boundary.position + 1 >= first
+        if source.since + rules.min_steps <= boundary.num_steps <= last
+        and boundary.position + 1 >= first
     ]
 
 

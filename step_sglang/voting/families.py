@@ -100,8 +100,8 @@ def _precision(family: Sequence[tuple[float, Lineage]]) -> float:
     roots = np.sqrt([weight for weight, _ in family])
     correlations = np.array([[a.correlation(b) for _, b in family] for _, a in family])
     np.fill_diagonal(correlations, 1.0)
-    matrix = correlations / np.outer(roots, roots) + _RIDGE * np.eye(len(family))
-    # The maximum is sum(x) where x >= 0 minimises x'Mx / 2 - sum(x): least squares by the factor.
-    factor = np.linalg.cholesky(matrix)
-    x, _ = nnls(factor.T, np.linalg.solve(factor, np.ones(len(family))))
-    return float(x.sum())
+    # With y_i = x_i / sqrt(s_i): the maximum is the sum of sqrt(s_i) y_i where y >= 0 minimises
+    # y'Ry / 2 less that sum, which is a least-squares problem by R's factor.
+    factor = np.linalg.cholesky(correlations + _RIDGE * np.eye(len(family)))
+    y, _ = nnls(factor.T, np.linalg.solve(factor, roots))
+    return float(roots @ y)
