@@ -75,7 +75,11 @@ def _why_no_branches(result: Any, voted: bool, config: StepConfig, server_args: 
             server_args.speculative_algorithm is not None,
             "this server decodes speculatively, which it does not work with",
         ),
-        (result.stream and not voted, "a streamed trace's text is out already: do not stream it"),
+        (
+            # One that is sent as a whole, at its end, may be.
+            result.stream and not voted and (params.stream_interval or 1) < protocol.NEVER_STREAMED,
+            "a streamed trace's text is out already: do not stream it",
+        ),
         (result.return_logprob, "a branch has no log-probabilities of its parent's tokens"),
         (result.return_hidden_states, "a branch has no hidden states of its parent's tokens"),
         (
