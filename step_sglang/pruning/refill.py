@@ -237,11 +237,11 @@ def _open(source: SourceView, view: RefillView, rules: RefillRules) -> list[Boun
     left = max(0.0, view.expected - shortest) if running else 0.0
     first = view.expected - left - rules.slack * view.expected
     # The end of a finished trace is settled by what comes before: it would only come again.
-    last = source.boundaries[-1].num_steps - (0 if source.running else rules.min_steps)
+    latest = source.boundaries[-1].num_steps - (0 if source.running else rules.min_steps)
     return [
         boundary
         for boundary in source.boundaries
-        if source.since + rules.min_steps <= boundary.num_steps <= last
+        if source.since + rules.min_steps <= boundary.num_steps <= latest
         and boundary.position + 1 >= first
     ]
 
