@@ -50,7 +50,9 @@ def _step_adder(base: Any, scheduler: Any) -> type:
                     return base.add_one_req(self, req, has_chunked_req, truncation_align_size)
 
             result = admit()
-            if result is not AddReqResult.NO_TOKEN or not makes_room or not state.groups:
+            # Nobody gives for a branch: it waits, for memory was free when it was decided.
+            room_is_made = makes_room and bool(state.groups) and not _is_branch(req)
+            if result is not AddReqResult.NO_TOKEN or not room_is_made:
                 return result
             # It says that this request did not fit, or that after it the next one will not.
             room = self._room()
@@ -204,6 +206,11 @@ class PrefillReclaimer:
         )
         held = self._round.candidates.held(group.group_id)
         return float((held + admitted + need) / group.weight)
+
+
+def _is_branch(req: Any) -> bool:
+    trace = trace_of(req)
+    return trace is not None and trace.origin is not None
 
 
 def _prunable(req: Any) -> bool:

@@ -221,6 +221,12 @@ GET_OUTPUT_STREAMER_CLASS = Target(
     why='sends meta_info["step"], and learns how a trace ended',
     until="the streamer class is set in the server arguments",
 )
+ABORT_SCHEDULED = Target(
+    f"{_SCHEDULER}.abort_request",
+    ("self", "recv_req"),
+    why="aborts a pruned trace whose place a branch may take, which neither waits nor runs",
+    until="every end of a request passes the streamer",
+)
 SEND_ABORT_OUTPUT = Target(
     f"{_SCHEDULER}.send_abort_output",
     ("self", "abort_req", "req"),
@@ -325,6 +331,7 @@ HOOKED = (
     GET_PREFILL_ADDER_CLASS,
     GET_OUTPUT_STREAMER_CLASS,
     SEND_ABORT_OUTPUT,
+    ABORT_SCHEDULED,
     FORWARD_BATCH_GENERATION,
     LOGITS_FORWARD,
     MODEL_FORWARD,
@@ -363,6 +370,29 @@ USED = (
     Target(f"{_SCHEDULER}._reqs_finishing_inflight", ("self", "batch")),
     Target(f"{_REQUEST}.finished", ("self",)),
     Target(f"{_REQUEST}.release_mm_inputs_on_abort", ("self",)),
+    Target(f"{_REQUEST}.reset_for_retract", ("self",)),
+    Target(f"{_REQUEST}.refresh_fill_ids", ("self",)),
+    Target("sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.evictable_size", ("self",)),
+    Target("sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.supports_mamba", ("self",)),
+    Target("sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.supports_swa", ("self",)),
+    Target(
+        "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache.checkpoint",
+        ("self", "req", "up_to", "kwargs"),
+    ),
+    Target("sglang.srt.managers.scheduler._make_abort_req", ("req", "finished_reason")),
+    Target(
+        f"{_SCHEDULER}.get_num_allocatable_reqs",
+        ("self", "running_bs", "beam_width", "running_batch", "num_held_rows"),
+    ),
+    Target(
+        "sglang.srt.managers.scheduler_components.batch_result_processor"
+        ".SchedulerBatchResultProcessor._maybe_update_reasoning_tokens",
+        ("self", "req", "next_token_id"),
+    ),
+    Target(
+        "sglang.srt.utils.weight_versions.truncate_weight_version_events",
+        ("events", "num_kept_tokens"),
+    ),
     Target(f"{_BATCH}.is_empty", ("self",)),
     Target(f"{_BATCH}.check_decode_mem", ("self", "selected_indices")),
     Target(f"{_BATCH}.new_tokens_required_next_decode", ("self", "selected_indices")),

@@ -64,6 +64,7 @@ SCHEDULER = (
     Hook(contract.GET_PREFILL_ADDER_CLASS, HookType.AFTER, "admission:get_prefill_adder_class"),
     Hook(contract.GET_OUTPUT_STREAMER_CLASS, HookType.AFTER, "streaming:get_output_streamer_class"),
     Hook(contract.SEND_ABORT_OUTPUT, HookType.AFTER, "scheduler:send_abort_output"),
+    Hook(contract.ABORT_SCHEDULED, HookType.AFTER, "places:abort_request"),
     Hook(contract.FORWARD_BATCH_GENERATION, HookType.BEFORE, "forward:forward_batch_generation"),
     Hook(contract.LOGITS_FORWARD, HookType.BEFORE, "forward:logits_forward"),
     Hook(contract.MODEL_FORWARD, HookType.AFTER, "forward:model_forward"),

@@ -184,6 +184,11 @@ def _check(server_args: Any, config: StepConfig) -> None:
         raise ConfigError(
             "not supported with --enable-step: embedding, reward and classification models"
         )
+    if config.refill != protocol.REFILL_OFF and cfg.speculative_algorithm is not None:
+        raise ConfigError(
+            f"not supported with --step-refill {config.refill}: speculative decoding: leave one of "
+            "them out"
+        )
     if config.capture and cfg.speculative_algorithm is not None:
         raise ConfigError(
             "not supported with --step-capture: speculative decoding: collect without it, the "

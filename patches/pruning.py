@@ -6,16 +6,19 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from step_sglang import protocol
 from step_sglang.errors import safe_repr
 from step_sglang.patches.guard import guard
-from step_sglang.patches.state import SchedulerStep, state_of, trace_of
+from step_sglang.patches.places import keep_place, may_be_taken
+from step_sglang.patches.state import TRACE, SchedulerStep, state_of, trace_of
 from step_sglang.pruning.groups import Group, TraceStatus
 from step_sglang.pruning.policy import Candidates, GroupView, TraceView, above_watermark
 
 logger = logging.getLogger(__name__)
+
+Choice = TypeVar("Choice")
 
 
 def update_running_batch(scheduler: Any, batch: Any) -> None:
@@ -250,7 +253,7 @@ class PruningRound:
     ) -> list[Any]:
         """Prune those on which the ranks agree, until there is enough room."""
         chosen = [victim.handle for victim in victims]
-        agreed = _agree(self._scheduler, chosen)
+        agreed = agree(self._scheduler, chosen)
         gone: list[Any] = []
         for index in agreed:
             if gone and enough():
@@ -291,10 +294,15 @@ def _views(reqs: Sequence[Any], page: int, spared: set[Any]) -> list[GroupView]:
 def own_tokens(req: Any, page: int, more: int = 0) -> int:
     """KV tokens of a running request that no other can share, once ``more`` are allocated to it.
 
-    The shared prompt stays. What else the tree holds of it (after a resume) becomes evictable
-    with it, so it counts as its own.
+    The shared prompt stays, and so does what a branch and its parent share of their text.
+    What else the tree holds of it (after a resume) becomes evictable with it, so it counts as its
+    own.
     """
     shared = min(req.kv.cache_protected_len, len(req.origin_input_ids))
+    trace = trace_of(req)
+    if trace is not None and trace.common:
+        prefix = len(req.origin_input_ids) + trace.common
+        shared = max(shared, min(req.kv.cache_protected_len, prefix) // page * page)
     return int(-(-(req.kv.kv_allocated_len + more) // page) * page - shared)
 
 
@@ -306,6 +314,10 @@ def own_tokens_of(reqs: Sequence[Any], page: int) -> list[int]:
         protected = kv.cache_protected_len
         if protected < shared:  # noqa: PLR1730 - min() costs as much as all the rest
             shared = protected
+        trace = getattr(req, TRACE, None)
+        if trace is not None and trace.common:
+            found.append(own_tokens(req, page))
+            continue
         found.append(-(-kv.kv_allocated_len // page) * page - shared)
     return found
 
@@ -318,7 +330,7 @@ def _end_aborted(state: SchedulerStep, reqs: Sequence[Any]) -> None:
             state.groups.end(trace, TraceStatus.ABORTED)
 
 
-def _agree(scheduler: Any, victims: list[int]) -> list[int]:
+def agree(scheduler: Any, victims: list[Choice]) -> list[Choice]:
     """Every tensor-parallel rank takes the first rank's choice.
 
     All ranks come here in the same iteration, because their memory state is identical; their
@@ -329,7 +341,7 @@ def _agree(scheduler: Any, victims: list[int]) -> list[int]:
         return victims
     from sglang.srt.utils import broadcast_pyobj
 
-    agreed: list[int] = broadcast_pyobj(
+    agreed: list[Choice] = broadcast_pyobj(
         victims, group.rank, scheduler.tp_cpu_group, src=group.ranks[0]
     )
     return agreed
@@ -354,17 +366,22 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
             safe_repr(group.group_id, 300),
         )
     trace.reason, trace.tokens = reason, len(req.output_ids)
+    keeps_place = may_be_taken(trace)
     state.groups.end(trace, TraceStatus.PRUNED)
     score = "none" if trace.score is None else f"{trace.score:.4f}"
     message = f"{protocol.PRUNED_MESSAGE}: trace score {score} after {trace.num_steps} steps"
-    # Before the release: a session keeps the row of a request that did not abort.
-    req.finished_reason = FINISH_ABORT(message)
+    if not keeps_place:
+        # Before the release: a session keeps the row of a request that did not abort.
+        req.finished_reason = FINISH_ABORT(message)
     allocator = batch.token_to_kv_pool_allocator
     before = allocator.available_size()
     # Not inserted into the radix tree: nobody will continue this text.
     release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
-    req.release_mm_inputs_on_abort()
-    req.time_stats.set_completion_time()
+    if keeps_place:
+        keep_place(state, req, message)
+    else:
+        req.release_mm_inputs_on_abort()
+        req.time_stats.set_completion_time()
     available = allocator.available_size()
     if state.metrics is not None:
         with guard(protocol.IN_METRICS):
@@ -385,8 +402,26 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
 
 
 def _dismiss(scheduler: Any, batch: Any, gone: Sequence[Any]) -> None:
-    """Take victims out of their batch and answer them, all at once: each costs the whole batch."""
+    """Take victims out of their batch and answer them, all at once: each costs the whole batch.
+
+    Those whose place is kept are not answered yet.
+    """
     if gone:
-        batch.filter_batch()
+        kept = [req for req in gone if not req.finished()]
+        batch.filter_batch(reqs_to_exclude=kept)
         batch.batch_is_full = False
-        scheduler.output_streamer.stream_output(gone, any(req.return_logprob for req in gone))
+        ended = [req for req in gone if req.finished()]
+        scheduler.output_streamer.stream_output(ended, any(req.return_logprob for req in ended))
+
+
+def prune_for_refill(scheduler: Any, state: SchedulerStep, batch: Any, reqs: Sequence[Any]) -> None:
+    """Prune running traces that give way to branches of better ones."""
+    for req in reqs:
+        _prune(scheduler, state, batch, req, protocol.PRUNED_FOR_REFILL)
+    _dismiss(scheduler, batch, reqs)
+
+
+def held_by_groups(batch: Any) -> int:
+    """KV tokens that pruning could free of all running traces, their groups' minimum left aside."""
+    page = batch.token_to_kv_pool_allocator.page_size
+    return sum(own_tokens(req, page) for req in batch.reqs if _gives_memory(req))

@@ -15,6 +15,7 @@ from step_sglang import protocol
 from step_sglang.config import AUTO, OFF
 from step_sglang.patches.guard import guard
 from step_sglang.patches.pruning import own_tokens
+from step_sglang.patches.refill import refill
 from step_sglang.patches.state import SchedulerStep, state_of, trace_of
 from step_sglang.pruning.admission import (
     NEW,
@@ -75,6 +76,8 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
     Who comes in the middle of a pass, as a grammar is ready or by preemption, is tried in the next.
     """
     state, shown = state_of(scheduler), None
+    if state is not None:
+        refill(scheduler, state, running_batch)
     if state is not None and not (scheduler.waiting_queue and state.groups.num_live):
         _say_waiting(state, 0)
     if state is not None and _has_to_choose(scheduler, state, running_batch):

@@ -183,6 +183,8 @@ def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -
         samples=params.n,
         rid=req.rid,
         show_text=step_request.show_text,
+        # The tokenizer manager decided it, who knows what can have branches.
+        refill=step_request.refill or protocol.REFILL_OFF,
     )
     set_trace(req, trace)
 
@@ -230,6 +232,7 @@ def _add_state(result: Any, state: SchedulerStep) -> None:
         "batch_limit": state.max_batch,
         "kv_limit": state.kv_limit,
         "live_traces": state.groups.num_live,
+        "free_places": 0 if state.places is None else state.places.free(),
         "steps_unscored": forward.steps_unscored(),
         "passes_lost": forward.passes_lost(),
         "stopped": state.groups.stopped,

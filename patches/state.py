@@ -42,6 +42,7 @@ class SchedulerStep:
     came: list[Any] | None = None  # requests that came in the admission pass that goes on, if any
     refused: Any = None  # the request that did not fit in the admission pass that goes on
     warned_unscored: bool = False  # a group was pruned that has no scored step
+    places: Any = None  # of pruned traces that branches may take, see `places`
     scorer_stale: bool = False  # the weights that it was trained for were replaced
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from step_sglang import protocol
 from step_sglang.patches.guard import guard
+from step_sglang.patches.places import keep_source, withheld
 from step_sglang.patches.queue import set_limits
 from step_sglang.patches.state import SchedulerStep, state_of, trace_of
 from step_sglang.pruning.groups import GroupRegistry, Trace, TraceStatus
@@ -44,6 +45,13 @@ def _step_streamer(base: Any, state: SchedulerStep) -> type:
     class StepOutputStreamer(base):  # type: ignore[misc]
         has_additional_customized_info = True
 
+        def stream_output(
+            self, reqs: list[Any], return_logprob: bool, skip_req: Any | None = None
+        ) -> None:
+            if groups.families:
+                reqs = [req for req in reqs if not withheld(req)]
+            super().stream_output(reqs, return_logprob, skip_req)
+
         def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list[Any]]:
             fields: dict[str, list[Any]] = super().build_additional_customized_info(reqs)
             traces = [trace_of(req) for req in reqs]
@@ -56,6 +64,8 @@ def _step_streamer(base: Any, state: SchedulerStep) -> type:
                         groups.end(trace, _status(req))
                         if trace.fate is TraceStatus.FINISHED:
                             state.lengths.finished(len(req.output_ids))
+                            if trace.refills:
+                                keep_source(state, req, trace)
                 if metrics is not None and (trace or req.sampling_params.max_new_tokens):
                     with guard(protocol.IN_METRICS):
                         waited = req.time_stats.queue_duration_s

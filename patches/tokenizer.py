@@ -13,7 +13,12 @@ from step_sglang.patches.page import trace_finished
 from step_sglang.patches.parsed import parsed_of, pruned_mode
 from step_sglang.patches.record import config_of
 from step_sglang.pruning.affinity import replica_of
-from step_sglang.pruning.request import StepRequest, check_group_size
+from step_sglang.pruning.request import (
+    StepRequest,
+    check_group_size,
+    refill_of,
+    with_refill,
+)
 
 
 def create_tokenized_object(result: Any, manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
@@ -39,9 +44,66 @@ def create_tokenized_object(result: Any, manager: Any, obj: Any, *args: Any, **k
             f"custom_params.step.prompt_tokens is {step_request.prompt_tokens}, but the input has "
             f"only {tokens} tokens"
         )
+    _decide_refill(result, step_request, parsed_of(obj).voted, config, manager.server_args)
     replicas = manager.server_args.dp_size
     if replicas > 1 and step_request.group is not None and result.routed_dp_rank is None:
         result.routed_dp_rank = replica_of(step_request.group, replicas)
+
+
+def _decide_refill(
+    result: Any, step_request: StepRequest, voted: bool, config: StepConfig, server_args: Any
+) -> None:
+    """Tell the scheduler what becomes of the places of this trace's group."""
+    params = result.sampling_params
+    mode = refill_of(
+        step_request,
+        config.refill,
+        params.n,
+        step_request.min_survivors or config.min_survivors,
+        _why_no_branches(result, voted, config, server_args),
+    )
+    params.custom_params = with_refill(params.custom_params, mode)
+
+
+def _why_no_branches(result: Any, voted: bool, config: StepConfig, server_args: Any) -> str | None:
+    """Why no branch can take a request's place, if that is so."""
+    params = result.sampling_params
+    reasons = (
+        (config.capture, "a server started with --step-capture prunes nothing"),
+        (config.policy == "paper", "a server with --step-policy paper knows no groups"),
+        (
+            server_args.speculative_algorithm is not None,
+            "this server decodes speculatively, which it does not work with",
+        ),
+        (
+            # One that is sent as a whole, at its end, may be.
+            result.stream and not voted and (params.stream_interval or 1) < protocol.NEVER_STREAMED,
+            "a streamed trace's text is out already: do not stream it",
+        ),
+        (result.return_logprob, "a branch has no log-probabilities of its parent's tokens"),
+        (result.return_hidden_states, "a branch has no hidden states of its parent's tokens"),
+        (
+            bool(params.json_schema or params.regex or params.ebnf or params.structural_tag),
+            "a grammar does not go back to a step boundary",
+        ),
+        (
+            result.session_id is not None or result.session_params is not None,
+            "a session's turns are not pruned and taken up again",
+        ),
+        (result.mm_inputs is not None, "it works with text alone, not with images, audio or video"),
+        (
+            result.input_embeds is not None or result.positional_embed_overrides is not None,
+            "it works with tokens alone, not with embeddings",
+        ),
+        (result.custom_logit_processor is not None, "custom logit processors keep their own state"),
+        (
+            result.return_sampling_mask
+            or result.return_routed_experts
+            or result.return_indexer_topk,
+            "a branch has no such values for its parent's tokens",
+        ),
+    )
+    return next((text for holds, text in reasons if holds), None)
 
 
 def _check_baseline(step_request: StepRequest, config: StepConfig, server_args: Any) -> None:
@@ -75,7 +137,12 @@ def update_request_meta_info(
         step = customized_info.get(protocol.META_KEY)
         if step is None or step[index] is None:
             return
+        extra = step[index].pop(protocol.META_EXTRA_TOKENS, None)
         meta_info[protocol.META_KEY] = step[index]
+        if extra is not None:
+            # Every generated token counts once: in the place in which it was generated.
+            for name, more in zip(("completion_tokens", "reasoning_tokens"), extra, strict=True):
+                meta_info[name] += more
         if step[index][protocol.META_PRUNED] and finish_reason is not None:
             meta_info["finish_reason"] = _reported(manager, state.obj, meta_info, finish_reason)
         elif finish_reason is not None and finish_reason["type"] != "abort":

@@ -9,7 +9,16 @@ from functools import partial
 from typing import Any
 
 from step_sglang.errors import ConfigError, nearest
-from step_sglang.protocol import EFFORTS, EXTRACTORS, NGRAMS, PRUNED_ABORT, PRUNED_MODES, VOTES
+from step_sglang.protocol import (
+    EFFORTS,
+    EXTRACTORS,
+    NGRAMS,
+    PRUNED_ABORT,
+    PRUNED_MODES,
+    REFILL_FLAGS,
+    REFILL_OFF,
+    VOTES,
+)
 
 POLICIES = ("fair", "paper")
 SCOPES = ("thinking", "all")
@@ -117,6 +126,16 @@ class StepConfig:
             "a captured decode graph, where graphs are used.",
         },
     )
+    refill: str = field(
+        default=REFILL_OFF,
+        metadata={
+            "choices": REFILL_FLAGS,
+            "help": "What freed memory is used for while a group's pruned traces are gone. best: "
+            "new traces in their place, which branch from step boundaries of the best ones. "
+            "random: from any, for comparison. off: nothing (the only choice with --step-policy "
+            "paper and --step-capture).",
+        },
+    )
     traces: int = field(
         default=1,
         metadata={
@@ -206,6 +225,7 @@ class StepConfig:
                 "--step-admit out, or use --step-policy fair"
             )
         self._check_watermark()
+        self._check_refill()
         self._check_limits()
         for flag, value in (
             ("--step-min-survivors", self.min_survivors),
@@ -262,6 +282,18 @@ class StepConfig:
             raise ConfigError(
                 "--step-policy paper prunes when memory is full, so --step-prune-at contradicts "
                 "it: leave --step-prune-at out, or use --step-policy fair"
+            )
+
+    def _check_refill(self) -> None:
+        _check_choice("--step-refill", self.refill, REFILL_FLAGS)
+        if self.refill != REFILL_OFF and (self.policy == "paper" or self.capture):
+            other = (
+                "--step-capture prunes nothing"
+                if self.capture
+                else "--step-policy paper knows no groups"
+            )
+            raise ConfigError(
+                f"{other}, so --step-refill {self.refill} contradicts it: leave one of them out"
             )
 
     def _check_limits(self) -> None:

@@ -22,9 +22,10 @@ RECORD = "record"
 PRUNED = "pruned"
 SHOW_TEXT = "show_text"
 PRUNE_AT = "prune_at"
+REFILL = "refill"
 REQUEST_MEMBERS = (
     GROUP, TRACE, WEIGHT, MIN_SURVIVORS, STEP_SCORES, HIDDEN_STATES, PROMPT_TOKENS, BASELINE,
-    RECORD, PRUNED, SHOW_TEXT, PRUNE_AT,
+    RECORD, PRUNED, SHOW_TEXT, PRUNE_AT, REFILL,
 )  # fmt: skip
 
 # How a pruned trace is reported: the values of PRUNED.
@@ -32,6 +33,14 @@ PRUNED_ABORT = "abort"  # with `finish_reason` abort
 PRUNED_LENGTH = "length"  # with `finish_reason` length, which typed clients know
 PRUNED_OMIT = "omit"  # like that, and not at all in an OpenAI answer of several choices
 PRUNED_MODES = (PRUNED_ABORT, PRUNED_LENGTH, PRUNED_OMIT)
+
+# What freed memory is used for: the values of REFILL.
+REFILL_OFF = "off"
+REFILL_BEST = "best"  # traces that branch from the best prefixes
+REFILL_RANDOM = "random"  # the control: from any
+REFILL_GAMBIT = "gambit"  # by the rule of Gambit (arXiv 2608.08020), for comparison
+REFILL_FLAGS = (REFILL_OFF, REFILL_BEST, REFILL_RANDOM)
+REFILL_MODES = (*REFILL_FLAGS, REFILL_GAMBIT)
 
 # Members that ask for one voted answer instead; they never reach the scheduler.
 TRACES = "traces"
@@ -63,6 +72,14 @@ META_POSITIONS = "positions"
 META_HIDDEN_STATES = "hidden_states"
 META_CONFIDENCE = "confidence"
 META_RECORD = "record"
+META_BRANCH = "branch"
+BRANCH_PARENT = "parent"  # request id
+BRANCH_POSITION = "position"  # of the parent's last token that the branch begins with
+BRANCH_DEPTH = "depth"  # 1: the parent is no branch itself
+BRANCH_LINEAGE = "lineage"  # [name, steps] of each ancestor, the first one first
+BRANCH_NAME = "name"  # in the lineage of others
+# From the scheduler to the tokenizer manager alone: what to add to the tokens that are reported.
+META_EXTRA_TOKENS = "extra_tokens"
 RECORD_TIMES = "token_times"
 RECORD_CONFIDENCES = "confidences"
 
@@ -86,6 +103,11 @@ PRUNED_FOR_ADMISSION = "admission"  # a waiting request did not fit
 PRUNED_FOR_VOTE = "shrink"  # fewer traces settle the vote
 PRUNED_FOR_CONFIDENCE = "confidence"  # DeepConf
 PRUNED_FOR_SIMILARITY = "similarity"  # Slim-SC
+PRUNED_FOR_REFILL = "refill"  # gave way to a branch of a better trace
+
+# Why a branch was started, in the log line and the metrics.
+BRANCHED_FOR_ROOM = "room"  # memory was free
+BRANCHED_FOR_SWAP = "swap"  # in the place of a trace that gave way
 
 # The endpoint that ends a group, and its answer's member.
 ABORT_GROUP_PATH = "/step/abort_group"
@@ -108,6 +130,7 @@ NOT_VOTED = "not_voted"  # the vote's status where none was taken although one w
 IN_SCORING = "scoring"
 IN_PRUNING = "pruning"
 IN_ADMISSION = "admission"
+IN_REFILL = "refill"
 IN_REQUESTS = "requests"
 IN_RESPONSES = "responses"
 IN_METRICS = "metrics"

@@ -23,6 +23,7 @@ SHARED = {
     "test_baselines.py": "reasoner",
     "test_bench.py": "reasoner",
     "test_page.py": "reasoner",
+    "test_refill.py": "reasoner",
 }
 
 

@@ -22,6 +22,7 @@ from step_sglang import protocol
 from step_sglang.client.http import known_key, server_url
 from step_sglang.voting.answers import Extractor, extract_boxed
 from step_sglang.voting.classes import Same
+from step_sglang.voting.families import lineage_of
 from step_sglang.voting.tally import Ballot, Tally, check_vote, share_of, tallying, weight_of
 from step_sglang.voting.verifier import AnswerVerifier
 
@@ -94,7 +95,7 @@ def vote(
             continue
         score = (info.get(protocol.META_KEY) or {}).get(protocol.META_SCORE)
         scores[index] = -1.0 if score is None else score
-        ballots.append(Ballot(answer, weight_of(score, vote)))
+        ballots.append(Ballot(answer, weight_of(score, vote), lineage_of(info)))
         voters.append(index)
     answers = tuple(
         Tally(t.answer, t.weight, tuple(voters[i] for i in t.members))

@@ -102,6 +102,7 @@ class Method:
     policy: str | None = "fair"
     single: bool = False  # one trace whatever n is
     ample: bool = False  # wants a server whose memory was not made small
+    families: bool = True  # branches of one trace weigh less together than strangers
 
 
 def confidence_of(trace: SampledTrace) -> float | None:
@@ -193,6 +194,10 @@ def _effort(effort: str) -> Ask:
     return _one_request({"prune_at": point.prune_at}, rules)
 
 
+def _refill(mode: str) -> Ask:
+    return _one_request({"refill": mode})
+
+
 def _majority(trace: SampledTrace, threshold: float | None) -> float:
     return 1.0
 
@@ -211,7 +216,9 @@ def _by_confidence(trace: SampledTrace, threshold: float | None) -> float | None
 
 # STEP waits for all survivors, as the paper's does; `step-early` ends the group once it is
 # improbable that the others change the answer, `step-exact` once they cannot. Likewise SC.
-# `step-balanced` and `step-fast` also shrink the group, and hold it to a share of the pool.
+# `step-balanced` and `step-fast` also shrink the group, and hold it to a share of the pool. The
+# refilled ones start branches where memory is free; `gambit`'s vote adds up the scores, as its
+# paper's does, the others' know families.
 # `step-paper` differs from `step` in the victims alone: both weigh the traces that finished, while
 # the reference's script also counts pruned traces whose text contains "boxed".
 METHODS = {
@@ -233,6 +240,9 @@ METHODS = {
         Method("step-balanced", "STEP, effort balanced", _effort("balanced"), _by_score),
         Method("step-fast", "STEP, effort fast", _effort("fast"), _by_score),
         Method("step-exact", "STEP, ends when certain", _step("exact"), _by_score),
+        Method("step-refill", "STEP, refilled", _refill("best"), _by_score),
+        Method("step-refill-random", "STEP, refilled from any", _refill("random"), _by_score),
+        Method("gambit", "Gambit's rule", _refill("gambit"), _by_score, families=False),
     )
 }
 

@@ -24,6 +24,7 @@ from step_sglang.evaluation.methods import (
 from step_sglang.evaluation.trial_result import TrialTrace
 from step_sglang.voting.answers import Extractor
 from step_sglang.voting.classes import Steps
+from step_sglang.voting.families import lineage_of
 from step_sglang.voting.session import (
     STREAM_INTERVAL,
     SampledTrace,
@@ -124,11 +125,11 @@ class _Agreement:
         return bool(tallies) and share_of(tallies) >= self._until.share
 
 
-def _ballot(trace: SampledTrace, weight: float | None) -> Ballot | None:
+def _ballot(trace: SampledTrace, weight: float | None, *, families: bool = False) -> Ballot | None:
     """Of a trace that finished with an answer, unless its method keeps it out of the vote."""
     if trace.fate is not TraceFate.FINISHED or trace.answer is None or weight is None:
         return None
-    return Ballot(trace.answer, weight)
+    return Ballot(trace.answer, weight, lineage_of(trace.meta_info) if families else None)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ def grade(method: Method, asked: SampleResult, gold: str, verifier: AnswerVerifi
 
     ballots = []
     for trace in asked.traces:
-        if (ballot := _ballot(trace, method.weigh(trace, asked.threshold))) is not None:
+        weight = method.weigh(trace, asked.threshold)
+        if (ballot := _ballot(trace, weight, families=method.families)) is not None:
             ballots.append(ballot)
     tallies = verifier.comparison().run(tallying(ballots))
     answer = tallies[0].answer if tallies else None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from step_sglang.live.events import (
+    Branch,
     GroupBegan,
     PoolSample,
     Progress,
@@ -53,6 +54,10 @@ class Feed:
         if trace in self._traces or not trace.is_live or not self._room():
             return
         now = self._clock()
+        origin, branch = trace.origin, None
+        if origin is not None:
+            branch = Branch(origin.parent, origin.position + 1, trace.depth)
+            tokens = max(tokens, branch.position)
         group = self._groups.get(trace.group)
         if group is None:
             group = self._groups[trace.group] = self._number()
@@ -69,6 +74,7 @@ class Feed:
                 tokens,
                 trace.num_steps,
                 trace.score,
+                branch,
             )
         )
 

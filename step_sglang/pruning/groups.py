@@ -6,6 +6,7 @@ keeps its score when it loses its slot to a retraction.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from step_sglang import protocol
 from step_sglang.baselines.base import DEFAULT_TOP_K, Baseline, EngineContext, Signal
+from step_sglang.pruning.refill import Boundary
 from step_sglang.pruning.timeline import Timeline
 from step_sglang.scoring.capture import Capture
 from step_sglang.scoring.certainty import Certainty
@@ -50,6 +52,8 @@ class Group:
     alone: bool = False  # of one request that named no group, so it stays its only trace
     began: bool = False  # a trace of it was admitted
     samples: int = 1  # traces that one request asked for; they do not come all at once
+    refill: str = protocol.REFILL_OFF  # of its first trace with refill
+    branched: int = 0  # branches so far
 
     @property
     def for_memory(self) -> bool:
@@ -82,6 +86,31 @@ class Group:
         return self.for_memory and self.survivors > self.min_survivors
 
 
+@dataclass(frozen=True, slots=True)
+class BranchOrigin:
+    """Where a branch comes from.
+
+    ``ancestors``: of the traces whose text it begins with, the first one first: the name, and at
+    how many steps of the branch its part ends.
+    """
+
+    parent: str  # request id
+    position: int  # of the last token taken over, in the output
+    ancestors: tuple[tuple[str, int], ...]
+    tokens: int = 0  # tokens of the traces before it in this place, less those taken over
+    reasoning_tokens: int = 0  # likewise
+
+    def as_json(self, name: str) -> dict[str, Any]:
+        """JSON values; ``name`` is the branch's own."""
+        return {
+            protocol.BRANCH_PARENT: self.parent,
+            protocol.BRANCH_POSITION: self.position,
+            protocol.BRANCH_DEPTH: len(self.ancestors),
+            protocol.BRANCH_NAME: name,
+            protocol.BRANCH_LINEAGE: [list(one) for one in self.ancestors],
+        }
+
+
 @dataclass(slots=True, eq=False)
 class Trace:
     """One sampled continuation. Its score is mirrored from the device after every step."""
@@ -105,6 +134,34 @@ class Trace:
     rid: str = ""  # its request's id
     show_text: bool = False  # whoever watches may see the text of its steps
     tokens: int = 0  # generated, known when it ends
+    refill: str = protocol.REFILL_OFF  # what becomes of its place once it is pruned
+    number: int = 0  # of traces that were in its place before it
+    origin: BranchOrigin | None = None  # of a branch
+    boundaries: list[Boundary] | None = None  # of its steps, with refill
+    start: tuple[float, int] = (0.0, 0)  # score sum and steps of earlier requests of its name
+    since: int = 0  # steps: its last branch, or its own begin
+    branches: int = 0  # of it
+    common: int = 0  # output tokens that it shares with its branches, or with its parent
+
+    @property
+    def refills(self) -> bool:
+        """Whether a branch may take its place, and may branch from it."""
+        return self.refill != protocol.REFILL_OFF
+
+    @property
+    def label(self) -> str:
+        """Its name among its group's traces: its request's id, "ID/1" for the next there."""
+        return f"{self.rid}/{self.number}" if self.number else self.rid
+
+    @property
+    def root(self) -> str:
+        """The name of its first ancestor, which all of its family share; its own without one."""
+        return self.label if self.origin is None else self.origin.ancestors[0][0]
+
+    @property
+    def depth(self) -> int:
+        """Branches between it and a trace that is none."""
+        return 0 if self.origin is None else len(self.origin.ancestors)
 
     @property
     def is_live(self) -> bool:
@@ -158,6 +215,8 @@ class Trace:
             self.step_scores.append(step_score)
         if self.positions is not None:
             self.positions.append(position)
+        if self.boundaries is not None:
+            self.boundaries.append(Boundary(position, self.score_sum, self.num_steps))
 
     def rank_key(self, length: int) -> tuple[float, int]:
         """(score sum, number of steps) by which it ranks when memory is short.
@@ -179,6 +238,10 @@ class Trace:
         }
         if self.signal is not None:
             info.update(self.signal.meta())
+        if self.origin is not None:
+            info[protocol.META_BRANCH] = self.origin.as_json(self.label)
+            extra = (self.origin.tokens, self.origin.reasoning_tokens)
+            info[protocol.META_EXTRA_TOKENS] = extra
         if self.fate is TraceStatus.LIVE:
             return info
         if self.fate is TraceStatus.PRUNED:
@@ -240,6 +303,7 @@ class GroupRegistry:
     watcher: Watcher | None = None
     by_certainty: bool = False  # the server has no scorer
     stopped: str | None = None  # why STEP was given up
+    families: Counter[str] = field(default_factory=Counter)  # live traces with refill, by root
     changes: int = 0  # traces that joined or ended so far, and STEP's own end
     num_held: int = 0  # groups that may not have the whole pool
 
@@ -271,6 +335,7 @@ class GroupRegistry:
         samples: int = 1,
         rid: str = "",
         show_text: bool = False,
+        refill: str = protocol.REFILL_OFF,
     ) -> Trace:
         """Add a live trace to a group, which begins with it when it is new.
 
@@ -278,7 +343,8 @@ class GroupRegistry:
         value wins; on the baseline (which needs ``context``), the first member's.
         A named trace that ended before starts from its score then, and no longer counts as
         finished. ``alone``: its request named no group. ``samples``: traces of its request, whose
-        id is ``rid``. ``show_text``: whoever watches may see the text of its steps.
+        id is ``rid``. ``show_text``: whoever watches may see the text of its steps. ``refill``:
+        what becomes of its place once it is pruned.
         """
         group = self._groups.get(group_id)
         if group is None:
@@ -295,6 +361,8 @@ class GroupRegistry:
             rid=rid,
             show_text=show_text,
             certainty=Certainty() if self.by_certainty else None,
+            refill=refill,
+            boundaries=None if refill == protocol.REFILL_OFF else [],
         )
         if group.baseline is not None and context is not None:
             trace.signal = group.baseline.signal(trace, group.joined + 1, context)
@@ -310,17 +378,93 @@ class GroupRegistry:
         group.samples = max(group.samples, samples)
         group.live += 1
         group.joined += 1
+        if group.refill == protocol.REFILL_OFF:
+            group.refill = refill
+        trace.refill = group.refill if trace.refills else refill
         self.num_live += 1
+        if trace.refills:
+            self.families[trace.root] += 1
         if trace.watches_tokens:
             self.watched[trace.top_k] += 1
         before = None if name is None else self._named.pop((group_id, name), None)
         if before is not None:
             trace.score_sum, trace.num_steps = before.score_sum, before.num_steps
+            trace.start, trace.since = (before.score_sum, before.num_steps), before.num_steps
             trace.prompt_tokens = before.prompt_tokens
             group.scored = group.scored or before.num_steps > 0
             if before.finished_in is group:
                 group.finished -= 1
                 self.num_finished -= 1
+        if self.observer is not None:
+            self.observer(trace)
+        if self.watcher is not None:
+            self.watcher.joined(trace)
+        return trace
+
+    def branch(
+        self, place: Trace, parent: Trace, position: int, tokens: int, reasoning_tokens: int
+    ) -> Trace:
+        """Put a live branch of ``parent`` in the place of a pruned trace of the same group.
+
+        Its score starts from the parent's steps before the token at ``position``; a step that ends
+        there is scored again, in the pass that consumes that token.
+
+        Args:
+            place: the pruned trace.
+            parent: live or finished.
+            position: of the last output token that the branch takes over.
+            tokens: as :class:`BranchOrigin` has it.
+            reasoning_tokens: likewise.
+        """
+        group, known = parent.group, parent.boundaries
+        assert place.group is group and place.fate is TraceStatus.PRUNED and known is not None
+        steps = [boundary for boundary in known if boundary.position < position]
+        ends = len([boundary for boundary in known if boundary.position <= position])
+        ends += parent.start[1]
+        before = () if parent.origin is None else parent.origin.ancestors
+        trace = Trace(
+            group,
+            name=place.name,
+            prompt_tokens=place.prompt_tokens,
+            refill=place.refill,
+            rid=place.rid,
+            number=place.number + 1,
+            show_text=place.show_text,
+            boundaries=steps,
+            start=parent.start,
+            since=ends,
+            origin=BranchOrigin(
+                parent.rid,
+                position,
+                (*before, (parent.label, ends)),
+                tokens,
+                reasoning_tokens,
+            ),
+        )
+        if steps:
+            trace.score_sum, trace.num_steps = steps[-1].score_sum, steps[-1].num_steps
+        else:
+            trace.score_sum, trace.num_steps = parent.start
+        if place.step_scores is not None and place.positions is not None:
+            trace.step_scores, trace.positions = (
+                _differences(steps, parent.start[0]),
+                [step.position for step in steps],
+            )
+        if place.timeline is not None:
+            trace.timeline = Timeline()
+            if parent.timeline is not None:
+                trace.timeline = parent.timeline.up_to(position + 1)
+        trace.common, parent.common = position + 1, max(parent.common, position + 1)
+        parent.since, parent.branches = ends, parent.branches + 1
+        group.live += 1
+        group.branched += 1
+        self.num_live += 1
+        self.changes += 1
+        self.families[trace.root] += 1
+        if trace.watches_tokens:
+            self.watched[trace.top_k] += 1
+        if trace.name is not None:
+            self._named.pop((group.group_id, trace.name), None)
         if self.observer is not None:
             self.observer(trace)
         if self.watcher is not None:
@@ -366,6 +510,9 @@ class GroupRegistry:
         group = trace.group
         group.live -= 1
         self.num_live -= 1
+        if trace.refills:
+            self.families[trace.root] -= 1
+            self.families = +self.families
         if trace.watches_tokens:
             self.watched[trace.top_k] -= 1
             self.watched = +self.watched
@@ -394,6 +541,12 @@ class GroupRegistry:
 
     def __len__(self) -> int:
         return len(self._groups)
+
+
+def _differences(steps: list[Boundary], start: float) -> list[float]:
+    """The step scores that add up to these sums."""
+    sums = [start, *(step.score_sum for step in steps)]
+    return [after - before for before, after in itertools.pairwise(sums)]
 
 
 def _positions(capture: Capture | None) -> list[int]:

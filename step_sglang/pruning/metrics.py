@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from step_sglang.pruning.groups import GroupRegistry, Trace, TraceStatus
 
 SCORE_BUCKETS = tuple(i / 20 for i in range(1, 21))
+DEPTH_BUCKETS = (1, 2, 3, 4, 6, 8)
 WAITING_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # seconds
 
 
@@ -41,6 +42,15 @@ class StepMetrics:
         )
         self._freed = counter("step_tokens_freed_total", "KV tokens freed by pruning.")
         self._pruned = Counter("step_traces_pruned_total", "Traces pruned.", (*names, "reason"))
+        self._branches = Counter("step_branches_total", "Branches started.", (*names, "reason"))
+        self._depths = Histogram(
+            "step_branch_depth", "Branches between a started one and the first of its family.",
+            names, buckets=DEPTH_BUCKETS,
+        ).labels(**values)  # fmt: skip
+        self._families = gauge(
+            "step_families_alive",
+            "Families with a running or waiting trace, of groups with refill.",
+        )
         self._groups = gauge("step_groups_alive", "Groups with a running or waiting trace.")
         self._groups_waiting = gauge(
             "step_groups_waiting", "Groups that may not begin yet, because as many as may run do."
@@ -71,6 +81,7 @@ class StepMetrics:
         """A trace joined its group, or ended."""
         self._groups.set(len(groups))
         self._survivors.set(groups.num_survivors)
+        self._families.set(len(groups.families))
         if trace.fate is not TraceStatus.LIVE and trace.num_steps:
             self._traces.inc()
 
@@ -95,6 +106,11 @@ class StepMetrics:
         """A trace was pruned; ``reason`` is one of the words for it."""
         self._pruned.labels(**self._labels, reason=reason).inc()
         self._freed.inc(tokens_freed)
+
+    def trace_branched(self, reason: str, depth: int) -> None:
+        """A branch was started; ``reason`` is one of the words for it."""
+        self._branches.labels(**self._labels, reason=reason).inc()
+        self._depths.observe(depth)
 
     def scorer_is_stale(self) -> None:
         """The model's weights were updated."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,9 @@ class StepRequest:
     ``baseline``: another method than STEP judges the group's traces. ``record``: the final response
     says when each token came, and its confidence.
 
+    ``refill``: what becomes of the places of the group's pruned traces, one of
+    ``protocol.REFILL_MODES``; None: as the server does.
+
     ``pruned``: how a pruned trace is reported, one of ``protocol.PRUNED_MODES``; None: as the
     server does. ``show_text``: whoever looks at the live page may see the text of its steps.
 
@@ -44,6 +47,7 @@ class StepRequest:
     record: bool = False
     pruned: str | None = None
     show_text: bool = False
+    refill: str | None = None
 
 
 def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None:
@@ -97,8 +101,9 @@ def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None
         prompt_tokens=prompt_tokens,
         baseline=_baseline(value),
         record=_flag(value, protocol.RECORD),
-        pruned=_pruned(value),
         show_text=_flag(value, protocol.SHOW_TEXT),
+        pruned=_word(value, protocol.PRUNED, protocol.PRUNED_MODES),
+        refill=_word(value, protocol.REFILL, protocol.REFILL_MODES),
     )
     if prompt_tokens is not None and not step_request.hidden_states:
         raise RequestError("custom_params.step.prompt_tokens needs hidden_states: true beside it")
@@ -181,13 +186,12 @@ def _prune_at(value: Mapping[str, Any]) -> float:
     return float(share)
 
 
-def _pruned(value: Mapping[str, Any]) -> str | None:
-    mode = value.get(protocol.PRUNED)
-    if mode is None or (isinstance(mode, str) and mode in protocol.PRUNED_MODES):
-        return mode
+def _word(value: Mapping[str, Any], member: str, words: Sequence[str]) -> str | None:
+    word = value.get(member)
+    if word is None or (isinstance(word, str) and word in words):
+        return word
     raise RequestError(
-        f"custom_params.step.pruned must be one of {', '.join(protocol.PRUNED_MODES)}, "
-        f"not {safe_repr(mode)}"
+        f"custom_params.step.{member} must be one of {', '.join(words)}, not {safe_repr(word)}"
     )
 
 
@@ -230,6 +234,45 @@ def as_sample(step_request: StepRequest | None, new_group: Callable[[], str]) ->
     if step_request.group is not None:
         return step_request
     return replace(step_request, group=new_group())
+
+
+def with_refill(custom_params: Mapping[str, Any], mode: str) -> dict[str, Any]:
+    """Copy of checked ``custom_params`` of a trace that say what the scheduler shall do."""
+    value = custom_params[protocol.REQUEST_KEY]
+    members = value if isinstance(value, Mapping) else {}
+    return {**custom_params, protocol.REQUEST_KEY: {**members, protocol.REFILL: mode}}
+
+
+def refill_of(
+    step_request: StepRequest, default: str, samples: int, min_survivors: int, why_not: str | None
+) -> str:
+    """What becomes of the places of a trace's group.
+
+    Args:
+        step_request: as it reaches the scheduler.
+        default: the server's setting.
+        samples: the request's ``n``; 1 with a group may be one of many.
+        min_survivors: the group's.
+        why_not: why the request itself cannot have branches, if it cannot.
+
+    Raises:
+        RequestError: it asks for branches that it cannot have.
+    """
+    asked = step_request.refill
+    wanted = default if asked is None else asked
+    if wanted == protocol.REFILL_OFF:
+        return wanted
+    if why_not is None and step_request.baseline is not None:
+        why_not = "traces that a baseline judges are ended for good: leave baseline out"
+    if why_not is None and samples == 1 and step_request.group is None:
+        why_not = "a single trace has none to branch from: ask for several samples (n) or traces"
+    if why_not is None and samples > 1 and min_survivors >= samples:
+        why_not = f"none of {samples} traces is pruned: give a min_survivors below n"
+    if why_not is None:
+        return wanted
+    if asked is None:
+        return protocol.REFILL_OFF
+    raise RequestError(f"custom_params.step.refill is {asked!r}, but {why_not}")
 
 
 def with_group(custom_params: Mapping[str, Any] | None, group: str) -> dict[str, Any]:

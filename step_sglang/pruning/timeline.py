@@ -21,6 +21,10 @@ class Timeline:
         self.times.append(now)
         self.confidences.append(confidence)
 
+    def up_to(self, tokens: int) -> Timeline:
+        """Of the first tokens alone."""
+        return Timeline(self.times[:tokens], self.confidences[:tokens])
+
     def as_json(self) -> dict[str, Any]:
         """JSON values: tenths of a millisecond, the precision of fp32; null for NaN."""
         return {

@@ -101,11 +101,13 @@ class ParsedRequest:
 
     ``trace``: what it, or each of its samples, is as a trace; None where it said nothing of that.
     ``vote``: it gets one voted answer. ``declined``: it opted out with ``{"step": false}``.
+    ``voted``: it is the group of such a request, whose traces nobody reads before their end.
     """
 
     trace: StepRequest | None = None
     vote: VoteRequest | None = None
     declined: bool = False
+    voted: bool = False
 
 
 def parse(params: Mapping[str, Any], config: StepConfig) -> ParsedRequest:

@@ -24,6 +24,7 @@ from step_sglang.voting.early_stopping import (
     highest_weight,
     is_settled,
 )
+from step_sglang.voting.families import lineage_of
 from step_sglang.voting.shrink import check_shrink, surplus
 from step_sglang.voting.tally import Ballot, Poll, Tally, check_vote, share_of, weight_of
 
@@ -176,7 +177,8 @@ class VoteSession:
             trace = self._uncounted[0]
             trace.answer = self._extract(trace.text)
             if trace.fate is TraceFate.FINISHED and trace.answer is not None:
-                ballot = Ballot(trace.answer, weight_of(trace.score, self.rules.vote))
+                weight = weight_of(trace.score, self.rules.vote)
+                ballot = Ballot(trace.answer, weight, lineage_of(trace.meta_info))
                 yield from self._poll.adding(ballot)
                 self._voters.append(trace.index)
             self._uncounted.popleft()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from step_sglang.errors import VoteError, safe_repr
 from step_sglang.protocol import VOTES
 from step_sglang.voting.classes import AnswerClasses, PairwiseClasses, Same, Steps, run_here
+from step_sglang.voting.families import Lineage, weight_together
 
 # A finished trace without a step says nothing of its quality: the sigmoid's value at no evidence.
 # A constant, so that later traces never change what a finished one weighs.
@@ -24,6 +25,7 @@ class Ballot:
 
     answer: str
     weight: float
+    lineage: Lineage | None = None  # None: it is related to no other
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,9 @@ class Poll:
         check_vote(vote)
         self._vote = vote
         self._classes = AnswerClasses() if same is None else PairwiseClasses(same)
-        self._ballots: dict[str, list[tuple[int, float]]] = {}
+        self._ballots: dict[str, list[tuple[int, Ballot]]] = {}
         self._count = 0
+        self._related = False  # any is a branch of another
 
     def __len__(self) -> int:
         return self._count
@@ -86,8 +89,10 @@ class Poll:
     def adding(self, ballot: Ballot) -> Steps[None]:
         """Count one more ballot, in steps of which each may take long."""
         answer = yield from self._classes.find(ballot.answer.strip())
-        self._ballots.setdefault(answer, []).append((self._count, ballot.weight))
+        self._ballots.setdefault(answer, []).append((self._count, ballot))
         self._count += 1
+        if ballot.lineage is not None and len(ballot.lineage.path) > 1:
+            self._related = True
 
     def add(self, ballot: Ballot) -> None:
         """Count one more ballot, comparing in this process and without a limit."""
@@ -96,14 +101,21 @@ class Poll:
     def tallies(self) -> list[Tally]:
         """The answers, heaviest first, of equals the one with more traces, then the first given.
 
-        Under ``best`` an answer weighs as much as its best trace.
+        Under ``best`` an answer weighs as much as its best trace. Else branches of one trace weigh
+        less together than strangers do, see :mod:`step_sglang.voting.families`.
         """
-        total = max if self._vote == "best" else sum
         found = [
-            Tally(answer, total(weight for _, weight in ballots), tuple(i for i, _ in ballots))
+            Tally(answer, self._weight([b for _, b in ballots]), tuple(i for i, _ in ballots))
             for answer, ballots in self._ballots.items()
         ]
         return sorted(found, key=lambda t: (-t.weight, -t.count))
+
+    def _weight(self, ballots: Sequence[Ballot]) -> float:
+        if self._vote == "best":
+            return max(ballot.weight for ballot in ballots)
+        if self._related:
+            return weight_together([(ballot.weight, ballot.lineage) for ballot in ballots])
+        return sum(ballot.weight for ballot in ballots)
 
 
 def tallying(

@@ -1,0 +1,247 @@
+"""Refill: branches of good traces take the places of pruned ones while memory is free.
+
+A branch is the pruned trace's request with its parent's text up to a step boundary, put into the
+waiting queue like a retracted one. What the parent has computed of it is put into the radix tree
+first.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from step_sglang import protocol
+from step_sglang.errors import safe_repr
+from step_sglang.patches.guard import guard
+from step_sglang.patches.places import GroupPlaces, Place, answer_rest
+from step_sglang.patches.pruning import agree, held_by_groups, prune_for_refill
+from step_sglang.patches.state import SchedulerStep, set_trace, trace_of
+from step_sglang.pruning.groups import Group
+from step_sglang.pruning.refill import (
+    RULES,
+    RefillRules,
+    RefillView,
+    Room,
+    SourceView,
+    choose_branches,
+    choose_swaps,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def refill(scheduler: Any, state: SchedulerStep, running_batch: Any) -> None:
+    """Answer places that stay free, and start branches; before each admission pass.
+
+    Nothing that was pruned in this iteration can branch in it: its last result is still in flight.
+    """
+    places = state.places
+    if places is None or not places.groups:
+        return
+    answer_rest(scheduler, places)
+    if _somebody_waits(scheduler):
+        return
+    passes = scheduler.forward_ct
+    # Ranks come to the same groups: all of this is the same on each.
+    due = [
+        (group, known)
+        for group, known in places.groups.items()
+        if passes - known.decided >= RULES[group.refill].interval
+    ]
+    for group, known in due:
+        known.decided = passes
+        _refill_group(scheduler, state, running_batch, group, known)
+
+
+def _somebody_waits(scheduler: Any) -> bool:
+    return bool(
+        scheduler.waiting_queue
+        or scheduler.chunked_req is not None
+        or scheduler.grammar_manager.has_waiting_grammars()
+    )
+
+
+def _refill_group(
+    scheduler: Any, state: SchedulerStep, batch: Any, group: Group, known: GroupPlaces
+) -> None:
+    rules = RULES[group.refill]
+    running = [req for req in batch.reqs if _may_branch_from(req, group)]
+    if _swaps(rules) and scheduler.forward_ct - known.swapped >= rules.swap_interval:
+        known.swapped = scheduler.forward_ct
+        gone: list[str] = []
+        with guard(protocol.IN_REFILL):
+            view = _view(state, group, known.places, running, known.finished)
+            gone = [running[handle].rid for handle in choose_swaps(view, rules)]
+        gone = agree(scheduler, gone)
+        if gone:
+            prune_for_refill(scheduler, state, batch, [r for r in running if r.rid in set(gone)])
+            return  # their places can be taken in the next iteration
+    for place_reqs in _alike(known.places):
+        first = place_reqs[0].req
+        like_running = [req for req in running if _alike_key(req) == _alike_key(first)]
+        like_finished = [req for req in known.finished if _alike_key(req) == _alike_key(first)]
+        sources = [*like_running, *like_finished]
+        decided: list[tuple[str, str, int]] = []
+        room = _room(scheduler, state, batch)
+        with guard(protocol.IN_REFILL):
+            view = _view(state, group, place_reqs, like_running, like_finished)
+            decided = [
+                (place_reqs[b.place].req.rid, sources[b.parent].rid, b.position)
+                for b in choose_branches(view, room, rules)
+            ]
+        by_rid = {req.rid: req for req in sources}
+        for rid, parent, position in agree(scheduler, decided):
+            place = next(p for p in known.places if p.req.rid == rid)
+            known.places.remove(place)
+            _start(scheduler, state, batch, place.req, by_rid[parent], position)
+
+
+def _swaps(rules: RefillRules) -> bool:
+    return rules.swap > 0 or rules.floor > 0
+
+
+def _may_branch_from(req: Any, group: Group) -> bool:
+    trace = trace_of(req)
+    return (
+        trace is not None
+        and trace.group is group
+        and trace.refills
+        and trace.is_live
+        and not req.finished()
+        and req.to_finish is None
+    )
+
+
+def _alike_key(req: Any) -> tuple[Any, ...]:
+    """Requests that go on alike from the same text."""
+    return (req.origin_input_ids.tobytes(), req.lora_id, req.extra_key, req.cache_salt)
+
+
+def _alike(places: Sequence[Place]) -> list[list[Place]]:
+    kinds: dict[tuple[Any, ...], list[Place]] = {}
+    for place in places:
+        kinds.setdefault(_alike_key(place.req), []).append(place)
+    return list(kinds.values())
+
+
+def _view(
+    state: SchedulerStep,
+    group: Group,
+    places: Sequence[Place],
+    running: Sequence[Any],
+    finished: Sequence[Any],
+) -> RefillView:
+    sources = []
+    for handle, req in enumerate((*running, *finished)):
+        trace = trace_of(req)
+        assert trace is not None and trace.boundaries is not None
+        # A token that ends a step is known before the pass that consumes it has scored it.
+        length = len(req.output_ids)
+        sources.append(
+            SourceView(
+                handle,
+                length,
+                handle < len(running),
+                [b for b in trace.boundaries if b.position < length],
+                trace.since,
+                trace.depth,
+                trace.branches,
+            )
+        )
+    limit = places[0].req if places else next(iter((*running, *finished)), None)
+    most = 0 if limit is None else limit.sampling_params.max_new_tokens
+    return RefillView(
+        group.group_id,
+        group.refill,
+        range(len(places)),
+        sources,
+        group.live,
+        group.joined,
+        group.branched,
+        group.survivors - group.min_survivors,
+        state.lengths.expected(most),
+    )
+
+
+def _room(scheduler: Any, state: SchedulerStep, batch: Any) -> Room:
+    tree, running = scheduler.tree_cache, len(batch.reqs)
+    tokens = batch.token_to_kv_pool_allocator.available_size() if running else 0
+    tokens += tree.evictable_size()
+    if state.kv_limit is not None:
+        tokens = min(tokens, state.kv_limit - held_by_groups(batch))
+    requests = scheduler.get_num_allocatable_reqs(running, running_batch=batch)
+    if state.max_batch is not None:
+        requests = min(requests, state.max_batch - running)
+    if scheduler.max_queued_requests is not None:
+        requests = min(requests, scheduler.max_queued_requests)
+    return Room(tokens, requests, running, scheduler.page_size, _shares(scheduler))
+
+
+def _shares(scheduler: Any) -> bool:
+    """Whether the tree can keep what a running request has computed, up to any place."""
+    tree = scheduler.tree_cache
+    return not (getattr(tree, "disable", False) or tree.supports_mamba() or tree.supports_swa())
+
+
+def _start(
+    scheduler: Any, state: SchedulerStep, batch: Any, req: Any, source: Any, position: int
+) -> None:
+    """Let a pruned trace's request go on from the source's text up to a token."""
+    place, parent = trace_of(req), trace_of(source)
+    assert place is not None and parent is not None
+    group = parent.group
+    if not source.finished() and _shares(scheduler) and not source.skip_radix_cache_insert:
+        source.refresh_fill_ids()
+        # Its last token is computed in the branch's own first pass, in which its step is scored.
+        scheduler.tree_cache.checkpoint(source, up_to=len(source.origin_input_ids) + position)
+    generated, reasoned = len(req.output_ids), req.reasoning_tokens
+    before = place.origin
+    _take_over(scheduler, req, source, position)
+    child = state.groups.branch(
+        place,
+        parent,
+        position,
+        generated - len(req.output_ids) + (0 if before is None else before.tokens),
+        reasoned - req.reasoning_tokens + (0 if before is None else before.reasoning_tokens),
+    )
+    set_trace(req, child)
+    seed = req.sampling_params.sampling_seed
+    if seed is not None:
+        req.sampling_params.sampling_seed = (seed + group.branched) % (1 << 31)
+    swapped = place.reason == protocol.PRUNED_FOR_REFILL
+    reason = protocol.BRANCHED_FOR_SWAP if swapped else protocol.BRANCHED_FOR_ROOM
+    if state.metrics is not None:
+        with guard(protocol.IN_METRICS):
+            state.metrics.trace_branched(reason, child.depth)
+    logger.info(
+        "STEP branched rid=%s group=%s parent=%s position=%d depth=%d score=%s reason=%s",
+        safe_repr(req.rid, 80),
+        safe_repr(group.group_id, 300),
+        safe_repr(source.rid, 80),
+        position,
+        child.depth,
+        "none" if child.score is None else f"{child.score:.4f}",
+        reason,
+    )
+    batch.batch_is_full = False
+    scheduler._add_request_to_queue(req, is_retracted=True)
+
+
+def _take_over(scheduler: Any, req: Any, source: Any, position: int) -> None:
+    """Make the source's output up to a token the request's own, as if it had generated it."""
+    from sglang.srt.utils.weight_versions import truncate_weight_version_events
+
+    req.output_ids = array("q", source.output_ids[: position + 1])
+    req.full_untruncated_fill_ids = array("q")  # built anew from the output
+    req.weight_version_events = truncate_weight_version_events(
+        source.weight_version_events, num_kept_tokens=position + 1
+    )
+    req.customized_info = None
+    # Nothing was sent, so the detokenizer knows nothing of it.
+    req.surr_offset = req.read_offset = None
+    req.send_token_offset = req.send_decode_id_offset = 0
+    req.reasoning_tokens, req._is_reasoning_over = 0, False
+    req._think_end_match_len = req._think_start_match_len = 0
+    scheduler.batch_result_processor._maybe_update_reasoning_tokens(req, list(req.output_ids))
