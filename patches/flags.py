@@ -18,7 +18,7 @@ from step_sglang.config import (
 )
 from step_sglang.errors import ConfigError, StepError
 from step_sglang.patches import contract, engine_check, hooks, preflight
-from step_sglang.patches.record import attach
+from step_sglang.patches.server_args import attach
 
 logger = logging.getLogger(__name__)
 
