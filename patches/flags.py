@@ -14,7 +14,7 @@ from step_sglang import protocol
 from step_sglang.config import StepConfig, add_cli_arguments, take_options
 from step_sglang.errors import ConfigError, StepError
 from step_sglang.patches import contract, engine_check, hooks, preflight
-from step_sglang.patches.record import attach
+from step_sglang.patches.server_args import attach
 from step_sglang.scoring.locate import locate_scorer
 
 logger = logging.getLogger(__name__)

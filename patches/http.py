@@ -9,7 +9,7 @@ from typing import Any
 from step_sglang.errors import RequestError
 from step_sglang.patches.choices import PROGRESS, add_usage, for_openai, leaves_out
 from step_sglang.patches.parsed import parse_prompts, takes_part
-from step_sglang.patches.record import config_of
+from step_sglang.patches.server_args import config_of
 from step_sglang.voting.one_choice import kept_alive
 from step_sglang.voting.request import parse_vote
 from step_sglang.voting.suffix import default_suffix, needs_suffix

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from step_sglang.config import StepConfig
-from step_sglang.patches.record import config_of
+from step_sglang.patches.server_args import config_of
 from step_sglang.pruning.affinity import GroupIds
 from step_sglang.pruning.request import StepRequest, as_sample, with_group
 from step_sglang.voting.request import ParsedRequest, parse

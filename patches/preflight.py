@@ -13,7 +13,7 @@ from step_sglang import protocol
 from step_sglang.config import DEFAULT_DELIMITERS, StepConfig
 from step_sglang.errors import ConfigError, ScorerError, StepError
 from step_sglang.patches.endpoint import add_endpoints
-from step_sglang.patches.record import config_of, refuse
+from step_sglang.patches.server_args import config_of, refuse
 from step_sglang.scoring.boundary import THINK_END, boundary_ids, think_end_id
 from step_sglang.scoring.build import BuildError
 from step_sglang.scoring.first_build import cuda_library

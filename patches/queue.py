@@ -159,23 +159,46 @@ def _show(scheduler: Any, state: SchedulerStep, running_batch: Any) -> _Shown:
     if seen == state.all_held:
         return _Shown([], queue, {})
     running = _Running(scheduler, running_batch)
-    held: list[Any] = []
-    late = _late_groups(scheduler, state, running)
-    if late:
-        held = [req for req in queue if _group_of(req) in late]
-        queue = [req for req in queue if _group_of(req) not in late]
-    lines: dict[Any, Line] = {}
-    if state.config.makes_room:
-        lines = {req: _line(req, running) for req in queue}
-        queue = [queue[place] for place in state.turns.order(list(lines.values()))]
-    if state.max_batch is not None:
-        queue = sorted(queue, key=lambda req: _priority(scheduler, req))
-        order = [_is_trace(req) for req in queue]
-        over = hold_back(order, len(running.reqs), running.traces, state.max_batch)
-        held += [queue[place] for place in over]
-        queue = [req for place, req in enumerate(queue) if place not in over]
+    queue, late = _without_late(queue, _late_groups(scheduler, state, running))
+    queue, lines = _by_turn(queue, state, running)
+    queue, over = _within_batch(queue, scheduler, state, running)
     state.all_held = None if queue else seen
-    return _Shown(queue, held, lines)
+    return _Shown(queue, [*late, *over], lines)
+
+
+def _without_late(queue: list[Any], late: set[Group]) -> tuple[list[Any], list[Any]]:
+    """Who may begin, and the others."""
+    if not late:
+        return queue, []
+    return (
+        [req for req in queue if _group_of(req) not in late],
+        [req for req in queue if _group_of(req) in late],
+    )
+
+
+def _by_turn(
+    queue: list[Any], state: SchedulerStep, running: _Running
+) -> tuple[list[Any], dict[Any, Line]]:
+    """The queue in the order in which it is tried, and everybody's line."""
+    if not state.config.makes_room:
+        return queue, {}
+    lines = {req: _line(req, running) for req in queue}
+    return [queue[place] for place in state.turns.order(list(lines.values()))], lines
+
+
+def _within_batch(
+    queue: list[Any], scheduler: Any, state: SchedulerStep, running: _Running
+) -> tuple[list[Any], list[Any]]:
+    """Who the batch has room for, and the others."""
+    if state.max_batch is None:
+        return queue, []
+    queue = sorted(queue, key=lambda req: _priority(scheduler, req))
+    traces = [_is_trace(req) for req in queue]
+    over = hold_back(traces, len(running.reqs), running.traces, state.max_batch)
+    return (
+        [req for place, req in enumerate(queue) if place not in over],
+        [queue[place] for place in sorted(over)],
+    )
 
 
 def _group_of(req: Any) -> Group | None:

@@ -23,7 +23,7 @@ from step_sglang.patches.preflight import (
     step_boundaries,
     step_delimiters,
 )
-from step_sglang.patches.record import config_of
+from step_sglang.patches.server_args import config_of
 from step_sglang.patches.state import SchedulerStep, set_state, set_trace, state_of, trace_of
 from step_sglang.pruning.groups import GroupRegistry, TraceStatus
 from step_sglang.pruning.metrics import StepMetrics

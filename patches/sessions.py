@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from step_sglang.patches.record import config_of
+from step_sglang.patches.server_args import config_of
 from step_sglang.voting.session import SampledTrace, TraceFate
 
 _SESSIONS = "step_sessions"  # on the tokenizer manager

@@ -11,7 +11,7 @@ from step_sglang.errors import RequestError
 from step_sglang.patches.guard import guard
 from step_sglang.patches.page import trace_finished
 from step_sglang.patches.parsed import parsed_of, pruned_mode
-from step_sglang.patches.record import config_of
+from step_sglang.patches.server_args import config_of
 from step_sglang.pruning.affinity import replica_of
 from step_sglang.pruning.request import (
     StepRequest,

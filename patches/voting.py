@@ -16,7 +16,7 @@ from step_sglang.patches.aborts import LiveVote, abort_reason, live_votes
 from step_sglang.patches.choices import PROGRESS, leaves_out, without_pruned
 from step_sglang.patches.page import following
 from step_sglang.patches.parsed import hand_out, parse_prompts, parsed_of, set_parsed, takes_part
-from step_sglang.patches.record import config_of
+from step_sglang.patches.server_args import config_of
 from step_sglang.patches.shrink import end_traces
 from step_sglang.pruning.request import StepRequest
 from step_sglang.voting.one_choice import VoteProgress, not_voted, one_choice, run, session_of

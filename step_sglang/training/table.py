@@ -9,10 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from step_sglang.training.stored import StoredTrace
-from step_sglang.voting.answers import equivalent
+from step_sglang.voting.classes import AnswerClasses
+from step_sglang.voting.verifier import AnswerVerifier
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+# A model wrote the answers: comparing some of them would never end. Starts nothing unless asked.
+_verifier = AnswerVerifier()
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,18 +74,18 @@ def build_table(questions: Sequence[Sequence[StoredTrace]]) -> TraceTable:
 
 
 def answer_classes(answers: Sequence[str | None]) -> Ints:
-    """Number equivalent answers alike, in order of first appearance; -1 for none."""
-    known: dict[str, int] = {}
-    representatives: list[str] = []
-    for answer in answers:
-        if answer is None or answer.strip() in known:
-            continue
-        text = answer.strip()
-        same = next((i for i, r in enumerate(representatives) if equivalent(r, text)), None)
-        known[text] = len(representatives) if same is None else same
-        if same is None:
-            representatives.append(text)
-    return np.asarray([-1 if a is None else known[a.strip()] for a in answers], np.int64)
+    """Number equivalent answers alike, in order of first appearance; -1 for none.
+
+    What takes longer than a vote's limits allow compares as text, as it does in a vote.
+    """
+    comparison, classes = _verifier.comparison(), AnswerClasses()
+    numbers: dict[str, int] = {}
+    found = np.full(len(answers), -1, np.int64)
+    for place, answer in enumerate(answers):
+        if answer is not None:
+            name = comparison.run(classes.find(answer.strip()))
+            found[place] = numbers.setdefault(name, len(numbers))
+    return found
 
 
 def _nan(value: float | None) -> float:

@@ -238,40 +238,26 @@ class Actor(Client):
 
     # Clients that go away, or hardly read; aborts of one request or group.
 
-    def do_leave(
-        self,
-        name: str,
-        n: int,
-        prompt: int,
-        tokens: int,
-        stream: bool,
-        patience: float,
-        **more: Any,
-    ) -> None:
-        group = name if n > 1 else None
-        ask = self._new("left", group, n, prompt, tokens, may_abort=True, body=more)
-        self._mix.left.add(name)
+    def do_leave(self, stream: bool, patience: float, **args: Any) -> None:
+        ask = self._may_abort("left", **args)
+        self._mix.left.add(args["name"])
         self._leave(ask, stream, patience)
 
-    def do_abort(
-        self,
-        name: str,
-        n: int,
-        prompt: int,
-        tokens: int,
-        stream: bool,
-        patience: float,
-        **more: Any,
-    ) -> None:
-        group = name if n > 1 else None
-        ask = self._new("aborted", group, n, prompt, tokens, may_abort=True, body=more)
+    def do_abort(self, stream: bool, patience: float, **args: Any) -> None:
+        ask = self._may_abort("aborted", **args)
         with self._tally.asking(ask):
-            if group is None:
+            if ask.group is None:
                 self._later(patience, ask, "/abort_request", {"rid": self._rid()})
             else:
-                self._mix.aborted.add(group)
-                self._later(patience, ask, "/step/abort_group", {"group": group})
+                self._mix.aborted.add(ask.group)
+                self._later(patience, ask, "/step/abort_group", {"group": ask.group})
             self._generate(ask, stream=stream)
+
+    def _may_abort(
+        self, kind: str, *, name: str, n: int, prompt: int, tokens: int, **more: Any
+    ) -> Ask:
+        group = name if n > 1 else None
+        return self._new(kind, group, n, prompt, tokens, may_abort=True, body=more)
 
     def do_slow_reader(
         self, name: str, n: int, prompt: int, tokens: int, bytes: int, leaves: bool

@@ -1,66 +1,18 @@
-"""Plants failures in the processes of a real server, from outside: the product has no hook for it.
-
-A ``sitecustomize`` module on PYTHONPATH wraps functions when their module is imported.
-"""
+"""Plants failures in the processes of a real server, from outside: amendments that raise."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-PROGRAM = """
-import importlib.abc, itertools, json, sys
+from tests.server.amended import amend
 
-FAULTS = {}
-for fault in json.loads(%r):
-    FAULTS.setdefault(fault["module"], []).append(fault)
-
-
-def plant(module, fault):
-    owner, _, name = fault["function"].rpartition(".")
-    owner = getattr(module, owner) if owner else module
-    original = getattr(owner, name)
-    calls = itertools.count(1)
-
-    def planted(*args, **kwargs):
-        failing = here(fault["rank"]) and next(calls) %% fault["every"] == 0
-        result = original(*args, **kwargs) if fault["after"] or not failing else None
-        if failing:
-            raise RuntimeError("planted in " + fault["function"])
-        return result
-
-    setattr(owner, name, planted)
-
-
-def here(rank):
-    if rank is None:
-        return True
-    import torch
-    return torch.distributed.get_rank() == rank
-
-
-class Planter(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name not in FAULTS:
-            return None
-        faults = FAULTS.pop(name)
-        others = [finder for finder in sys.meta_path if finder is not self]
-        spec = next(filter(None, (f.find_spec(name, path, target) for f in others)))
-        load = spec.loader.exec_module
-
-        def exec_module(module):
-            load(module)
-            for fault in faults:
-                plant(module, fault)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
-sys.meta_path.insert(0, Planter())
-"""
+VARIABLE = "STEP_TEST_FAULTS"
 
 
 @dataclass(frozen=True)
@@ -79,7 +31,38 @@ class Fault:
 
 def plant(folder: Path, *faults: Fault) -> dict[str, str]:
     """The environment of a server with these faults."""
-    text = json.dumps([asdict(fault) for fault in faults])
-    (folder / "sitecustomize.py").write_text(PROGRAM % text)
-    paths = filter(None, (str(folder), os.environ.get("PYTHONPATH")))
-    return {"PYTHONPATH": os.pathsep.join(paths)}
+    modules = dict.fromkeys(fault.module for fault in faults)
+    amended = amend(folder, *((module, f"{__name__}:make_fail") for module in modules))
+    return {**amended, VARIABLE: json.dumps([asdict(fault) for fault in faults])}
+
+
+def make_fail(module: ModuleType) -> None:
+    """In the server's processes: plant the faults of a module."""
+    for fields in json.loads(os.environ[VARIABLE]):
+        fault = Fault(**fields)
+        if fault.module == module.__name__:
+            _make_fail(module, fault)
+
+
+def _make_fail(module: ModuleType, fault: Fault) -> None:
+    path, _, name = fault.function.rpartition(".")
+    owner = getattr(module, path) if path else module
+    original = getattr(owner, name)
+    calls = itertools.count(1)
+
+    def planted(*args: Any, **kwargs: Any) -> Any:
+        failing = _is_here(fault.rank) and next(calls) % fault.every == 0
+        result = original(*args, **kwargs) if fault.after or not failing else None
+        if failing:
+            raise RuntimeError(f"planted in {fault.function}")
+        return result
+
+    setattr(owner, name, planted)
+
+
+def _is_here(rank: int | None) -> bool:
+    if rank is None:
+        return True
+    import torch
+
+    return torch.distributed.get_rank() == rank

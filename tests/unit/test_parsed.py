@@ -18,7 +18,7 @@ from step_sglang.patches.parsed import (
     pruned_mode,
     takes_part,
 )
-from step_sglang.patches.record import attach
+from step_sglang.patches.server_args import attach
 from step_sglang.pruning import request as pruning_request
 from step_sglang.pruning.request import StepRequest, parse_request
 from step_sglang.voting import request as voting_request

@@ -11,7 +11,7 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
 from step_sglang.patches.http import convert_chat
-from step_sglang.patches.record import attach
+from step_sglang.patches.server_args import attach
 from step_sglang.reasoner import model_path
 from step_sglang.voting.request import parse_vote
 from step_sglang.voting.suffix import BOXED_SUFFIX

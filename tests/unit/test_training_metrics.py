@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from step_sglang.training import table
 from step_sglang.training.confidence import token_signals
 from step_sglang.training.metrics import (
     CONFIDENCE,
@@ -26,6 +27,7 @@ from step_sglang.training.metrics import (
 )
 from step_sglang.training.simulate import simulate_votes
 from step_sglang.training.table import TraceTable, answer_classes, build_table
+from step_sglang.voting.verifier import AnswerVerifier
 from tests.training_samples import question
 
 
@@ -160,6 +162,19 @@ def test_answers_that_mean_the_same_vote_together() -> None:
     assert answer_classes(["1/2", None, "0.5", " 3", "3", "\\frac{1}{2}"]).tolist() == [
         0, -1, 0, 1, 1, 0,
     ]  # fmt: skip
+
+
+def test_answers_that_never_compare_do_not_stop_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    verifier = AnswerVerifier(time_limit=0.5)
+    monkeypatch.setattr(table, "_verifier", verifier)
+    tower, other = "12^{9^{9^9}}", "13^{9^{9^9}}"
+    try:
+        found = answer_classes([tower, "\\sqrt{12}", other, "2\\sqrt{3}", tower])
+    finally:
+        verifier.close()
+    assert found.tolist() == [0, 1, 2, 1, 0]
 
 
 def test_token_signals_by_brute_force() -> None:

@@ -1,4 +1,4 @@
-"""STEP's settings on SGLang's ``ServerArgs`` record, which carries them into every process."""
+"""STEP's settings on SGLang's ``ServerArgs``, which carries them into every process."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 from step_sglang.config import StepConfig
 from step_sglang.errors import StepError
 
-# An attribute with a leading underscore survives the record's pickling to the scheduler.
+# An attribute with a leading underscore survives the pickling to the scheduler.
 _CONFIG = "_step_config"
 _FROM_CLI = "_step_from_cli"
 
 
 def attach(server_args: Any, config: StepConfig, *, from_cli: bool) -> None:
-    """Turn STEP on for the server that this record describes."""
+    """Turn STEP on for the server that these arguments describe."""
     setattr(server_args, _CONFIG, config)
     setattr(server_args, _FROM_CLI, from_cli)
 
