@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from step_sglang.training import table
+from step_sglang.training import table as table_module
 from step_sglang.training.confidence import token_signals
 from step_sglang.training.metrics import (
     CONFIDENCE,
@@ -168,7 +168,7 @@ def test_answers_that_never_compare_do_not_stop_the_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     verifier = AnswerVerifier(time_limit=0.5)
-    monkeypatch.setattr(table, "_verifier", verifier)
+    monkeypatch.setattr(table_module, "_verifier", verifier)
     tower, other = "12^{9^{9^9}}", "13^{9^{9^9}}"
     try:
         found = answer_classes([tower, "\\sqrt{12}", other, "2\\sqrt{3}", tower])
