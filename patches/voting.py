@@ -80,21 +80,24 @@ async def _answers(
             )
             for item in items
         ]
+        answers: list[dict[str, Any]] = []
         try:
-            if not obj.stream:
+            if obj.stream:
+                for done in asyncio.as_completed(tasks):
+                    answer = await done
+                    if not obj.is_single:
+                        answer["index"] = obj.rid.index(answer["meta_info"]["id"])
+                    yield answer
+            else:
                 answers = await asyncio.gather(*tasks)
-                yield answers[0] if obj.is_single else answers
-                return
-            for done in asyncio.as_completed(tasks):
-                answer = await done
-                if not obj.is_single:
-                    answer["index"] = obj.rid.index(answer["meta_info"]["id"])
-                yield answer
         finally:
             # One that failed ends the others: cancelled, each closes its own group.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+    # Once the ids are free: whoever gets this asks for no more, and a client may use its id again.
+    if not obj.stream:
+        yield answers[0] if obj.is_single else answers
 
 
 async def _unvoted_answer(

@@ -28,6 +28,10 @@ ELSEWHERE = {
         "results.md",
         "bench/shares.py",
     ): "its file of traces is not ours; unit/test_shares.py runs it",
+    (
+        "results.md",
+        "bench/virtual_gpu.py",
+    ): "its file of traces is not ours; test_virtual_gpu.py plays others",
 }
 HERE = {("training.md", "step-sglang collect"), ("results.md", "taskset")}
 
