@@ -23,6 +23,8 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ELSEWHERE = {
     ("kernel.md", "step_score_(hidden"): "a signature; the op's tests call it",
     ("kernel.md", "ends_step ="): "the op's meaning; step_sglang/scoring/reference.py runs it",
+    ("scorers.md", "step-sglang push"): "needs an account on the Hub; unit/test_hub.py runs it",
+    ("training.md", "Qwen/Qwen3-8B"): "GPU hours; the same commands run on the reasoner here",
     ("paper.md", "step-sglang bench"): "GPU hours; test_bench.py runs them with small models",
     (
         "results.md",
@@ -33,7 +35,7 @@ ELSEWHERE = {
         "bench/virtual_gpu.py",
     ): "its file of traces is not ours; test_virtual_gpu.py plays others",
 }
-HERE = {("training.md", "step-sglang collect"), ("results.md", "taskset")}
+HERE = {("training.md", "step-sglang inspect"), ("results.md", "taskset")}
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -74,7 +76,7 @@ def test_train_a_scorer(tmp_path: Path) -> None:
         for q in questions("scorer-train", 24)
     ]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    text = block("training.md", "step-sglang collect")
+    text = block("training.md", "step-sglang inspect")
     text = text.replace("--model M", "--model reasoner").replace("-n 64", "-n 4")
     shown = run(text, tmp_path)
     assert "AUC within the question" in shown and "hidden size" in shown
