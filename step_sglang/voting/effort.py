@@ -1,7 +1,7 @@
 """One dial for a vote: how much may be saved at which risk, as points of a measured frontier.
 
-The figures behind the points are simulated, see docs/results.md; each option that a request says
-itself wins over the dial's.
+The points are chosen from simulations (`bench/shares.py`, docs/results.md), not from live runs.
+Each option that a request says itself wins over the dial's.
 """
 
 from __future__ import annotations
