@@ -6,12 +6,17 @@ too, as it does for an ordinary request; what an abort of it means is kept here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from step_sglang import protocol
+from step_sglang.patches.parsed import parsed_of
+
 _VOTES = "step_votes"  # on the tokenizer manager
+# In SGLang's own message for an abort, in the place of its text: a vote does not need the trace.
+END_MESSAGE = f"step: {protocol.PRUNED_FOR_VOTE}"
 
 
 @dataclass
@@ -85,3 +90,20 @@ def abort_request(result: None, manager: Any, rid: str = "", abort_all: bool = F
         for name, vote in votes.items():
             if abort_all or name.startswith(rid):
                 vote.aborted = True
+
+
+def end_traces(manager: Any, rids: Iterable[str]) -> int:
+    """Ask the scheduler to end traces; ids that live no more, or are no traces, do nothing.
+
+    Returns:
+        How many were asked for.
+    """
+    from sglang.srt.managers.io_struct import AbortReq
+
+    asked = 0
+    for rid in rids:
+        state = manager.rid_to_state.get(rid)
+        if state is not None and not state.abort_sent and parsed_of(state.obj).trace is not None:
+            manager._dispatch_to_scheduler(AbortReq(rid=rid, abort_message=END_MESSAGE))
+            asked += 1
+    return asked

@@ -16,9 +16,9 @@ from fastapi.responses import JSONResponse
 from step_sglang import protocol
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
+from step_sglang.patches.aborts import end_traces
 from step_sglang.patches.page import add_page
 from step_sglang.patches.parsed import parsed_of
-from step_sglang.patches.shrink import end_traces
 from step_sglang.pruning.request import check_group_id
 
 _SERVER = "sglang.srt.entrypoints.http_server"

@@ -428,8 +428,9 @@ class StepHostOutput:
 
     def _record(self, batch: Any, commits: Sequence[Any]) -> None:
         scores = self.values.numpy()[:, :, 0]
-        # NaN is unequal to itself.
-        for i, j in zip(*(scores == scores).nonzero(), strict=True):  # noqa: PLR0124
+        rows, tokens = (scores == scores).nonzero()  # noqa: PLR0124  # NaN is unequal to itself
+        # As numbers of Python: positions travel in answers.
+        for i, j in zip(rows.tolist(), tokens.tolist(), strict=True):
             # A request that ended within the pass did not consume what it drafted beyond.
             if commits[i] is not None and j < len(commits[i].token_ids):
                 with guard(protocol.IN_SCORING):  # one that fails costs the others nothing

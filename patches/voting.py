@@ -12,12 +12,11 @@ from typing import Any
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
 from step_sglang.patches import sessions
-from step_sglang.patches.aborts import LiveVote, abort_reason, live_votes
+from step_sglang.patches.aborts import LiveVote, abort_reason, end_traces, live_votes
 from step_sglang.patches.choices import PROGRESS, leaves_out, without_pruned
 from step_sglang.patches.page import following
 from step_sglang.patches.parsed import hand_out, parse_prompts, parsed_of, set_parsed, takes_part
 from step_sglang.patches.server_args import config_of
-from step_sglang.patches.shrink import end_traces
 from step_sglang.pruning.request import StepRequest
 from step_sglang.voting.one_choice import VoteProgress, not_voted, one_choice, run, session_of
 from step_sglang.voting.request import ParsedRequest, VoteRequest, trace_params, without_vote

@@ -133,8 +133,8 @@ def one_choice(
         trace = session.traces[outcome.best]
         chunk = {key: value for key, value in last[outcome.best].items() if key != "index"}
         # SGLang's list of a trace that runs goes on growing; the text is that of these tokens.
-        own = trace.tokens if trace.fate is TraceFate.RUNNING else len(trace.output_ids)
-        chunk["text"], chunk["output_ids"] = trace.text, list(trace.output_ids[:own])
+        chunk["text"] = trace.text
+        chunk["output_ids"] = list(trace.output_ids[: trace.num_ids])
         info = {**chunk["meta_info"], **_usage(session), "id": rid}
         if aborted is not None:
             info["finish_reason"] = dict(aborted)

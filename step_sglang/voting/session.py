@@ -83,6 +83,7 @@ class SampledTrace:
     answer: str | None = None
     meta_info: Mapping[str, Any] = field(default_factory=dict)  # of its last chunk
     output_ids: Sequence[int] = ()
+    num_ids: int = 0  # of them, that the text is of: SGLang's list of a running trace grows on
     first_chunk: float | None = None  # seconds after the start
     ended: float | None = None
 
@@ -295,3 +296,7 @@ def _append(trace: SampledTrace, chunk: Mapping[str, Any]) -> None:
     else:
         trace.text += text
         trace.output_ids = [*trace.output_ids, *ids]
+    # A branch's output begins with tokens of its parent, which it has not generated.
+    branched = protocol.META_BRANCH in (info.get(protocol.META_KEY) or {})
+    known = len(trace.output_ids)
+    trace.num_ids = known if branched else min(known, info.get("completion_tokens", known))

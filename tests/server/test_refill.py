@@ -207,7 +207,7 @@ def test_a_client_that_leaves_takes_its_places_along(server: Server) -> None:
     long = body(8)
     long["sampling_params"].update(ignore_eos=True, max_new_tokens=600)
     with pytest.raises(requests.exceptions.ReadTimeout):
-        requests.post(f"{server.url}/generate", json=long, timeout=(5, 4))
+        requests.post(f"{server.url}/generate", json=long, timeout=(5, 1))
     until(lambda: step_state(server)["live_traces"] == 0)
     until(lambda: step_state(server)["free_places"] == 0)
     assert idle_free_tokens(server) == before

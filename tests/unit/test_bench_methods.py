@@ -93,6 +93,9 @@ def test_what_each_method_says_to_the_server() -> None:
         "step-exact": True,
         "step-balanced": {"prune_at": balanced.prune_at},
         "step-fast": {"prune_at": fast.prune_at},
+        "step-refill": {"refill": "best"},
+        "step-refill-random": {"refill": "random"},
+        "gambit": {"refill": "gambit"},
     }
     rules = {
         "sc-early": VoteRules("majority", "posterior"),
@@ -179,8 +182,8 @@ def test_deepconf_with_no_more_traces_than_its_warmup_asks_once() -> None:
 def test_method_names() -> None:
     names = [m.name for m in methods_named("deepconf, sc,slim-sc,deepconf-low")]
     assert names == ["deepconf-low", "sc", "slim-sc-diversity"]
-    with pytest.raises(BenchError, match="no method 'gambit'"):
-        methods_named("sc,gambit")
+    with pytest.raises(BenchError, match="no method 'gambler'"):
+        methods_named("sc,gambler")
 
 
 class Streamed:
