@@ -193,9 +193,12 @@ def _start(
     assert place is not None and parent is not None
     group = parent.group
     if not source.finished() and _shares(scheduler) and not source.skip_radix_cache_insert:
-        source.refresh_fill_ids()
         # Its last token is computed in the branch's own first pass, in which its step is scored.
-        scheduler.tree_cache.checkpoint(source, up_to=len(source.origin_input_ids) + position)
+        shared = len(source.origin_input_ids) + position
+        # What it took over itself, or shared before, is in the tree: SGLang only ever adds to it.
+        if shared > source.kv.cache_protected_len:
+            source.refresh_fill_ids()
+            scheduler.tree_cache.checkpoint(source, up_to=shared)
     generated, reasoned = len(req.output_ids), req.reasoning_tokens
     before = place.origin
     _take_over(scheduler, req, source, position)
