@@ -57,13 +57,21 @@ def said(*command: str | Path) -> str:
     return text if done.returncode == 0 else f"(exit {done.returncode}: {text[-200:]})"
 
 
+def version(package: str) -> str:
+    """Of an installed package; the op alone can be tried in a checkout, without SGLang."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def machine(options: argparse.Namespace) -> Iterator[str]:
     """What this is about."""
     dirty = "" if not said("git", "status", "--porcelain", "-uno") else ", with changes"
     yield f"date        {time.strftime('%Y-%m-%d %H:%M %Z')}"
     yield f"commit      {said('git', 'rev-parse', 'HEAD')}{dirty}"
     for name in ("step-sglang", "sglang", "torch"):
-        yield f"{name:11} {importlib.metadata.version(name)}"
+        yield f"{name:11} {version(name)}"
     yield f"machine     {platform.machine()}, Python {platform.python_version()}"
     toolkit = build.find_toolkit()
     yield f"nvcc        {'none' if toolkit is None else said(toolkit.nvcc, '--version')[-80:]}"

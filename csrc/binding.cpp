@@ -1,5 +1,6 @@
 // Registers the op and checks its arguments. Compiled twice: the CPU library owns the schema, the
 // CUDA library (STEP_CUDA_LIBRARY) adds the CUDA implementation and is loaded after it.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +8,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "cpu.h"
@@ -18,6 +20,19 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kAny = -1;
+
+std::string text(const char* part) { return part; }
+std::string text(const std::string& part) { return part; }
+template <typename Integer>
+std::string text(Integer part) {
+    return std::to_string(part);
+}
+
+// Without streams: where a compiler links libstdc++ statically, their locales and torch's mix.
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+    throw std::runtime_error("step_score_: " + (text(parts) + ...));
+}
 
 std::string dtype_name(ScalarType dtype) {
     switch (dtype) {
@@ -83,14 +98,13 @@ void check(const char* name, const Tensor& t, int32_t device,
     const int32_t found_device = cuda_index(t);
     if (known_dtype && has_shape(t, shape) && t.is_contiguous() && found_device == device) return;
 
-    STD_TORCH_CHECK(found_device == device, "step_score_: ", name,
-                    " must be on the device of hidden, ", device_name(device), ", found ",
-                    device_name(found_device));
+    if (found_device != device)
+        fail(name, " must be on the device of hidden, ", device_name(device), ", found ",
+             device_name(found_device));
     std::string wanted;
     for (ScalarType dtype : dtypes) wanted += (wanted.empty() ? "" : " or ") + dtype_name(dtype);
-    STD_TORCH_CHECK(
-        false, "step_score_: ", name, " must be a contiguous ", wanted, " tensor of shape ",
-        shape_text(shape.begin(), static_cast<int64_t>(shape.size())), ", found ", found(t));
+    fail(name, " must be a contiguous ", wanted, " tensor of shape ",
+         shape_text(shape.begin(), static_cast<int64_t>(shape.size())), ", found ", found(t));
 }
 
 step::DType dtype_of(const Tensor& t) {
@@ -106,20 +120,19 @@ step::DType dtype_of(const Tensor& t) {
 
 void check_hidden(const Tensor& hidden) {
     const ScalarType dtype = hidden.scalar_type();
-    STD_TORCH_CHECK(
-        hidden.dim() == 2 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-                              dtype == ScalarType::Half),
-        "step_score_: hidden must be a float32, bfloat16 or float16 tensor of shape "
-        "[tokens, width], found ",
-        found(hidden));
+    const bool is_float =
+        dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+    if (hidden.dim() != 2 || !is_float)
+        fail(
+            "hidden must be a float32, bfloat16 or float16 tensor of shape [tokens, width], found ",
+            found(hidden));
     const int64_t dim = hidden.size(1);
-    STD_TORCH_CHECK(dim >= 8 && dim <= step::kMaxDim && dim % 8 == 0,
-                    "step_score_: the width of hidden must be a multiple of 8 from 8 to ",
-                    step::kMaxDim, ", found ", dim);
-    STD_TORCH_CHECK(hidden.stride(1) == 1,
-                    "step_score_: the last dimension of hidden must be contiguous (stride 1), "
-                    "found stride ",
-                    hidden.stride(1));
+    if (dim < 8 || dim > step::kMaxDim || dim % 8 != 0)
+        fail("the width of hidden must be a multiple of 8 from 8 to ", step::kMaxDim, ", found ",
+             dim);
+    if (hidden.stride(1) != 1)
+        fail("the last dimension of hidden must be contiguous (stride 1), found stride ",
+             hidden.stride(1));
 }
 
 step::Params check_arguments(const Tensor& hidden, const std::optional<Tensor>& row_index,
@@ -134,16 +147,16 @@ step::Params check_arguments(const Tensor& hidden, const std::optional<Tensor>& 
     constexpr int64_t units = step::kHiddenUnits;
     check("slot_ids", slot_ids, device, {ScalarType::Long}, {kAny});
     const int64_t rows = slot_ids.size(0);
-    STD_TORCH_CHECK(rows <= step::kMaxRows, "step_score_: slot_ids must have at most ",
-                    step::kMaxRows, " rows, found ", rows);
+    if (rows > step::kMaxRows)
+        fail("slot_ids must have at most ", step::kMaxRows, " rows, found ", rows);
     if (row_index) check("row_index", *row_index, device, {ScalarType::Long}, {rows});
     check("input_ids", input_ids, device, {ScalarType::Long}, {tokens});
     check("positions", positions, device, {ScalarType::Long}, {tokens});
     check("boundary", boundary, device, {ScalarType::Int}, {kAny});
     check("slots", slots, device, {ScalarType::Int}, {4, kAny});
     check("out", out, device, {ScalarType::Float}, {kAny, 2});
-    STD_TORCH_CHECK(out.size(0) >= rows, "step_score_: out must have a row for each of the ", rows,
-                    " slot_ids, found ", found(out));
+    if (out.size(0) < rows)
+        fail("out must have a row for each of the ", rows, " slot_ids, found ", found(out));
     check("w1", w1, device, {ScalarType::Float, ScalarType::BFloat16}, {units, dim});
     check("head", head, device, {ScalarType::Float}, {2 * units + 1});
 
@@ -182,18 +195,19 @@ step::Params check_arguments(const Tensor& hidden, const std::optional<Tensor>& 
 void run(step::Params& params, const Tensor& hidden, const Tensor& workspace) {
     const int32_t device = cuda_index(hidden);
     check("workspace", workspace, device, {ScalarType::Int}, {kAny});
-    STD_TORCH_CHECK(workspace.size(0) >= step::workspace_size(params.num_rows),
-                    "step_score_: workspace must have at least ",
-                    step::workspace_size(params.num_rows), " elements for ", params.num_rows,
-                    " rows (step_sglang.scoring.op.workspace_size), found ", workspace.size(0));
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(params.w1) % 16 == 0,
-                    "step_score_: w1 must start at a multiple of 16 bytes, found address ",
-                    reinterpret_cast<uintptr_t>(params.w1));
+    if (workspace.size(0) < step::workspace_size(params.num_rows))
+        fail("workspace must have at least ", step::workspace_size(params.num_rows),
+             " elements for ", params.num_rows,
+             " rows (step_sglang.scoring.op.workspace_size), found ", workspace.size(0));
+    if (reinterpret_cast<uintptr_t>(params.w1) % 16 != 0)
+        fail("w1 must start at a multiple of 16 bytes, found address ",
+             reinterpret_cast<uintptr_t>(params.w1));
     params.workspace = static_cast<int32_t*>(workspace.mutable_data_ptr());
     const torch::stable::accelerator::DeviceGuard guard(device);
-    void* stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     const char* error = step::step_score_cuda(params, stream);
-    STD_TORCH_CHECK(error == nullptr, "step_score_: the kernel was not launched: ", error);
+    if (error != nullptr) fail("the kernel was not launched: ", error);
 }
 
 #else

@@ -23,8 +23,8 @@ from pathlib import Path
 # Machine code for one architecture runs on later ones of the same major number. These are all
 # majors of data-centre and desktop GPUs since Ampere.
 DEFAULT_ARCHS = ("80", "90", "100", "120")
-# The oldest torch whose stable ABI has all the op uses (a stream's native handle): 2.13.
-TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020d000000000000"
+# The oldest torch that the op was run with: 2.11.
+TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 # By file: one library holds all variants and picks one at run time; -march=native would bind it to
 # the machine that built it.
@@ -217,7 +217,7 @@ def commands(
     """
     torch, cxx = torch_dir(), os.environ.get("CXX", "g++")
     host = [f"-isystem{torch / 'include'}", TORCH_ABI]
-    host += ["-DSTEP_CUDA_LIBRARY"] if toolkit is not None else []
+    host += ["-DSTEP_CUDA_LIBRARY", "-DUSE_CUDA"] if toolkit is not None else []
     calls = []
     for source in sources:
         obj = work / f"{source.name}.o"
@@ -236,5 +236,5 @@ def commands(
     # Undefined symbols come from the torch that is loaded, found by name and not by path.
     link += [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
     if toolkit is not None:
-        link += [str(toolkit.cudart), "-lpthread", "-ldl", "-lrt"]
+        link += ["-ltorch_cuda", str(toolkit.cudart), "-lpthread", "-ldl", "-lrt"]
     return [*calls, Command(tuple(link), objects, str(target))]

@@ -8,7 +8,7 @@ import torch
 
 from step_sglang.errors import StepError
 from step_sglang.scoring import reference
-from step_sglang.scoring.op import SCORE_SUM, cpu_isa, library, step_score_
+from step_sglang.scoring.op import SCORE_SUM, cpu_isa, library, step_score_, workspace_size
 from step_sglang.scoring.slots import SlotReset, SlotState, packed_resets
 
 TOLERANCE = 1e-4  # of scores, which are in (0, 1); float32 sums in another order differ by 1e-6
@@ -18,9 +18,9 @@ _SCORED, _PADDING, _TOO_EARLY, _NOT_THINKING, _NO_STEP, _THINK_END = range(6)
 def check_op(slots: SlotState, hidden_dtype: torch.dtype) -> None:
     """Run a batch with every kind of row through the op and compare it with the reference.
 
-    Nothing that a request will use changes: the sample has its own slots. It uses the server's
-    scorer, boundary tokens and workspace, and hidden states of the model's dtype. Waits for the
-    device.
+    Nothing that a request will use changes: the sample has its own slots and its own workspace, as
+    the server's may have fewer rows. It uses the server's scorer and boundary tokens, and hidden
+    states of the model's dtype. Waits for the device.
 
     Raises:
         StepError: a result is not the reference's, in float32 on the CPU.
@@ -39,7 +39,7 @@ def check_op(slots: SlotState, hidden_dtype: torch.dtype) -> None:
             "(`pip install --no-build-isolation --force-reinstall --no-deps step-sglang`), and "
             "report it"
         )
-    if int(slots.workspace[0]) != 0:
+    if int(args[9][0]) != 0:
         raise StepError(
             f"STEP's op left its workspace dirty on this machine ({describe_op(slots)}): the next "
             "call would not end. Report it"
@@ -74,6 +74,7 @@ def _sample(slots: SlotState, hidden_dtype: torch.dtype) -> list[Any]:
     hidden = torch.randn(len(kinds), width, generator=generator).to(hidden_dtype)
     slot_ids = [-1 if kind == _PADDING else i for i, kind in enumerate(kinds)]
     input_ids = [ids.get(kind, boundary) for kind in kinds]
+    workspace = torch.zeros(workspace_size(len(kinds)), dtype=torch.int32, device=device)
     return [
         hidden.to(device),
         None,
@@ -84,7 +85,7 @@ def _sample(slots: SlotState, hidden_dtype: torch.dtype) -> list[Any]:
         slots.think_end_id,
         packed_resets(resets)[1:].contiguous().to(device),
         torch.full((len(kinds), 2), -1.0, dtype=torch.float32).to(device),
-        slots.workspace,
+        workspace,
         slots.w1,
         slots.head,
     ]

@@ -287,8 +287,31 @@ BAD = [
 @pytest.mark.parametrize(("name", "spoil", "message"), BAD)
 def test_bad_argument(name: str, spoil, message: str) -> None:  # type: ignore[no-untyped-def]
     sample = one_row()
-    with pytest.raises(RuntimeError, match=f"(?s)step_score_: .*{name}.*{message}"):
+    with pytest.raises(RuntimeError, match=f"(?s)^step_score_: .*{name}.*{message}"):
         run_op(replace(sample, **{name: spoil(sample)}))
+
+
+IN_CUDA = [
+    *BAD,
+    ("workspace", lambda s: s.workspace[:5], "at least 129 elements for 1 rows.*found 5"),
+    ("workspace", lambda s: s.workspace.long(), "int32"),
+    (
+        "w1",
+        lambda s: torch.zeros(op.HIDDEN_UNITS * 16 + 1)[1:].view(op.HIDDEN_UNITS, 16),
+        "multiple of 16 bytes",
+    ),
+]
+
+
+@pytest.mark.skipif(not op.has_cuda(), reason="the op was built without CUDA")
+@pytest.mark.parametrize(("name", "spoil", "message"), IN_CUDA)
+def test_bad_argument_of_the_cuda_library(name: str, spoil, message: str) -> None:  # type: ignore[no-untyped-def]
+    """It looks at arguments before it asks for a device: here at those of the CPU."""
+    sample = one_row()
+    args = replace(sample, **{name: spoil(sample)}).args()
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match=f"(?s)^step_score_: .*{name}.*{message}"):
+        torch.ops.step_sglang.step_score_.default.redispatch(keys, *args)
 
 
 def test_opcheck() -> None:

@@ -17,7 +17,7 @@ from step_sglang.scoring.slots import SlotState
 
 
 def make_slots(
-    think_end: int | None = 9, w1_dtype: torch.dtype = torch.float32, dim: int = 64
+    think_end: int | None = 9, w1_dtype: torch.dtype = torch.float32, dim: int = 64, rows: int = 20
 ) -> SlotState:
     g = torch.Generator().manual_seed(0)
     scorer = Scorer(
@@ -26,7 +26,7 @@ def make_slots(
         torch.randn(HIDDEN_UNITS, generator=g) / HIDDEN_UNITS**0.5,
         torch.zeros(1),
     )
-    return SlotState(20, scorer, bitmap([31, 77]), think_end, torch.device("cpu"))
+    return SlotState(rows, scorer, bitmap([31, 77]), think_end, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("think_end", [9, None])
@@ -100,3 +100,16 @@ def test_a_dirty_workspace_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "step_score_", dirty)
     with pytest.raises(StepError, match="workspace dirty"):
         self_check.check_op(make_slots(), torch.float32)
+
+
+def test_a_server_with_fewer_rows_than_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU op has no use for a workspace, so its size is looked at where it is passed."""
+    sizes: list[tuple[int, int]] = []
+
+    def measured(*args: Any) -> None:
+        sizes.append((args[9].numel(), op.workspace_size(len(args[2]))))
+        op.step_score_(*args)
+
+    monkeypatch.setattr(self_check, "step_score_", measured)
+    self_check.check_op(make_slots(rows=2), torch.float32)
+    assert all(found >= needed for found, needed in sizes) and len(sizes) == 1
