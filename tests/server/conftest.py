@@ -13,6 +13,7 @@ from filelock import FileLock
 from step_sglang.reasoner import model_path, scorer_path
 from tests.models import build_model, build_scorer
 from tests.server.launch import Server, serve
+from tests.server.pruned import LOG_REQUESTS
 
 # A run that is told to end must still stop its servers.
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -61,7 +62,7 @@ def reasoner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serve(
         model_path(),
         *("--enable-step", "--step-scorer", str(scorer_path()), "--enable-metrics"),
-        *("--max-total-tokens", "700", "--decode-log-interval", "10"),
+        *("--max-total-tokens", "700", "--decode-log-interval", "10", *LOG_REQUESTS),
         log=tmp_path_factory.mktemp("log") / "reasoner.log",
     ) as running:
         yield running

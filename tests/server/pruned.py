@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import requests
 
@@ -15,6 +16,10 @@ from tests.server.launch import Server
 PROMPT = list(range(40, 80))
 TRACES, TOKENS = 32, 160
 POOL = 1600  # a third of what a group asks for
+# So that `together` sees who has come.
+LOG_REQUESTS = ("--log-requests", "--log-requests-level", "0")
+
+T = TypeVar("T")
 
 
 def group(server: Server, n: int = TRACES, tokens: int = TOKENS, **params: Any) -> list[dict]:
@@ -66,6 +71,36 @@ def start(server: Server, threads: ThreadPoolExecutor, **more: Any) -> Future[li
         future.result()  # what went wrong, if it did
     assert prunings(server) > before
     return future
+
+
+@contextmanager
+def paused(server: Server, mode: str) -> Iterator[None]:
+    """A pause that ends, whatever happens in it."""
+    try:
+        assert server.post("/pause_generation", {"mode": mode}).status_code == 200
+        yield
+    finally:
+        continued = server.post("/continue_generation", {}).status_code
+    assert continued == 200
+
+
+def together(
+    server: Server, threads: ThreadPoolExecutor, calls: Sequence[Callable[[], T]]
+) -> list[Future[T]]:
+    """Make calls of one request each, of which none begins before all have come.
+
+    However slow the clients are: otherwise the first ends before the last comes, and memory never
+    fills. The server must have LOG_REQUESTS.
+    """
+    before = _received(server)
+    with paused(server, "in_place"):
+        futures = [threads.submit(call) for call in calls]
+        wait_until(lambda: _received(server) >= before + len(calls))
+    return futures
+
+
+def _received(server: Server) -> int:
+    return server.log_text().count("Receive: obj=")
 
 
 def flush(server: Server) -> requests.Response:

@@ -6,8 +6,8 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tests.server.expected import assert_scores
 from tests.server.idle import free_tokens
 from tests.server.launch import Server, serve
 from tests.server.pruned import (
+    LOG_REQUESTS,
     POOL,
     PROMPT,
     TOKENS,
@@ -26,9 +27,11 @@ from tests.server.pruned import (
     flush,
     group,
     nothing_is_left,
+    paused,
     prunings,
     split,
     start,
+    together,
 )
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
@@ -61,6 +64,7 @@ def running(
         *("--max-running-requests", "64", "--enable-metrics", "--schedule-policy", "lpm"),
         *("--enable-mixed-chunk", "--chunked-prefill-size", "64", "--enable-streaming-session"),
         *("--enable-lora", "--lora-paths", f"adapter={adapter}", "--lora-backend", "torch_native"),
+        *LOG_REQUESTS,
         log=root / "compatibility.log",
         PYTHONPATH=str(Path(__file__).parent / "unpinned"),
     ) as server:
@@ -77,17 +81,6 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 def nothing_leaks(running: Running) -> Iterator[None]:
     yield
     nothing_is_left(running.server)
-
-
-@contextmanager
-def paused(server: Server, mode: str) -> Iterator[None]:
-    """A pause that ends, whatever happens in it."""
-    try:
-        assert server.post("/pause_generation", {"mode": mode}).status_code == 200
-        yield
-    finally:
-        continued = server.post("/continue_generation", {}).status_code
-    assert continued == 200
 
 
 def test_lora(running: Running, threads: ThreadPoolExecutor) -> None:
@@ -220,7 +213,8 @@ def test_sessions(running: Running, threads: ThreadPoolExecutor, streaming: bool
             },
         )
 
-    first = list(threads.map(lambda session: turn(session, PROMPT, 240), sessions))
+    calls = [partial(turn, session, PROMPT, 240) for session in sessions]
+    first = [future.result() for future in together(running.server, threads, calls)]
     pruned, _ = split(first, 16)
     if streaming:  # what an open session holds is no leak, but not free
         with pytest.raises(AssertionError, match=r"'num_used_tokens': [1-9]"):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from step_sglang.evaluation.simulator import Request, Simulator
 from step_sglang.pruning.groups import Group
 from tests.server.idle import idle_free_tokens, step_state
 from tests.server.launch import Server, serve
-from tests.server.pruned import wait_until
+from tests.server.pruned import LOG_REQUESTS, together, wait_until
 
 pytestmark = pytest.mark.server
 
@@ -37,7 +38,7 @@ def server(
     with serve(
         models["qwen3"],
         *("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", str(POOL)),
-        *("--max-running-requests", "256", "--enable-metrics"),
+        *("--max-running-requests", "256", "--enable-metrics", *LOG_REQUESTS),
         log=tmp_path_factory.mktemp("log") / "groups.log",
     ) as running:
         yield running
@@ -122,9 +123,11 @@ def test_nobody_is_pruned_for_more_than_a_fair_share(server, threads) -> None:
 
 
 def test_a_weight_is_a_share(server, threads) -> None:
-    heavy = threads.submit(sample, server, PROMPT, 32, 200, group="heavy", weight=4)
-    light = threads.submit(sample, server, PROMPT, 32, 200, group="light", weight=1)
-    kept = finished(heavy.result()), finished(light.result())
+    calls = [
+        partial(sample, server, PROMPT, 32, 200, group=f"weight {weight}", weight=weight)
+        for weight in (4, 1)
+    ]
+    kept = [finished(future.result()) for future in together(server, threads, calls)]
     assert kept[0] >= 2 * kept[1] >= 2
 
 
@@ -142,11 +145,11 @@ def test_the_simulator_tells_the_truth(server, threads, sizes, weights, tokens) 
     simulator = Simulator(POOL - len(PROMPT), 1, StepConfig("s"), seed=0)
     simulator.run(requests)
     expected = [group.finished for group in groups]
-    futures = [
-        threads.submit(sample, server, PROMPT, size, tokens, group=f"sim {i}", weight=weight)
+    calls = [
+        partial(sample, server, PROMPT, size, tokens, group=f"sim {i}", weight=weight)
         for i, (size, weight) in enumerate(zip(sizes, weights, strict=True))
     ]
-    real = [finished(future.result()) for future in futures]
+    real = [finished(future.result()) for future in together(server, threads, calls)]
     assert sum(real) == pytest.approx(sum(expected), abs=3)
     assert real == pytest.approx(expected, abs=5)
     assert sum(sizes) - sum(real) > 10  # most were pruned, in both

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pydantic
 import pytest
 
 from tests.server.launch import Server, serve
-from tests.server.pruned import POOL, nothing_is_left
+from tests.server.pruned import LOG_REQUESTS, POOL, nothing_is_left, together
 
 pytestmark = pytest.mark.server
 
@@ -45,7 +46,7 @@ def server(
 ) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "choices.log"
     flags = ("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", str(POOL))
-    with serve(models["qwen3"], *flags, *MORE, log=log) as running:
+    with serve(models["qwen3"], *flags, *MORE, *LOG_REQUESTS, log=log) as running:
         yield running
 
 
@@ -184,11 +185,12 @@ def test_the_streaming_helper_of_the_client(client: openai.OpenAI) -> None:
         assert choice.message.parsed is not None and len(choice.message.parsed.word) == LETTERS
 
 
-def test_one_choice_always_stays(client: openai.OpenAI) -> None:
+def test_one_choice_always_stays(client: openai.OpenAI, server: Server) -> None:
     """Members of a named group that are requests of their own: each has a single choice."""
     mode = {"custom_params": {"step": {"pruned": "omit", "group": "single choices"}}}
     with ThreadPoolExecutor(N) as threads:
-        answers = list(threads.map(lambda _: create(client, mode, n=1), range(N)))
+        alone = [partial(create, client, mode, n=1)] * N
+        answers = [future.result() for future in together(server, threads, alone)]
         pairs = list(threads.map(lambda _: create(client, mode, n=2), range(N // 2)))
     pruned = [step["pruned"] for answer in answers for step in steps(answer)]
     assert len(pruned) == N and 0 < sum(pruned) < N

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from step_sglang.reasoner.tokenizer import build_tokenizer, prompt_text
 from tests.server.expected import assert_scores
 from tests.server.idle import idle_free_tokens, step_state
 from tests.server.launch import Server, one_core_each, serve
+from tests.server.pruned import LOG_REQUESTS, together
 
 pytestmark = pytest.mark.server
 
@@ -55,7 +57,7 @@ def server(
     with serve(
         model_path(),
         *("--enable-step", "--step-scorer", str(scorer_path()), "--enable-metrics"),
-        *("--max-total-tokens", str(POOL), *flags),
+        *("--max-total-tokens", str(POOL), *flags, *LOG_REQUESTS),
         log=tmp_path_factory.mktemp("log") / f"{request.param}.log",
         **env,
     ) as running:
@@ -252,8 +254,8 @@ def test_a_named_group_of_single_requests(server: Server) -> None:
     before = idle_free_tokens(server)
     one = body(10, n=1, group="together")
     with ThreadPoolExecutor(N) as threads:
-        answers = list(threads.map(lambda _: server.generate(**one), range(N)))
-    assert check(answers, 10)
+        answers = together(server, threads, [partial(server.generate, **one)] * N)
+    assert check([answer.result() for answer in answers], 10)
     assert idle_free_tokens(server) == before
 
 
