@@ -29,7 +29,7 @@ BETWEEN = 64  # tokens between two boundary tokens of a trace
 
 @dataclass
 class Stopwatch:
-    """Seconds of processor time of this step, without those of SGLang's own work."""
+    """Seconds of CPU time of this step, without those of SGLang's own work."""
 
     own: float = 0.0
     others: float = 0.0

@@ -32,7 +32,7 @@ from step_sglang.training.linear_probe import fit_linear_probe
 from step_sglang.training.reader import Reader
 from step_sglang.training.signals import (
     SIMILAR,
-    Moment,
+    CutPoint,
     auc_by_question,
     certainty_scores,
     mean_estimate,
@@ -165,7 +165,7 @@ def fused(held: tuple[TraceTable, Floats], new: tuple[TraceTable, Floats]) -> Fl
 
 
 def report(
-    found: dict[str, dict[str, list[Floats]]], moments: list[Moment], out: Path | None
+    found: dict[str, dict[str, list[Floats]]], moments: list[CutPoint], out: Path | None
 ) -> None:
     """Print every signal's figures, and its lead over the mean at 25 % with an interval."""
 

@@ -54,7 +54,7 @@ def build_model(folder: Path, hidden: int, layers: int) -> Path:
     return folder
 
 
-def processor_time(server: Server) -> float:
+def cpu_time(server: Server) -> float:
     """Seconds that all processes of a server have computed."""
     root = psutil.Process(server.process.pid)
     times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
@@ -71,11 +71,11 @@ def step_time(server: Server, batch: int, tokens: int, step: Any) -> tuple[float
         "input_ids": [PROMPT] * batch,
         "sampling_params": {**params, "custom_params": {"step": step}},
     }
-    computed, started = processor_time(server), time.perf_counter()
+    computed, started = cpu_time(server), time.perf_counter()
     answers = server.generate(**body)
     elapsed = time.perf_counter() - started
     assert all(a["meta_info"]["completion_tokens"] == tokens for a in answers)
-    return elapsed / tokens * 1e3, (processor_time(server) - computed) / tokens * 1e3
+    return elapsed / tokens * 1e3, (cpu_time(server) - computed) / tokens * 1e3
 
 
 def main() -> None:

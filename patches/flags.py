@@ -61,7 +61,7 @@ def _build_record(record_class: Callable[..., Any], **kwargs: Any) -> Any:
 
 
 def enable(server_args: Any, **options: Any) -> None:
-    """Turn STEP on for a record made by the caller, before ``Engine(server_args=...)``.
+    """Turn STEP on for a `ServerArgs` made by the caller, before ``Engine(server_args=...)``.
 
     Args:
         server_args: a fresh ``ServerArgs``.

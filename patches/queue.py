@@ -75,28 +75,28 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
     SGLang stops at the first request that does not fit, and some policies sort what it sees again.
     Who comes in the middle of a pass, as a grammar is ready or by preemption, is tried in the next.
     """
-    state, shown = state_of(scheduler), None
+    state, eligible = state_of(scheduler), None
     if state is not None:
         refill(scheduler, state, running_batch)
     if state is not None and not (scheduler.waiting_queue and state.groups.num_live):
         _say_waiting(state, 0)
     if state is not None and _has_to_choose(scheduler, state, running_batch):
         with guard(protocol.IN_ADMISSION):
-            shown = _show(scheduler, state, running_batch)
-    if state is None or shown is None:
+            eligible = _who_may_start(scheduler, state, running_batch)
+    if state is None or eligible is None:
         return original(scheduler, running_batch)
     queue: list[Any] = scheduler.waiting_queue
     came: list[Any] = []
-    nobody = not shown.queue
-    scheduler.waiting_queue, state.refused, state.came = shown.queue, None, came
+    nobody = not eligible.queue
+    scheduler.waiting_queue, state.refused, state.came = eligible.queue, None, came
     try:
         plan = original(scheduler, running_batch)
     finally:
         left, state.came = scheduler.waiting_queue, None
-        scheduler.waiting_queue = [*(queue if nobody else _rest(queue, left, shown.held)), *came]
+        scheduler.waiting_queue = [*(queue if nobody else _rest(queue, left, eligible.held)), *came]
     with guard(protocol.IN_ADMISSION):
         # In the order in which they were tried: a policy sorts the list in its place.
-        _account(state, shown, left, plan)
+        _account(state, eligible, left, plan)
     return plan
 
 
@@ -125,7 +125,7 @@ def _has_to_choose(scheduler: Any, state: SchedulerStep, running_batch: Any) -> 
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _Eligible:
     queue: list[Any]  # requests
     held: list[Any]  # the others
     lines: dict[Any, Line]  # of those in the queue; none where they keep SGLang's order
@@ -152,18 +152,20 @@ class _Running:
             self.groups.setdefault(group, req)
 
 
-def _show(scheduler: Any, state: SchedulerStep, running_batch: Any) -> _Shown:
+def _who_may_start(scheduler: Any, state: SchedulerStep, running_batch: Any) -> _Eligible:
     queue: list[Any] = scheduler.waiting_queue
     # While only the held wait, and nobody comes or goes, the answer stays: thousands may wait.
     seen = (state.queued, state.groups.changes, len(queue), len(running_batch.reqs))
     if seen == state.all_held:
-        return _Shown([], queue, {})
+        return _Eligible([], queue, {})
     running = _Running(scheduler, running_batch)
-    queue, late = _without_late(queue, _late_groups(scheduler, state, running))
+    groups = _late_groups(scheduler, state, running)
+    _say_waiting(state, len(groups))
+    queue, late = _without_late(queue, groups)
     queue, lines = _by_turn(queue, state, running)
     queue, over = _within_batch(queue, scheduler, state, running)
     state.all_held = None if queue else seen
-    return _Shown(queue, [*late, *over], lines)
+    return _Eligible(queue, [*late, *over], lines)
 
 
 def _without_late(queue: list[Any], late: set[Group]) -> tuple[list[Any], list[Any]]:
@@ -265,9 +267,7 @@ def _late_groups(scheduler: Any, state: SchedulerStep, running: _Running) -> set
     if state.kv_limit is not None:
         pool = min(pool, state.kv_limit)
     number = state.group_limit.may_begin(demands(began), demands(waiting), pool)
-    late = set(list(waiting)[number:])
-    _say_waiting(state, len(late))
-    return late
+    return set(list(waiting)[number:])
 
 
 def _say_waiting(state: SchedulerStep, groups: int) -> None:
@@ -278,14 +278,14 @@ def _say_waiting(state: SchedulerStep, groups: int) -> None:
                 state.metrics.groups_wait(groups)
 
 
-def _account(state: SchedulerStep, shown: _Shown, left: Sequence[Any], plan: Any) -> None:
+def _account(state: SchedulerStep, eligible: _Eligible, left: Sequence[Any], plan: Any) -> None:
     waiting = set(left)
-    admitted = [req for req in shown.queue if req not in waiting]
+    admitted = [req for req in eligible.queue if req not in waiting]
     for req in admitted:
         if (group := _group_of(req)) is not None:
             group.began = True
-    state.turns.admitted([shown.lines[req] for req in admitted if req in shown.lines])
-    refused = shown.lines.get(state.refused)
+    state.turns.admitted([eligible.lines[req] for req in admitted if req in eligible.lines])
+    refused = eligible.lines.get(state.refused)
     if refused is not None and state.turns.refused(refused):
         plan.running_batch.batch_is_full = False  # let the next line try in the next pass
     state.refused = None

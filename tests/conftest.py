@@ -20,6 +20,8 @@ SHARED = {
     "test_api.py": "roomy",
     "test_fuzz.py": "roomy",
     "test_warm.py": "roomy",  # whose worker has a warm parent
+    "test_features.py": "crowded",
+    "test_pruned_choices.py": "crowded",
     "test_baselines.py": "reasoner",
     "test_bench.py": "reasoner",
     "test_page.py": "reasoner",

@@ -3,6 +3,10 @@
 A stream is a sequence of :class:`Update`. Its first is ``full``: it holds all that is known, and
 replaces what a reader knew. Every later one holds what is new. Numbers of traces and groups
 belong to one stream; times are unix seconds. A recorded run is one full update.
+
+Pydantic reads it because it is data of a dozen shapes from another program, told apart by a tag.
+What people write, requests and flags, has its own checks: their one-line errors name the member,
+what was found and what would be right, which pydantic's reports do not.
 """
 
 from __future__ import annotations

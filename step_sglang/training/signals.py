@@ -24,7 +24,7 @@ _PROBABILITY = 1e-6  # scores are kept so far from 0 and 1 before their logit is
 
 
 @dataclass(frozen=True, eq=False)
-class Moment:
+class CutPoint:
     """Where each trace is: the row of its last step, and whether it takes part."""
 
     name: str
@@ -37,15 +37,15 @@ class Moment:
         return np.where(self.present, steps[np.where(self.present, self.row, 0)], np.nan)
 
 
-def own_fraction(table: TraceTable, fraction: float) -> Moment:
+def own_fraction(table: TraceTable, fraction: float) -> CutPoint:
     """Every trace after a fraction of its own steps."""
     present = table.num_steps > 0
     row = table.offsets[:-1] + np.ceil(fraction * table.num_steps).astype(np.int64) - 1
     length = np.where(present, table.positions[np.where(present, row, 0)] + 1.0, np.nan)
-    return Moment(f"{fraction:.0%}", row, present, length)
+    return CutPoint(f"{fraction:.0%}", row, present, length)
 
 
-def same_tokens(table: TraceTable, fraction: float) -> Moment:
+def same_tokens(table: TraceTable, fraction: float) -> CutPoint:
     """Every trace that still runs after a fraction of its question's mean length."""
     size = int(table.question.max(initial=-1)) + 1
     count = np.maximum(np.bincount(table.question, minlength=size), 1)
@@ -54,7 +54,7 @@ def same_tokens(table: TraceTable, fraction: float) -> Moment:
     owner = table.step_trace
     known = np.bincount(owner, table.positions < at[owner], len(at)).astype(np.int64)
     row = table.offsets[:-1] + known - 1
-    return Moment(
+    return CutPoint(
         f"{fraction:.0%} of the mean length", row, (known > 0) & (table.num_tokens > at), at
     )
 
@@ -135,7 +135,7 @@ def mean_estimate(values: Floats, seed: int = 0) -> Estimate:
 
 
 def auc_by_question(
-    table: TraceTable, moment: Moment, values: Floats, similar: float | None = None
+    table: TraceTable, moment: CutPoint, values: Floats, similar: float | None = None
 ) -> Floats:
     """[Q] AUC within each question at a moment; NaN where no pair is left.
 

@@ -1,6 +1,6 @@
 """The child that compares: JSON lines in and out, one question at a time, within its limits.
 
-Dies with its parent, and of a question that takes more processor time than allowed. Imports
+Dies with its parent, and of a question that takes more CPU time than allowed. Imports
 neither torch nor the engine.
 """
 
@@ -29,14 +29,14 @@ _NICENESS = 5  # the engine goes first
 
 
 def encode(question: Question, limit: float) -> str:
-    """The line that asks a question, to be answered in so many seconds of processor time."""
+    """The line that asks a question, to be answered in so many seconds of CPU time."""
     if isinstance(question, FormQuestion):
         return json.dumps({"form": question.answer, "limit": limit}) + "\n"
     return json.dumps({"pair": [question.one, question.other], "limit": limit}) + "\n"
 
 
 def decode(line: str) -> tuple[Form | bool | None, float, bool]:
-    """A reply, the processor time that it took, and whether the child has grown too large.
+    """A reply, the CPU time that it took, and whether the child has grown too large.
 
     Raises:
         ValueError, KeyError, TypeError: it is no reply.

@@ -28,7 +28,7 @@ from step_sglang.voting.comparer import READY, decode, encode
 logger = logging.getLogger(__name__)
 
 START_LIMIT = 60.0  # seconds until a child is ready: it imports math-verify
-SHORT_LIMIT = 1.0  # seconds of processor time at the first attempt
+SHORT_LIMIT = 1.0  # seconds of CPU time at the first attempt
 WAIT_LIMIT = 60.0  # seconds by the clock; then there is no reply
 _SLOWEST = 8.0  # times the limit: seconds by the clock, for a child that gets little of a processor
 _TICK = 0.05  # seconds between two looks at a question that may have been given up
@@ -36,7 +36,7 @@ _BACKOFF = 30.0  # seconds at most between two starts that failed
 
 
 class Account:
-    """What one group may spend and has spent, in seconds of processor time."""
+    """What one group may spend and has spent, in seconds of CPU time."""
 
     def __init__(self, budget: float) -> None:
         self.budget = budget
@@ -55,7 +55,7 @@ class Settled(NamedTuple):
     final: bool  # it would be the same at another time
 
 
-class Asked:
+class PendingQuestion:
     """A question that waits for its reply. Cancelling its future gives it up."""
 
     def __init__(self, question: Question, account: Account) -> None:
@@ -127,7 +127,7 @@ class Pool:
     """Children, the threads that serve them, and the questions that wait.
 
     Args:
-        limit: seconds of processor time for one question.
+        limit: seconds of CPU time for one question.
         children: how many work at once.
         spare: keep one more ready.
     """
@@ -137,14 +137,14 @@ class Pool:
         self._size = children
         self._spares = int(spare)
         self._state = threading.Condition()
-        self._waiting: list[Asked] = []
+        self._waiting: list[PendingQuestion] = []
         self._ready: list[_Child] = []
         self._wanted = 0  # by workers that wait for a child
         self._failed_starts = 0
         self._started = self._closed = False
         self.counts: Counter[str] = Counter()
 
-    def submit(self, asked: Asked) -> None:
+    def submit(self, asked: PendingQuestion) -> None:
         """Put a question into the queue."""
         with self._state:
             if self._closed:
@@ -238,7 +238,7 @@ class Pool:
                 child.kill()
                 child = None
 
-    def _next(self, place: int) -> Asked | None:
+    def _next(self, place: int) -> PendingQuestion | None:
         """Wait for the question to serve; None: the pool is closed."""
         with self._state:
             while True:
@@ -274,7 +274,7 @@ class Pool:
             self._state.notify_all()
             return child
 
-    def _serve(self, asked: Asked, child: _Child) -> bool:
+    def _serve(self, asked: PendingQuestion, child: _Child) -> bool:
         """Ask a child; whether it can go on."""
         account = asked.account
         limit = self._limit if asked.long else min(SHORT_LIMIT, self._limit)

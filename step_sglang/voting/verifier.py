@@ -2,7 +2,7 @@
 
 math-verify computes what it is given: an answer such as ``9^(9^(9^9))`` never comes back and holds
 the interpreter. A few children share the work of all groups. Each question has a limit of
-processor time and memory, each group a budget; what is beyond either compares as text alone.
+CPU time and memory, each group a budget; what is beyond either compares as text alone.
 `python -m step_sglang.voting.verifier` is the child, see :mod:`step_sglang.voting.comparer`.
 """
 
@@ -17,11 +17,11 @@ from typing import TypeVar
 
 from step_sglang.voting.answers import quickly_equivalent
 from step_sglang.voting.classes import PairQuestion, Question, Reply, Steps
-from step_sglang.voting.pool import Account, Asked, Pool, Settled
+from step_sglang.voting.pool import Account, PendingQuestion, Pool, Settled
 
 T = TypeVar("T")
-TIME_LIMIT = 5.0  # seconds of processor time for one question
-BUDGET = 60.0  # seconds of processor time for one group
+TIME_LIMIT = 5.0  # seconds of CPU time for one question
+BUDGET = 60.0  # seconds of CPU time for one group
 SERVER_BUDGET = 10.0  # where groups of others wait
 _CACHE = 4096  # replies
 
@@ -30,9 +30,9 @@ class AnswerVerifier:
     """Compares answers in children, started when first needed. Safe to share by threads.
 
     Args:
-        time_limit: seconds of processor time for one question: to parse an answer, or to compare
+        time_limit: seconds of CPU time for one question: to parse an answer, or to compare
             two of them.
-        budget: seconds of processor time for one :class:`Comparison`.
+        budget: seconds of CPU time for one :class:`Comparison`.
         children: how many work at once.
         spare: keep one more child ready, so that after a kill nothing waits for a start.
     """
@@ -78,12 +78,12 @@ class Comparison:
         self._pool = pool
         self._replies = replies
         self._account = Account(budget)
-        self._asked: Asked | None = None
+        self._asked: PendingQuestion | None = None
         self._stopped = False
 
     @property
     def spent(self) -> float:
-        """Seconds of processor time so far."""
+        """Seconds of CPU time so far."""
         return self._account.spent
 
     def stop(self) -> None:
@@ -132,8 +132,8 @@ class Comparison:
         finally:
             steps.close()
 
-    def _submit(self, question: Question) -> Asked:
-        asked = self._asked = Asked(question, self._account)
+    def _submit(self, question: Question) -> PendingQuestion:
+        asked = self._asked = PendingQuestion(question, self._account)
         known, reply = self._replies.get(question)
         if known or self._stopped or self._account.empty:
             asked.settle(reply)

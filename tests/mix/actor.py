@@ -240,7 +240,8 @@ class Actor(Client):
 
     def do_leave(self, stream: bool, patience: float, **args: Any) -> None:
         ask = self._may_abort("left", **args)
-        self._mix.left.add(args["name"])
+        if ask.group is not None:
+            self._mix.left.add(ask.group)
         self._leave(ask, stream, patience)
 
     def do_abort(self, stream: bool, patience: float, **args: Any) -> None:

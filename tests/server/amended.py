@@ -1,7 +1,7 @@
 """Amends modules in the processes of a real server, from outside: the product has no hook for it.
 
 A ``sitecustomize`` module on PYTHONPATH calls a test's function with each module it names, when
-that has been imported.
+that has been imported; in a warm server (:mod:`tests.server.warm`) some are imported before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ import importlib, importlib.abc, sys
 AMENDMENTS = %r
 
 
+def amend(module, functions):
+    for function in functions:
+        where, _, what = function.partition(":")
+        getattr(importlib.import_module(where), what)(module)
+
+
 class Amender(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name not in AMENDMENTS:
@@ -27,23 +33,28 @@ class Amender(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             load(module)
-            for function in functions:
-                where, _, what = function.partition(":")
-                getattr(importlib.import_module(where), what)(module)
+            amend(module, functions)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
 sys.meta_path.insert(0, Amender())
+for name in AMENDMENTS.keys() & sys.modules.keys():
+    amend(sys.modules[name], AMENDMENTS.pop(name))
 """
 
 
-def amend(folder: Path, *amendments: tuple[str, str]) -> dict[str, str]:
-    """The environment of a server in which ("module", "tests.module:function") are applied."""
+def amend(
+    folder: Path, *amendments: tuple[str, str], paths: tuple[Path, ...] = ()
+) -> dict[str, str]:
+    """The environment of a server in which ("module", "tests.module:function") are applied.
+
+    ``paths``: where to look for modules beside those of the tests.
+    """
     by_module: dict[str, list[str]] = {}
     for module, function in amendments:
         by_module.setdefault(module, []).append(function)
     (folder / "sitecustomize.py").write_text(PROGRAM % by_module)
-    paths = filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH")))
-    return {"PYTHONPATH": os.pathsep.join(paths)}
+    found = filter(None, (folder, ROOT, *paths, os.environ.get("PYTHONPATH")))
+    return {"PYTHONPATH": os.pathsep.join(map(str, found))}

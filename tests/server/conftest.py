@@ -13,7 +13,7 @@ from filelock import FileLock
 from step_sglang.reasoner import model_path, scorer_path
 from tests.models import build_model, build_scorer
 from tests.server.launch import Server, serve
-from tests.server.pruned import LOG_REQUESTS
+from tests.server.pruned import LOG_REQUESTS, POOL
 
 # A run that is told to end must still stop its servers.
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -52,6 +52,22 @@ def roomy(
         *("--enable-step", "--step-scorer", str(scorer), "--enable-metrics"),
         *("--max-total-tokens", "8192"),
         log=tmp_path_factory.mktemp("log") / "roomy.log",
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def crowded(
+    models: dict[str, Path], scorer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A random model with STEP, in a pool too small for the groups of `tests/server/pruned.py`."""
+    with serve(
+        models["qwen3"],
+        *("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", str(POOL)),
+        # A random model would fill its limit with the white space that JSON allows.
+        *("--max-running-requests", "64", "--constrained-json-disable-any-whitespace"),
+        *LOG_REQUESTS,
+        log=tmp_path_factory.mktemp("log") / "crowded.log",
     ) as running:
         yield running
 

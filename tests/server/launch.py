@@ -19,7 +19,7 @@ import psutil
 import requests
 
 from step_sglang.client.launch import free_port
-from tests.server.warm import Program, WarmParent, WarmProcess
+from tests.server.warm import READ_LATE, Program, WarmParent, WarmProcess
 
 START_TIMEOUT = 240  # seconds; a loaded two-core machine needs a minute
 # There SGLang captures graphs, and the first start on a machine compiles kernels.
@@ -101,11 +101,6 @@ def arguments(port: int, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
-def command(port: int, *flags: str, entry: Sequence[str] = LAUNCH_SERVER) -> list[str]:
-    """The launch command of a CPU server."""
-    return [sys.executable, "-W", "ignore", *entry, *arguments(port, *flags)]
-
-
 def start_command(*arguments: object) -> subprocess.Popen[str]:
     """Start `step-sglang` with these arguments."""
     return subprocess.Popen(
@@ -132,24 +127,39 @@ def serve(
     environment or entry point is its own.
     """
     port = port or free_port()
-    flags = ("--model-path", str(model), *flags)
-    if entry == LAUNCH_SERVER and can_be_warm(**extra_env):
-        process: Process = start_warm("sglang.launch_server", *arguments(port, *flags), output=log)
-    else:
-        with log.open("wb") as sink:
-            process = subprocess.Popen(
-                [*GUARD, *command(port, *flags, entry=entry)],
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                env=environment(**extra_env),
-                start_new_session=True,
-            )
+    argv = arguments(port, "--model-path", str(model), *flags)
+    process = _start(entry, argv, log, extra_env)
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
         _wait_until_ready(server, START_TIMEOUT_CUDA if "cuda" in flags else START_TIMEOUT)
         yield server
     finally:
         stop(process)
+
+
+def run_to_end(entry: Sequence[str], *argv: object, log: Path, **extra_env: str) -> tuple[int, str]:
+    """Exit status and output of a module, as ("-m", "name"), or a script, as ("name.py",)."""
+    process = _start(entry, [str(word) for word in argv], log, extra_env)
+    try:
+        return process.wait(timeout=400), log.read_text(errors="replace")
+    finally:
+        stop(process)
+
+
+def _start(
+    entry: Sequence[str], argv: Sequence[str], log: Path, extra_env: dict[str, str]
+) -> Process:
+    is_own = entry[0] != "-m" and not entry[0].endswith(".py")
+    if not is_own and can_be_warm(**extra_env):
+        return start_warm(entry[-1], *argv, output=log, **extra_env)
+    with log.open("wb") as sink:
+        return subprocess.Popen(
+            [*GUARD, sys.executable, "-W", "ignore", *entry, *argv],
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=environment(**extra_env),
+            start_new_session=True,
+        )
 
 
 def can_be_warm(**extra_env: str) -> bool:
@@ -160,13 +170,14 @@ def can_be_warm(**extra_env: str) -> bool:
     """
     wanted = environment(**extra_env)
     return COLD not in os.environ and all(
-        wanted.get(name) == _STANDARD.get(name) for name in {*_STANDARD, *extra_env}
+        wanted.get(name) == _STANDARD.get(name) for name in {*_STANDARD, *extra_env} - READ_LATE
     )
 
 
-def start_warm(target: str, *argv: str, output: Path) -> WarmProcess:
+def start_warm(target: str, *argv: str, output: Path, **extra_env: str) -> WarmProcess:
     """Start a module or a script from this test process's warm parent."""
-    return _parent().start(Program(target, argv, str(output.resolve()), os.getcwd()))
+    program = Program(target, argv, str(output.resolve()), os.getcwd(), extra_env)
+    return _parent().start(program)
 
 
 @functools.cache

@@ -164,6 +164,7 @@ def make_attention_static(module: ModuleType) -> None:
 
     The real one divides the requests by their lengths, which no graph can hold.
     """
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
     base = module.BatchedAttentionBackend
@@ -195,6 +196,7 @@ def make_attention_static(module: ModuleType) -> None:
             return out.reshape(-1, heads * width)
 
     module.BatchedAttentionBackend = StaticAttention
+    register_attention_backend("torch_native")(StaticAttention)  # a warm server has the other
 
 
 def after_capture(module: ModuleType) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
-from tests.server.launch import environment
+from tests.server.launch import run_to_end
 
 pytestmark = pytest.mark.server
 
@@ -70,13 +69,10 @@ assert client.get("/model_info", auth=("any", "key")).status_code == 401
     [("admin", "on"), pytest.param("", "off", marks=pytest.mark.full)],
     ids=["admin key", "API key alone, no page"],
 )
-def test_aborting_a_group_and_looking_need_the_keys_of_their_like(admin: str, shown: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, admin, shown],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+def test_aborting_a_group_and_looking_need_the_keys_of_their_like(
+    admin: str, shown: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "keys.py"
+    script.write_text(PROGRAM)
+    status, said = run_to_end((str(script),), admin, shown, log=tmp_path / "log")
+    assert status == 0, said[-3000:]

@@ -77,18 +77,18 @@ def test_confidences_are_those_of_the_servers_log_probabilities(server: Server) 
 
 
 def test_deepconf_ends_traces_below_the_threshold(server: Server) -> None:
-    before = idle_free_tokens(server)
+    before, n = idle_free_tokens(server), N // 2
     lowest = sorted(
         info["step"]["confidence"]
-        for info in sample(server, N, {"baseline": {"name": "deepconf", "window": 20}})
+        for info in sample(server, n, {"baseline": {"name": "deepconf", "window": 20}})
     )
-    stop = {"name": "deepconf", "window": 20, "stop_below": lowest[N // 2]}
-    infos = sample(server, N, {"baseline": stop})
+    stop = {"name": "deepconf", "window": 20, "stop_below": lowest[n // 2]}
+    infos = sample(server, n, {"baseline": stop})
     found = reasons(infos)
-    assert found["confidence"] + found[None] == N and found["confidence"] > 0
+    assert found["confidence"] + found[None] == n and found["confidence"] > 0
     for info in infos:
         # One that falls below with its last tokens has finished.
-        assert not info["step"]["pruned"] or info["step"]["confidence"] < lowest[N // 2]
+        assert not info["step"]["pruned"] or info["step"]["confidence"] < lowest[n // 2]
     everyone = {"name": "deepconf", "window": 20, "stop_below": 1e9}
     infos = sample(server, 8, {"baseline": everyone})
     assert reasons(infos) == {"confidence": 8}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.server.launch import LAUNCH_SERVER, SGLANG_SERVE, environment, serve
+from tests.server.launch import LAUNCH_SERVER, SGLANG_SERVE, run_to_end, serve
 
 pytestmark = pytest.mark.server
 
@@ -46,16 +44,9 @@ if __name__ == "__main__":
 def test_engine(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None:
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, models["qwen3"], scorer],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.split("RESULT", 1)[1].splitlines()[0])
+    status, said = run_to_end((str(script),), models["qwen3"], scorer, log=tmp_path / "log")
+    assert status == 0, said
+    result = json.loads(said.split("RESULT", 1)[1].splitlines()[0])
     assert "does not exist" in result["refused"]
     assert len({step["group"] for step in result["steps"]}) == 1
     pruned = sum(step["pruned"] for step in result["steps"])
@@ -87,16 +78,10 @@ def test_serve_with_a_configuration_file_and_its_end(
     assert any(answer["meta_info"]["step"]["pruned"] for answer in answers)
 
 
-def test_help_shows_the_flags_in_their_own_group() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *LAUNCH_SERVER, "--help"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-    )
-    section = done.stdout.split("\nSTEP:\n", 1)[1]
+def test_help_shows_the_flags_in_their_own_group(tmp_path: Path) -> None:
+    status, said = run_to_end(LAUNCH_SERVER, "--help", log=tmp_path / "log")
+    assert status == 0, said
+    section = said.split("\nSTEP:\n", 1)[1]
     for flag in (
         *("--enable-step", "--step-scorer", "--step-policy {fair,paper}", "--step-min-steps"),
         *("--step-scope {thinking,all}", "--step-min-survivors", "--step-delimiter"),

@@ -38,12 +38,30 @@ def replays(server: Server) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def ends_apart(server: Server, n: int) -> list[dict]:
+    """A group whose members end one after the other, each of which leaves a token in its row."""
+    return list(
+        server.generate(
+            input_ids=[PROMPT] * n,
+            sampling_params=[
+                {
+                    "temperature": 1.0,
+                    "max_new_tokens": 36 + 3 * i,
+                    "ignore_eos": True,
+                    "custom_params": {"step": {"step_scores": True, "group": f"{n} apart"}},
+                }
+                for i in range(n)
+            ],
+        )
+    )
+
+
 def test_scores_of_replayed_passes(graphs: Server, models, scorer: Path) -> None:
     """Padded batches of every size, slots used again, stale boundary tokens in padded rows."""
     model, steps = models["qwen3"], 0
     for _ in range(8):  # until there are enough steps, and a boundary token in a padded row
         for n in (5, 3, 13, 1, 16, 6):
-            for answer in sample(graphs, n, 60):
+            for answer in ends_apart(graphs, n):
                 steps += assert_scores(model, scorer, PROMPT, answer)
         # Each by itself: one of them may be the think-end token.
         stale = {i for line in replays(graphs) for i in line["padding_ids"]}

@@ -14,7 +14,7 @@ import pydantic
 import pytest
 
 from tests.server.launch import Server, serve
-from tests.server.pruned import LOG_REQUESTS, POOL, nothing_is_left, together
+from tests.server.pruned import POOL, nothing_is_left, together
 
 pytestmark = pytest.mark.server
 
@@ -41,13 +41,8 @@ class Word(pydantic.BaseModel):
 
 
 @pytest.fixture(scope="module")
-def server(
-    models: dict[str, Path], scorer: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("log") / "choices.log"
-    flags = ("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", str(POOL))
-    with serve(models["qwen3"], *flags, *MORE, *LOG_REQUESTS, log=log) as running:
-        yield running
+def server(crowded: Server) -> Server:
+    return crowded
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Every snippet of README.md is run as it stands there, in its order, as a new user would.
 
 Two things are put in: the port, because 30000 may be taken, and what installs, which has happened.
+What takes longest runs as it stands in `make test-all`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,12 +159,17 @@ def test_a_fork_program(reader: Reader) -> None:
     assert re.fullmatch(r"\d+\n", reader.run("python", block("s.fork", "python")))
 
 
-def test_compare_and_report(reader: Reader) -> None:
-    shown = reader.run("bash", block("step-sglang bench"))
+@pytest.mark.parametrize("limit", [1, pytest.param(4, marks=pytest.mark.full)])
+def test_compare_and_report(reader: Reader, limit: int) -> None:
+    """As it stands with 4 questions, and in a fourth of the time with one."""
+    text = block("step-sglang bench")
+    assert "--limit 4 " in text
+    shutil.rmtree(reader.folder / "results", ignore_errors=True)
+    shown = reader.run("bash", text.replace("--limit 4 ", f"--limit {limit} "))
     assert "Accuracy, tokens and latency" in shown and "STEP" in shown
     report = (reader.folder / "results" / "report.md").read_text()
     assert "![accuracy against latency](latency.png)" in report
-    assert "**Warning:** measured on 4 questions" in report
+    assert f"**Warning:** measured on {limit} question" in report
     for name in ("latency.png", "latency.pdf", "breakdown.png", "report.tex"):
         assert (reader.folder / "results" / name).stat().st_size > 500
 

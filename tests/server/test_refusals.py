@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import pytest
 import torch
@@ -16,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from step_sglang.client.launch import free_port
 from tests.hub import running_hub
 from tests.models import build_scorer
-from tests.server.launch import LAUNCH_SERVER, SGLANG_SERVE, command, environment
+from tests.server.launch import LAUNCH_SERVER, SGLANG_SERVE, arguments, run_to_end
 
 pytestmark = pytest.mark.server
 
@@ -51,19 +47,6 @@ from step_sglang import check
 assert check.main([]) == 1
 prepare_server_args(sys.argv[1:])
 """
-
-
-def run(
-    *argv: str | Path, more: Mapping[str, str] = MappingProxyType({})
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *argv],
-        env={**environment(), **more},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None:
@@ -151,11 +134,11 @@ def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None
         hub.add("org/wide", scorer__safetensors=wide.read_bytes())
         hub.add("org/two", a_scorer__pt=b"", b_scorer__pt=b"")
         at_hub = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
-        done = run(tmp_path / "probe.py", tmp_path / "cases.json", more=at_hub)
-    said = dict(
-        json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("CASE ")
-    )
-    assert said.keys() == expected.keys(), done.stdout + done.stderr
+        _, output = run_to_end(
+            (str(tmp_path / "probe.py"),), tmp_path / "cases.json", log=tmp_path / "log", **at_hub
+        )
+    said = dict(json.loads(line[5:]) for line in output.splitlines() if line.startswith("CASE "))
+    assert said.keys() == expected.keys(), output
     for name, words in expected.items():
         assert words in said[name], (name, said[name])
         assert words == "started" or said[name].startswith("step-sglang: ")
@@ -168,33 +151,34 @@ def test_a_refused_server_exits_non_zero_with_the_message_last(
     models: dict[str, Path], entry: tuple[str, ...], tmp_path: Path
 ) -> None:
     flags = ("--model-path", str(models["qwen3"]), "--enable-step", "--step-scorer")
-    line = command(free_port(), *flags, str(tmp_path / "none"), entry=entry)
-    done = run(*line[3:])
-    assert done.returncode == 1
-    last = (done.stdout + done.stderr).strip().splitlines()
-    assert f"step-sglang: scorer {tmp_path / 'none'} does not exist" in last
-    assert "Traceback" not in done.stderr
+    argv = arguments(free_port(), *flags, str(tmp_path / "none"))
+    status, said = run_to_end(entry, *argv, log=tmp_path / "log")
+    assert status == 1
+    assert f"step-sglang: scorer {tmp_path / 'none'} does not exist" in said.splitlines()
+    assert "Traceback" not in said
 
 
 def test_another_sglang_is_refused(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None:
     script = tmp_path / "changed.py"
     script.write_text(CHANGED_SGLANG)
     flags = ("--model-path", str(models["qwen3"]), "--enable-step", "--step-scorer", str(scorer))
-    done = run(script, *flags)
-    assert done.returncode == 1
+    status, said = run_to_end((str(script),), *flags, log=tmp_path / "log")
+    assert status == 1
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
-    assert f"{scheduler}.send_abort_output" in done.stderr and "missing" in done.stderr
-    assert f"{scheduler}.update_running_batch" in done.stderr
-    assert "expected: (self, batch)" in done.stderr
-    assert "found:    (self, batch, more)" in done.stderr
-    assert "targets match, 2 do not" in done.stdout
+    assert f"{scheduler}.send_abort_output" in said and "missing" in said
+    assert f"{scheduler}.update_running_batch" in said
+    assert "expected: (self, batch)" in said
+    assert "found:    (self, batch, more)" in said
+    assert "targets match, 2 do not" in said
 
 
+@pytest.mark.full
 def test_a_diffusion_pipeline_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(
         '{"_class_name": "FluxPipeline", "_diffusers_version": "0.30.0"}'
     )
     flags = ("--model-path", str(tmp_path), "--enable-step", "--step-scorer", "s")
-    done = run(*command(free_port(), *flags, entry=SGLANG_SERVE)[3:])
-    assert done.returncode == 1
-    assert "is a diffusion pipeline" in done.stderr
+    argv = arguments(free_port(), *flags)
+    status, said = run_to_end(SGLANG_SERVE, *argv, log=tmp_path / "log")
+    assert status == 1
+    assert "is a diffusion pipeline" in said

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
 
+from tests.server.amended import amend
 from tests.server.launch import COLD, can_be_warm, environment, start_warm
 
 pytestmark = pytest.mark.server
@@ -35,6 +37,7 @@ if __name__ == "__main__":
         time.sleep(600)
     sys.exit(int(sys.argv[1]))
 """
+IDLE = "tests.server.idle"
 DYING = """
 import sys, time
 from pathlib import Path
@@ -88,12 +91,35 @@ def test_programs_end_with_the_test_process(script: str, tmp_path: Path) -> None
     assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
 
 
+AMENDED = """
+import json, os, sys
+from sglang.srt.managers import scheduler  # imported by the parent
+import tests.server.idle  # not yet
+
+print(json.dumps([scheduler.amended, tests.server.idle.amended, os.environ["STEP_TEST_FAULTS"]]))
+"""
+
+
+def mark(module: ModuleType) -> None:
+    module.amended = True  # type: ignore[attr-defined]
+
+
+def test_a_program_may_be_amended(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(AMENDED)
+    functions = [(name, f"{__name__}:mark") for name in ("sglang.srt.managers.scheduler", IDLE)]
+    env = {**amend(tmp_path, *functions), "STEP_TEST_FAULTS": "[]"}
+    process = start_warm(str(tmp_path / "script.py"), output=tmp_path / "log", **env)
+    assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()
+    assert json.loads((tmp_path / "log").read_text().splitlines()[-1]) == [True, True, "[]"]
+    assert "amended" not in vars(sys.modules[IDLE])
+
+
 def test_another_environment_starts_cold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(COLD, raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere")  # as importing SGLang does
     assert can_be_warm() and can_be_warm(SGLANG_PLATFORM="step_cpu")
-    assert not can_be_warm(PYTHONPATH="/somewhere")
-    assert not can_be_warm(SGLANG_PLUGINS="step_cpu")
+    assert can_be_warm(SGLANG_PLUGINS="step_cpu")  # which nothing has read yet
+    assert not can_be_warm(SGLANG_TEST_RETRACT="1")
     monkeypatch.setenv("PATH", "/somewhere")
     assert not can_be_warm()
     monkeypatch.undo()

@@ -12,6 +12,7 @@ thread, no child and no module that must find a prepared environment.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import json
@@ -25,7 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
+from importlib import import_module, invalidate_caches
 from pathlib import Path
 
 IMPORTED = (
@@ -35,6 +36,11 @@ IMPORTED = (
     "sglang.srt.managers.detokenizer_manager",
     "sglang.srt.models.registry",
 )
+# Variables that nothing reads before a program begins, so that a child may have its own.
+READ_LATE = {
+    "PYTHONPATH", "SGLANG_CPU_OMP_THREADS_BIND", "SGLANG_PLUGINS", "STEP_TEST_FAULTS",
+    "STEP_TEST_REPLAYS",
+}  # fmt: skip
 # It decides how to count when it is imported, by what SGLang's main process has prepared.
 NOT_IMPORTED = ("prometheus_client",)
 # pyarrow's allocator, which knows of forks.
@@ -51,6 +57,7 @@ class Program:
     arguments: tuple[str, ...]
     output: str  # path of a file that takes its standard output and errors
     folder: str  # where it starts
+    environment: dict[str, str]  # what differs from the parent's
 
 
 # What follows runs in the test process.
@@ -217,6 +224,9 @@ def _become(program: Program) -> None:
     os.close(nothing)
     os.close(output)
     os.chdir(program.folder)
+    os.environ.update(program.environment)
+    if "PYTHONPATH" in program.environment:
+        _customize(program.environment["PYTHONPATH"])
     _fork_its_processes()
     sys.argv = [program.target, *program.arguments]
     if program.target.endswith(".py"):
@@ -224,6 +234,14 @@ def _become(program: Program) -> None:
         runpy.run_path(program.target, run_name="__main__")
     else:
         runpy.run_module(program.target, run_name="__main__", alter_sys=True)
+
+
+def _customize(paths: str) -> None:
+    """What Python does with the variable when it starts."""
+    sys.path[1:1] = paths.split(os.pathsep)
+    invalidate_caches()
+    with contextlib.suppress(ModuleNotFoundError):
+        import_module("sitecustomize")
 
 
 def _fork_its_processes() -> None:

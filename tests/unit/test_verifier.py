@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from step_sglang.voting.classes import FormQuestion, PairQuestion
-from step_sglang.voting.pool import Account, Asked, Settled
+from step_sglang.voting.pool import Account, PendingQuestion, Settled
 from step_sglang.voting.tally import Ballot, Tally, tallying
 from step_sglang.voting.verifier import AnswerVerifier, Comparison
 
@@ -175,7 +175,7 @@ def test_attackers_delay_others_by_one_short_limit_each(verifier: AnswerVerifier
 
 
 def test_a_reply_after_a_stop_is_neither_given_nor_kept() -> None:
-    asked = Asked(PairQuestion("x+1", "1+x"), Account(1.0))
+    asked = PendingQuestion(PairQuestion("x+1", "1+x"), Account(1.0))
     asked.settle(None)
     asked.settle(True, final=True)
     assert asked.future.result() == Settled(None, final=False)

@@ -25,7 +25,7 @@ from step_sglang.errors import VoteError
 from step_sglang.reasoner import Question, model_path, scorer_path
 from step_sglang.voting.tally import Ballot, tally, weight_of
 from tests.server.answers.conftest import wait_until_empty
-from tests.server.launch import Server, environment, serve
+from tests.server.launch import Server, run_to_end, serve
 
 pytestmark = pytest.mark.server
 
@@ -198,16 +198,11 @@ if __name__ == "__main__":
 def test_engine_in_the_same_process(question: Question, tmp_path: Path) -> None:
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, model_path(), scorer_path(), question.question],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+    status, said = run_to_end(
+        (str(script),), model_path(), scorer_path(), question.question, log=tmp_path / "log"
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    first, second, live = json.loads(done.stdout.split("RESULT", 1)[1].splitlines()[0])
+    assert status == 0, said[-4000:]
+    first, second, live = json.loads(said.split("RESULT", 1)[1].splitlines()[0])
     assert first["early"] and first["answer"] == "same"
     assert second["status"] == "voted" and len(second["traces"]) == 2
     assert live == 0
