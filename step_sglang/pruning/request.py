@@ -18,7 +18,7 @@ MAX_WEIGHT = 1e6  # of a group; its inverse is the least
 class StepRequest:
     """What a request says of itself as a trace. ``group`` None: it forms a group of its own.
 
-    ``weight``: of the group's claim to the KV pool. ``min_survivors`` None: the server's setting.
+    ``weight``: divides the group's KV share. ``min_survivors`` None: the server's setting.
     ``prune_at``: the share of the KV pool that the group may hold before its worst trace is pruned.
     ``trace``: the request continues the group's trace of that name, and its score.
 

@@ -266,8 +266,8 @@ class _Planner:
     def _claims(self, n: int) -> dict[str, Any]:
         """Weight and minimum of a group of ``n``, where they are not the default."""
         minimum = self._draw.choice((None, None, 1, max(1, n // 2), n))
-        claims = {"weight": self._draw.choice(WEIGHTS), "min_survivors": minimum}
-        return {name: value for name, value in claims.items() if value is not None}
+        settings = {"weight": self._draw.choice(WEIGHTS), "min_survivors": minimum}
+        return {name: value for name, value in settings.items() if value is not None}
 
     def _priority(self) -> dict[str, Any]:
         if not self._setting.priorities:

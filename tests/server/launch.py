@@ -124,7 +124,7 @@ def serve(
     """Start a server, wait until it answers, and stop its whole process tree at the end.
 
     It is forked from a process that has imported SGLang (:mod:`tests.server.warm`), unless its
-    environment or entry point is its own.
+    environment is its own and read at once.
     """
     port = port or free_port()
     argv = arguments(port, "--model-path", str(model), *flags)
@@ -138,7 +138,7 @@ def serve(
 
 
 def run_to_end(entry: Sequence[str], *argv: object, log: Path, **extra_env: str) -> tuple[int, str]:
-    """Exit status and output of a module, as ("-m", "name"), or a script, as ("name.py",)."""
+    """Exit status and output of a module, as ("-m", "name"), or a script, as ("path",)."""
     process = _start(entry, [str(word) for word in argv], log, extra_env)
     try:
         return process.wait(timeout=400), log.read_text(errors="replace")
@@ -149,8 +149,7 @@ def run_to_end(entry: Sequence[str], *argv: object, log: Path, **extra_env: str)
 def _start(
     entry: Sequence[str], argv: Sequence[str], log: Path, extra_env: dict[str, str]
 ) -> Process:
-    is_own = entry[0] != "-m" and not entry[0].endswith(".py")
-    if not is_own and can_be_warm(**extra_env):
+    if can_be_warm(**extra_env):
         return start_warm(entry[-1], *argv, output=log, **extra_env)
     with log.open("wb") as sink:
         return subprocess.Popen(

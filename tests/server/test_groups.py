@@ -341,10 +341,10 @@ def test_hundreds_of_groups_come_and_go(server, threads) -> None:
     [(LONG_PROMPT, 1e-6), ([40 + i % 200 for i in range(2600)], 1)],
     ids=["a group of a tiny weight", "a prompt of most of the pool"],
 )
-def test_a_group_without_a_claim_keeps_nobody_waiting(
+def test_a_group_that_cannot_start_keeps_nobody_waiting(
     server: Server, threads: ThreadPoolExecutor, prompt: list[int], weight: float
 ) -> None:
-    """It waits for the memory of those who run; who comes after it has a claim and starts."""
+    """It waits for the memory of those who run; who comes after it and fits starts."""
     free = idle_free_tokens(server)
     filling = fill(server, threads, "filling")
     waiting = threads.submit(sample, server, prompt, 2, 20, group="waiting", weight=weight)

@@ -76,6 +76,7 @@ def test_two_programs_end_in_any_order(script: str, tmp_path: Path) -> None:
     long.terminate()  # nobody is hit by a signal to what has ended
 
 
+@pytest.mark.full
 def test_programs_end_with_the_test_process(script: str, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", DYING, script, str(tmp_path / "log")],

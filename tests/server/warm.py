@@ -229,7 +229,7 @@ def _become(program: Program) -> None:
         _customize(program.environment["PYTHONPATH"])
     _fork_its_processes()
     sys.argv = [program.target, *program.arguments]
-    if program.target.endswith(".py"):
+    if Path(program.target).is_file():
         sys.path[0] = str(Path(program.target).parent)
         runpy.run_path(program.target, run_name="__main__")
     else:

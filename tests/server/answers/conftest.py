@@ -27,7 +27,7 @@ def question() -> Question:
     return questions("test", 8)[3]
 
 
-def standing(server: Server) -> tuple[int, int]:
+def groups_and_traces(server: Server) -> tuple[int, int]:
     """Groups and live traces that the server knows of."""
     step = server.info()["internal_states"][0]["step"]
     return step["groups"], step["live_traces"]
@@ -36,7 +36,7 @@ def standing(server: Server) -> tuple[int, int]:
 def wait_until_empty(server: Server, seconds: float = 20.0) -> float:
     """Seconds until the server has no group left."""
     started = time.monotonic()
-    while standing(server) != (0, 0):
-        assert time.monotonic() - started < seconds, standing(server)
+    while groups_and_traces(server) != (0, 0):
+        assert time.monotonic() - started < seconds, groups_and_traces(server)
         time.sleep(0.1)
     return time.monotonic() - started

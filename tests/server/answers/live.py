@@ -10,7 +10,7 @@ from typing import Any
 
 import requests
 
-from tests.server.answers.conftest import standing, wait_until_empty
+from tests.server.answers.conftest import groups_and_traces, wait_until_empty
 from tests.server.idle import free_tokens
 from tests.server.launch import Server
 
@@ -29,7 +29,7 @@ def begin(
 ) -> Future[tuple[int, Any, float]]:
     """Send it, and wait until the server has that many live traces."""
     future = threads.submit(ask, server, body)
-    until(lambda: future.done() or standing(server)[1] >= live)
+    until(lambda: future.done() or groups_and_traces(server)[1] >= live)
     assert not future.done(), future.result()
     return future
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.answers.conftest import standing
+from tests.server.answers.conftest import groups_and_traces
 from tests.server.answers.live import abort, ask, assert_nothing_is_left, begin, until
 from tests.server.launch import Server
 
@@ -70,7 +70,7 @@ def test_a_chat_answer_says_aborted(server: Server, threads: ThreadPoolExecutor)
         "custom_params": {"step": {"traces": TRACES}}, "return_meta_info": True,
     }  # fmt: skip
     future = threads.submit(server.post, "/v1/chat/completions", chat)
-    until(lambda: standing(server)[1] == TRACES)
+    until(lambda: groups_and_traces(server)[1] == TRACES)
     abort(server, rid="talk")
     choice = future.result().json()["choices"][0]
     assert choice["finish_reason"] == "abort"
@@ -90,12 +90,12 @@ def test_an_abort_takes_along_what_the_id_is_a_prefix_of(
         *(long_body(rid, traces=0) for rid in ("plain", "quite plain")),
     ]
     futures = {body["rid"]: threads.submit(ask, server, body) for body in bodies}
-    until(lambda: standing(server)[1] == 3 * TRACES)
+    until(lambda: groups_and_traces(server)[1] == 3 * TRACES)
     time.sleep(0.5)
     for rid in ("r", "", "qu"):  # of no live request, so nothing happens
         abort(server, rid=rid)
     time.sleep(0.5)
-    assert standing(server)[1] == 3 * TRACES
+    assert groups_and_traces(server)[1] == 3 * TRACES
     abort(server, rid="p")
     for rid in ("p", "pq"):
         assert_aborted(futures[rid].result()[1], rid)
@@ -124,7 +124,7 @@ def test_one_prompt_of_a_batch_is_aborted(server: Server, threads: ThreadPoolExe
     body["sampling_params"][2]["custom_params"] = None
     future = begin(server, threads, body, 2 * TRACES)
     abort(server, rid="two")
-    until(lambda: standing(server) == (1, TRACES))
+    until(lambda: groups_and_traces(server) == (1, TRACES))
     assert not future.done()
     abort(server, rid="one")
     abort(server, rid="three")
@@ -217,7 +217,7 @@ def test_two_live_requests_of_one_id(server: Server, threads: ThreadPoolExecutor
         assert json.dumps(answer).replace(": v", ": p") == json.dumps(stock[1])
     status, answer, _ = ask(server, long_body(["new", "v"]))
     assert status == 400 and "Duplicate request ID detected: v" in json.dumps(answer)
-    assert not plain.done() and not voted.done() and standing(server)[1] == TRACES
+    assert not plain.done() and not voted.done() and groups_and_traces(server)[1] == TRACES
     for rid in ("p", "v"):
         abort(server, rid=rid)
     assert plain.result()[0] == voted.result()[0] == 200

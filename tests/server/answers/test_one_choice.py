@@ -13,7 +13,7 @@ import requests
 
 from step_sglang.reasoner import Question
 from step_sglang.voting.answers import extract_boxed
-from tests.server.answers.conftest import standing, wait_until_empty
+from tests.server.answers.conftest import groups_and_traces, wait_until_empty
 from tests.server.launch import Server
 
 pytestmark = pytest.mark.server
@@ -210,7 +210,7 @@ def test_bad_input_is_a_400_that_says_why(
     for stream in (False, True):
         answer = server.post("/v1/chat/completions", {**chat, "stream": stream})
         assert answer.status_code == 400 and words in answer.text
-    assert standing(server) == (0, 0)
+    assert groups_and_traces(server) == (0, 0)
 
 
 def test_vote_without_traces_is_a_400(server: Server) -> None:
@@ -237,7 +237,7 @@ def test_a_client_that_goes_away_ends_the_group(
 
         left = pool.submit(leave)
         deadline = time.monotonic() + 20
-        while standing(server)[1] < TRACES and time.monotonic() < deadline:
+        while groups_and_traces(server)[1] < TRACES and time.monotonic() < deadline:
             time.sleep(0.05)
         left.result()
     assert wait_until_empty(server) < 15
@@ -254,11 +254,11 @@ def test_a_request_in_the_background_goes_on_without_its_client(server: Server) 
     }
     with ThreadPoolExecutor(1) as pool:
         left = pool.submit(requests.post, f"{server.url}/generate", json=whole, timeout=3)
-        while standing(server)[1] < TRACES:
+        while groups_and_traces(server)[1] < TRACES:
             assert not left.done(), "it did not begin"
         with pytest.raises(requests.RequestException):
             left.result()
     time.sleep(2)  # the server looks after its client several times a second
-    assert standing(server)[1] == TRACES
+    assert groups_and_traces(server)[1] == TRACES
     assert server.post("/abort_request", {"rid": whole["rid"]}).status_code == 200
     assert wait_until_empty(server) < 15
