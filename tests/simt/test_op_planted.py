@@ -21,7 +21,7 @@ class Defect:
     edits: tuple[tuple[str, str], ...]
     report: str  # must be in what is reported
     extra_stride: int = 0
-    slow: bool = False
+    mark: str = ""  # of the run that it is left to
 
 
 RACE, HEAP = "data race", "heap-buffer-overflow"
@@ -35,7 +35,13 @@ DEFECTS = [
         ((SUM_BARRIER, SUM_BARRIER.replace("__syncthreads();", "")),),
         RACE,
     ),
-    Defect("share published without a fence", "tsan", ((COUNT_FENCE, "// Wraps"),), RACE),
+    Defect(
+        "share published without a fence",
+        "tsan",
+        ((COUNT_FENCE, "// Wraps"),),
+        RACE,
+        mark="full",
+    ),
     Defect(
         "fence before the barrier instead of after it",
         "tsan",
@@ -44,21 +50,21 @@ DEFECTS = [
             (SHARE_BARRIER, SHARE_BARRIER.replace("__sync", "__threadfence();\n    __sync")),
         ),
         RACE,
-        slow=True,
+        mark="slow",
     ),
     Defect(
         "shares read without a fence",
         "tsan",
         (("__threadfence();  // before the other", "// before the other"),),
         RACE,
-        slow=True,
+        mark="slow",
     ),
     Defect(
         "every block finishes",
         "tsan",
         (("if (arrive(p, shared)) finish", "arrive(p, shared);\n    finish"),),
         RACE,
-        slow=True,
+        mark="slow",
     ),
     Defect(
         "hidden and W1 read past the end",
@@ -76,7 +82,7 @@ DEFECTS = [
             ),
         ),
         "out of bounds",
-        slow=True,
+        mark="slow",
     ),
     Defect(
         "16-byte loads of rows that are not aligned",
@@ -84,7 +90,7 @@ DEFECTS = [
         (("p.hidden_stride * bytes % 16 == 0", "true"),),
         "misaligned",
         extra_stride=1,
-        slow=True,
+        mark="slow",
     ),
     Defect(
         "barrier that a warp skips",
@@ -105,7 +111,10 @@ def plant(defect: Defect) -> str:
 
 @pytest.mark.parametrize(
     "defect",
-    [pytest.param(d, marks=[pytest.mark.slow] if d.slow else [], id=d.name) for d in DEFECTS],
+    [
+        pytest.param(d, marks=[getattr(pytest.mark, d.mark)] if d.mark else [], id=d.name)
+        for d in DEFECTS
+    ],
 )
 def test_planted_defect_is_found(defect: Defect) -> None:
     program = emulator.build(defect.variant, plant(defect))
@@ -131,6 +140,7 @@ def test_order_of_arrival_in_the_sum_is_found() -> None:
     assert not results[0].out.equal(results[1].out)
 
 
+@pytest.mark.full
 def test_a_think_end_row_that_reads_what_another_block_clears_is_found() -> None:
     """Rows without a step are stored while other blocks still classify."""
     rows = (emulator.CSRC / "rows.h").read_text()
