@@ -12,6 +12,7 @@ import torch
 from step_sglang import protocol
 from step_sglang.config import DEFAULT_DELIMITERS, StepConfig
 from step_sglang.errors import ConfigError, ScorerError, StepError
+from step_sglang.patches import workers
 from step_sglang.patches.endpoint import add_endpoints
 from step_sglang.patches.server_args import config_of, refuse
 from step_sglang.scoring.boundary import THINK_END, boundary_ids, think_end_id
@@ -50,7 +51,10 @@ def launch_subprocesses(cls: type, server_args: Any, *args: Any, **kwargs: Any) 
         _check(server_args, config)
     except StepError as error:
         refuse(server_args, error)
-    add_endpoints(config)
+    if server_args.tokenizer_worker_num > 1:
+        workers.prepare()
+    else:
+        add_endpoints(config)
 
 
 def refuse_unsupported(cfg: Any) -> None:
@@ -106,7 +110,11 @@ def refuse_unsupported(cfg: Any) -> None:
                 "pruning makes",
             ),
             (cfg.use_ray, "Ray (--use-ray)"),
-            (cfg.tokenizer_worker_num > 1, "several tokenizer workers (--tokenizer-worker-num)"),
+            (
+                cfg.tokenizer_worker_num > 1 and bool(cfg.api_key or cfg.admin_api_key),
+                "API keys with several tokenizer workers (--tokenizer-worker-num): SGLang checks "
+                "no key there",
+            ),
             (cfg.smg_grpc_mode or cfg.grpc_mode, "gRPC mode"),
             (envs.SGLANG_RUST_SERVER.get(), "the Rust server (SGLANG_RUST_SERVER)"),
         )
