@@ -83,8 +83,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     _SCHEDULER: (
         "waiting_queue", "running_batch", "chunked_req", "grammar_manager", "policy", "page_size",
         "enable_priority_scheduling", "enable_priority_preemption", "is_hybrid_swa", "tree_cache",
-        "tp_worker", "tp_group", "tp_cpu_group", "output_streamer", "server_args", "tokenizer",
-        "model_config", "metrics_collector", "metrics_collector_context",
+        "tp_worker", "attn_tp_group", "attn_tp_cpu_group", "output_streamer", "server_args",
+        "tokenizer", "model_config", "metrics_collector", "metrics_collector_context",
         "token_to_kv_pool_allocator",
     ),
     f"{_BATCH}.NextBatchPlan": ("running_batch",),

@@ -78,7 +78,8 @@ def refuse_unsupported(cfg: Any) -> None:
             (cfg.encoder_only or cfg.language_only, "encoder disaggregation"),
             (cfg.dllm_algorithm is not None, "diffusion language models (--dllm-algorithm)"),
             (cfg.is_embedding, "embedding models (--is-embedding)"),
-            (cfg.attn_dp_size > 1 or cfg.enable_dp_attention, "data-parallel attention"),
+            (cfg.dwdp_size > 1, "data parallelism with distributed weights (--dwdp-size)"),
+            (cfg.elastic_ep_backend is not None, "elastic expert parallelism"),
             (cfg.attn_cp_size > 1 or cfg.dcp_size > 1, "context parallelism"),
             (cfg.enable_pdmux, "prefill/decode multiplexing (--enable-pdmux)"),
             (cfg.enable_hisparse, "hierarchical sparse attention (--enable-hisparse)"),
@@ -136,6 +137,10 @@ def _refused_speculation(cfg: Any) -> Iterator[tuple[bool, str]]:
         algorithm not in _SPECULATION,
         f"speculative decoding by {algorithm} (--speculative-algorithm; supported: "
         f"{', '.join(_SPECULATION)})",
+    )
+    yield (
+        cfg.attn_dp_size > 1 or cfg.enable_dp_attention,
+        "speculative decoding with data-parallel attention: leave one of them out",
     )
     yield cfg.enable_multi_layer_eagle, "multi-layer EAGLE (--enable-multi-layer-eagle)"
 

@@ -14,6 +14,7 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from step_sglang.scoring.scorer import Scorer, ScorerInfo, save_scorer
@@ -62,7 +63,7 @@ def build_model(
 ) -> Path:
     """A random model of hidden size 64 in fp32, with its tokenizer.
 
-    ``kind`` is qwen3, llama or phi3.
+    ``kind`` is qwen3, llama, phi3 or qwen3_moe.
     ``vocab`` token ids are understood (by default the tokenizer's); all are of the tokenizer that
     the model writes. As many ranks as it has ``kv_heads`` can share it, if ``vocab`` is divisible
     by 64 and by them.
@@ -85,6 +86,14 @@ def build_model(
         "qwen3": lambda: Qwen3Config(**common, head_dim=16),
         "llama": lambda: LlamaConfig(**common),
         "phi3": lambda: Phi3Config(**common, original_max_position_embeddings=context),
+        "qwen3_moe": lambda: Qwen3MoeConfig(
+            **common,
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            norm_topk_prob=True,
+        ),
     }[kind]()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float()

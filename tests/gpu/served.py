@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from tests.models import build_scorer, build_tokenizer
 from tests.server.expected import step_positions, step_scores
@@ -20,7 +20,7 @@ TRACES, NEW_TOKENS = 64, 300
 def build_cuda_model(folder: Path, kind: str = "qwen3") -> Path:
     """A random model in bfloat16, of a shape that every attention backend takes.
 
-    ``kind`` is qwen3 or llama.
+    ``kind`` is qwen3, llama or qwen3_moe.
     """
     tokenizer = build_tokenizer(folder)
     torch.manual_seed(0)
@@ -40,6 +40,9 @@ def build_cuda_model(folder: Path, kind: str = "qwen3") -> Path:
     config = {
         "qwen3": lambda: Qwen3Config(**common),
         "llama": lambda: LlamaConfig(**common),
+        "qwen3_moe": lambda: Qwen3MoeConfig(
+            **common, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=256
+        ),
     }[kind]()
     model = AutoModelForCausalLM.from_config(config)
     model.to(torch.bfloat16).save_pretrained(folder)

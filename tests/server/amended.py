@@ -39,11 +39,18 @@ sys.meta_path.insert(0, Amender())
 """
 
 
-def amend(folder: Path, *amendments: tuple[str, str]) -> dict[str, str]:
-    """The environment of a server in which ("module", "tests.module:function") are applied."""
+def amend(folder: Path, *amendments: tuple[str, str], unpinned: bool = False) -> dict[str, str]:
+    """The environment of a server in which ("module", "tests.module:function") are applied.
+
+    ``unpinned``: pinned memory is ordinary memory in it, where there is no device to pin it for.
+    """
     by_module: dict[str, list[str]] = {}
     for module, function in amendments:
         by_module.setdefault(module, []).append(function)
-    (folder / "sitecustomize.py").write_text(PROGRAM % by_module)
+    program = PROGRAM % by_module
+    if unpinned:
+        other = Path(__file__).parent / "unpinned" / "sitecustomize.py"
+        program += f"\nexec(open({str(other)!r}).read())\n"
+    (folder / "sitecustomize.py").write_text(program)
     paths = filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH")))
     return {"PYTHONPATH": os.pathsep.join(paths)}
