@@ -57,8 +57,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     f"{_BATCH}.Req": (
         "rid", "kv", "output_ids", "origin_input_ids", "sampling_params", "finished_reason",
-        "to_finish", "prefix_len", "extend_len", "full_untruncated_fill_ids", "last_node",
-        "extra_key", "skip_radix_cache_insert", "return_logprob", "time_stats", "priority",
+        "to_finish", "prefix_len", "host_hit_length", "extend_len", "full_untruncated_fill_ids",
+        "last_node", "extra_key", "skip_radix_cache_insert", "return_logprob", "time_stats",
+        "priority",
     ),
     f"{_BATCH}.ReqKvInfo": ("req_pool_idx", "cache_protected_len", "kv_allocated_len"),
     f"{_BATCH}.ScheduleBatch": (

@@ -85,11 +85,7 @@ def refuse_unsupported(cfg: Any) -> None:
             (cfg.enable_hisparse, "hierarchical sparse attention (--enable-hisparse)"),
             (cfg.enable_layernorm_sp, "sequence-parallel layer norm (--enable-layernorm-sp)"),
             (cfg.enable_encoder_swa_bounded_replay, "bounded sliding-window replay"),
-            (
-                cfg.enable_hierarchical_cache,
-                "the hierarchical cache (--enable-hierarchical-cache): what it loads back from the "
-                "host is missing in the room that pruning makes",
-            ),
+            *_refused_host_cache(cfg),
             (
                 cfg.enable_deterministic_inference,
                 "deterministic inference (--enable-deterministic-inference): which trace is "
@@ -123,6 +119,16 @@ def refuse_unsupported(cfg: Any) -> None:
     ]
     if refused:
         raise ConfigError(f"not supported with --enable-step: {'; '.join(refused)}")
+
+
+def _refused_host_cache(cfg: Any) -> Iterator[tuple[bool, str]]:
+    if not cfg.enable_hierarchical_cache:
+        return
+    name = "the hierarchical cache (--enable-hierarchical-cache) with"
+    yield cfg.hicache_host_memory_mode != "cache", f"{name} --hicache-host-memory-mode buffer_only"
+    yield cfg.hicache_write_policy == "write_back", f"{name} --hicache-write-policy write_back"
+    yield cfg.hicache_storage_backend is not None, f"{name} a storage behind the host's memory"
+    yield cfg.speculative_algorithm is not None, f"{name} speculative decoding"
 
 
 # Their drafts are sampled by one function of SGLang, which is hooked.
