@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from step_sglang import protocol
+from step_sglang.patches import peers
 from step_sglang.patches.parsed import parsed_of
 
 _VOTES = "step_votes"  # on the tokenizer manager
@@ -83,13 +84,21 @@ def live_votes(manager: Any, items: list[Any], request: Any) -> Iterator[dict[st
 def abort_request(result: None, manager: Any, rid: str = "", abort_all: bool = False) -> None:
     """AFTER ``TokenizerManager.abort_request``, which ignores the id of no live request.
 
-    The scheduler then ends every request whose id begins with that, and so does this.
+    The scheduler then ends every request whose id begins with that, and so does this. Several
+    tokenizer workers ignore no id: the request may be another's.
     """
-    votes = _votes(manager)
-    if votes and (abort_all or (rid and rid in manager.rid_to_state)):
-        for name, vote in votes.items():
-            if abort_all or name.startswith(rid):
-                vote.aborted = True
+    known = rid in manager.rid_to_state
+    if abort_all or (rid and (known or peers.several())):
+        abort_votes(manager, None if abort_all else rid)
+    if abort_all or (rid and not known):
+        peers.tell_others({protocol.ASK_ABORT_VOTES: None if abort_all else rid})
+
+
+def abort_votes(manager: Any, rid: str | None) -> None:
+    """Abort this worker's votes whose id begins so; None: all of them."""
+    for name, vote in _votes(manager).items():
+        if rid is None or name.startswith(rid):
+            vote.aborted = True
 
 
 def end_traces(manager: Any, rids: Iterable[str]) -> int:

@@ -89,7 +89,9 @@ def _step_adder(base: Any, scheduler: Any) -> type:
         def _step_needs_chunks(self, req: Any) -> bool:
             # SGLang asks this too, but not of a request that ignores the end token while the
             # radix cache is off; a chunk that traces made shorter leaves room for its first.
-            extend = len(req.full_untruncated_fill_ids) - req.prefix_len
+            # What comes from the host is loaded, not computed.
+            done = req.prefix_len + req.host_hit_length
+            extend = len(req.full_untruncated_fill_ids) - done
             return self.rem_chunk_tokens is not None and extend > self.rem_chunk_tokens
 
         def _room(self) -> Any:
@@ -159,6 +161,9 @@ class PrefillReclaimer:
 
     def make(self, req: Any) -> bool:
         """Make room for the tokens that a waiting request takes at once.
+
+        They are all that is not in the device's memory: what the hierarchical cache would load from
+        the host takes as much of it as what is computed.
 
         Returns:
             Whether they are free now.

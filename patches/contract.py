@@ -133,6 +133,12 @@ SERVE_GENERATE_REQUEST = Target(
     why="sends the progress of a vote while /generate streams",
     until="streams may carry comments of a plugin",
 )
+INIT_MULTI_TOKENIZER = Target(
+    "sglang.srt.entrypoints.http_server.init_multi_tokenizer",
+    (),
+    why="adds STEP's endpoints to a tokenizer worker, and lets workers ask each other",
+    until="tokenizer workers load plugins",
+)
 ADD_API_KEY_MIDDLEWARE = Target(
     "sglang.srt.utils.auth.add_api_key_middleware",
     ("app", "api_key", "admin_api_key"),
@@ -316,6 +322,7 @@ HOOKED = (
     UPDATE_REQUEST_META_INFO,
     GENERATE_REQUEST,
     SERVE_GENERATE_REQUEST,
+    INIT_MULTI_TOKENIZER,
     ADD_API_KEY_MIDDLEWARE,
     CONVERT_CHAT,
     GENERATE_CHAT_STREAM,

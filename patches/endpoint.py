@@ -16,18 +16,24 @@ from fastapi.responses import JSONResponse
 from step_sglang import protocol
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
+from step_sglang.patches import peers
 from step_sglang.patches.aborts import end_traces
 from step_sglang.patches.page import add_page
 from step_sglang.patches.parsed import parsed_of
 from step_sglang.pruning.request import check_group_id
 
-_SERVER = "sglang.srt.entrypoints.http_server"
+SERVER = "sglang.srt.entrypoints.http_server"
 _LOOK_AGAIN = 0.05  # seconds
 
 
-def add_endpoints(config: StepConfig) -> None:
-    """Add the endpoints to SGLang's HTTP server, if this process runs one."""
-    server = sys.modules.get(_SERVER)
+def add_endpoints(config: StepConfig, *, several: bool = False) -> None:
+    """Add the endpoints to SGLang's HTTP server, if this process runs one.
+
+    Args:
+        config: STEP's settings.
+        several: this process is one of several tokenizer workers.
+    """
+    server = sys.modules.get(SERVER)
     if server is None or any(
         getattr(route, "path", "") == protocol.ABORT_GROUP_PATH for route in server.app.routes
     ):
@@ -41,7 +47,7 @@ def add_endpoints(config: StepConfig) -> None:
     ):
         endpoint = auth_level(AuthLevel.ADMIN_OPTIONAL)(function)
         server.app.add_api_route(path, endpoint, methods=["POST"])
-    add_page(server.app, config)
+    add_page(server.app, config, several=several)
 
 
 async def abort_group(request: Request) -> JSONResponse:
@@ -54,17 +60,28 @@ async def abort_group(request: Request) -> JSONResponse:
     except (RequestError, ValueError, RecursionError) as error:
         message = str(error) if isinstance(error, RequestError) else "the body is not JSON"
         return JSONResponse({"error": {"message": message}}, status_code=400)
-    manager = sys.modules[_SERVER]._global_state.tokenizer_manager
+    manager = sys.modules[SERVER]._global_state.tokenizer_manager
     aborted: set[str] = set()
     # Again and again: with n > 1 the samples begin after the prompt was computed.
-    while members := _members(manager, group):
-        for rid in members - aborted:
-            manager.abort_request(rid)
-        aborted |= members
-        if await request.is_disconnected():
-            break
-        await asyncio.sleep(_LOOK_AGAIN)
+    try:
+        while members := await _abort_members_everywhere(manager, group):
+            aborted |= members
+            if await request.is_disconnected():
+                break
+            await asyncio.sleep(_LOOK_AGAIN)
+    except TimeoutError:
+        return _no_answer()
     return JSONResponse({protocol.GROUP: group, protocol.ABORTED: len(aborted)})
+
+
+async def _abort_members_everywhere(manager: Any, group: str) -> set[str]:
+    others = await peers.ask_others({protocol.ASK_ABORT_GROUP: group})
+    return set(abort_members(manager, group)).union(*others)
+
+
+def _no_answer() -> JSONResponse:
+    message = "a tokenizer worker of this server does not answer: try again"
+    return JSONResponse({"error": {"message": message}}, status_code=503)
 
 
 async def end_traces_of(request: Request) -> JSONResponse:
@@ -77,12 +94,22 @@ async def end_traces_of(request: Request) -> JSONResponse:
     if not isinstance(rids, list) or not all(isinstance(rid, str) for rid in rids):
         message = 'the body must be an object such as {"traces": ["ID", "ID"]}'
         return JSONResponse({"error": {"message": message}}, status_code=400)
-    manager = sys.modules[_SERVER]._global_state.tokenizer_manager
-    return JSONResponse({protocol.ENDED: end_traces(manager, rids)})
+    manager = sys.modules[SERVER]._global_state.tokenizer_manager
+    ended = end_traces(manager, rids)
+    try:
+        ended += sum(await peers.ask_others({protocol.ASK_END_TRACES: rids}))
+    except TimeoutError:
+        return _no_answer()
+    return JSONResponse({protocol.ENDED: ended})
 
 
-def _members(manager: Any, group: str) -> set[str]:
-    return {rid for rid, state in manager.rid_to_state.items() if _group(state.obj, rid) == group}
+def abort_members(manager: Any, group: str) -> list[str]:
+    """Abort the requests of a group that came to this process; returns which there are."""
+    states = list(manager.rid_to_state.items())
+    members = [rid for rid, state in states if _group(state.obj, rid) == group]
+    for rid in members:
+        manager.abort_request(rid)  # once: SGLang keeps in mind which it has aborted
+    return members
 
 
 def _group(obj: Any, rid: str) -> str | None:

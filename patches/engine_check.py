@@ -57,8 +57,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     f"{_BATCH}.Req": (
         "rid", "kv", "output_ids", "origin_input_ids", "sampling_params", "finished_reason",
-        "to_finish", "prefix_len", "extend_len", "full_untruncated_fill_ids", "last_node",
-        "extra_key", "skip_radix_cache_insert", "return_logprob", "time_stats", "priority",
+        "to_finish", "prefix_len", "host_hit_length", "extend_len", "full_untruncated_fill_ids",
+        "last_node", "extra_key", "skip_radix_cache_insert", "return_logprob", "time_stats",
+        "priority",
     ),
     f"{_BATCH}.ReqKvInfo": ("req_pool_idx", "cache_protected_len", "kv_allocated_len"),
     f"{_BATCH}.ScheduleBatch": (
@@ -83,8 +84,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     _SCHEDULER: (
         "waiting_queue", "running_batch", "chunked_req", "grammar_manager", "policy", "page_size",
         "enable_priority_scheduling", "enable_priority_preemption", "is_hybrid_swa", "tree_cache",
-        "tp_worker", "tp_group", "tp_cpu_group", "output_streamer", "server_args", "tokenizer",
-        "model_config", "metrics_collector", "metrics_collector_context",
+        "tp_worker", "attn_tp_group", "attn_tp_cpu_group", "output_streamer", "server_args",
+        "tokenizer", "model_config", "metrics_collector", "metrics_collector_context",
         "token_to_kv_pool_allocator",
     ),
     f"{_BATCH}.NextBatchPlan": ("running_batch",),

@@ -52,8 +52,9 @@ def answer_feed(scheduler: Any, state: SchedulerStep, recv_req: Any) -> Any:
     from sglang.srt.managers.io_struct import GetInternalStateReqOutput
 
     update = b""
-    # Only the first of several ranks is heard.
-    if recv_req.rid == protocol.FEED_STOP or scheduler.tp_group.rank != scheduler.tp_group.ranks[0]:
+    ranks = scheduler.attn_tp_group
+    # Only the first of several ranks with the same requests is heard.
+    if recv_req.rid == protocol.FEED_STOP or ranks.rank != ranks.ranks[0]:
         state.groups.watcher = None
     else:
         with guard(protocol.IN_PAGE) as taking:

@@ -100,6 +100,17 @@ def _check_engine() -> None:
     logger.warning("STEP runs on an SGLang that it was not tested with:\n%s", text)
 
 
+def hook_tokenizer_manager(*, http: bool) -> None:
+    """Hook this process, which has a tokenizer manager, and an HTTP server too if it says so."""
+    hooks.install(hooks.TOKENIZER)
+    if http:
+        hooks.install(hooks.HTTP)
+    if protocol.VIRTUAL_GPU_ENV in os.environ:
+        from step_sglang.patches.virtual.hooks import IN_TOKENIZER_MANAGER, take_over_time
+
+        take_over_time(IN_TOKENIZER_MANAGER)
+
+
 def _enable(server_args: Any, config: StepConfig, *, from_cli: bool) -> None:
     wrong = contract.mismatches()
     if wrong:
@@ -109,12 +120,11 @@ def _enable(server_args: Any, config: StepConfig, *, from_cli: bool) -> None:
         )
     _check_engine()
     preflight.refuse_unsupported(server_args)
-    hooks.install(hooks.TOKENIZER)
-    if from_cli:
-        hooks.install(hooks.HTTP)
-    if protocol.VIRTUAL_GPU_ENV in os.environ:
-        from step_sglang.patches.virtual.hooks import IN_TOKENIZER_MANAGER, take_over_time
-
-        take_over_time(IN_TOKENIZER_MANAGER)
+    if server_args.tokenizer_worker_num > 1 and not from_cli:
+        raise ConfigError(
+            "not supported with enable_step: several tokenizer workers (tokenizer_worker_num) of "
+            "an engine: start a server with --tokenizer-worker-num, or leave them out"
+        )
+    hook_tokenizer_manager(http=from_cli)
     os.environ[protocol.HOOKS_ENV] = "1"
     attach(server_args, config, from_cli=from_cli)

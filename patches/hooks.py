@@ -54,6 +54,8 @@ HTTP = (
     Hook(contract.ANSWER_CHAT, HookType.AROUND, "http:answer_whole"),
     Hook(contract.ANSWER_COMPLETION, HookType.AROUND, "http:answer_whole"),
 )
+# In each of several tokenizer workers, beside those two.
+WORKER = (Hook(contract.INIT_MULTI_TOKENIZER, HookType.AROUND, "workers:init_multi_tokenizer"),)
 SCHEDULER = (
     Hook(contract.INIT_ALL_CUDA_GRAPHS, HookType.AROUND, "scheduler:init_all_cuda_graphs"),
     Hook(contract.CREATE_GENERATION_REQ, HookType.AFTER, "scheduler:create_generation_req"),

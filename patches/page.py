@@ -27,14 +27,26 @@ _hub: Hub | None = None  # one HTTP server per process
 _config: StepConfig | None = None
 
 
-def add_page(app: Any, config: StepConfig) -> None:
-    """Add the page and its feed to SGLang's HTTP server."""
+def add_page(app: Any, config: StepConfig, *, several: bool = False) -> None:
+    """Add the page and its feed to SGLang's HTTP server.
+
+    Where this is one of several tokenizer workers, each would have a part of the feed.
+    """
     global _config  # noqa: PLW0603
     if config.page == "off":
+        return
+    if several:
+        for path in (protocol.PAGE_PATH, protocol.EVENTS_PATH):
+            app.add_api_route(path, refuse_several, methods=["GET"], include_in_schema=False)
         return
     _config = config
     app.add_api_route(protocol.PAGE_PATH, show_page, methods=["GET"], include_in_schema=False)
     app.add_api_route(protocol.EVENTS_PATH, send_events, methods=["GET"], include_in_schema=False)
+
+
+async def refuse_several() -> JSONResponse:
+    """GET the page or its feed of one of several workers."""
+    return _refusal("the live page needs a server with --tokenizer-worker-num 1", 501)
 
 
 async def show_page() -> HTMLResponse:

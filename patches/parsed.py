@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from step_sglang.config import StepConfig
-from step_sglang.patches.server_args import config_of
+from step_sglang.patches.server_args import config_of, replicas
 from step_sglang.pruning.affinity import GroupIds
 from step_sglang.pruning.request import StepRequest, as_sample, with_group
 from step_sglang.voting.request import ParsedRequest, parse
@@ -92,7 +92,7 @@ def init_req_state(manager: Any, obj: Any, request: Any = None) -> None:
         parsed = parsed_of(item)
         if parsed.declined:
             continue
-        trace = as_sample(parsed.trace, _group_ids(manager.server_args.dp_size).new)
+        trace = as_sample(parsed.trace, _group_ids(replicas()).new)
         assert trace.group is not None
         params = dict(item.sampling_params or {})
         params["custom_params"] = with_group(params.get("custom_params"), trace.group)
@@ -101,5 +101,5 @@ def init_req_state(manager: Any, obj: Any, request: Any = None) -> None:
 
 
 @lru_cache
-def _group_ids(replicas: int) -> GroupIds:
-    return GroupIds(replicas)
+def _group_ids(number: int) -> GroupIds:
+    return GroupIds(number)

@@ -12,6 +12,7 @@ import torch
 from step_sglang import protocol
 from step_sglang.config import DEFAULT_DELIMITERS, StepConfig
 from step_sglang.errors import ConfigError, ScorerError, StepError
+from step_sglang.patches import workers
 from step_sglang.patches.endpoint import add_endpoints
 from step_sglang.patches.server_args import config_of, refuse
 from step_sglang.scoring.boundary import THINK_END, boundary_ids, think_end_id
@@ -50,7 +51,10 @@ def launch_subprocesses(cls: type, server_args: Any, *args: Any, **kwargs: Any) 
         _check(server_args, config)
     except StepError as error:
         refuse(server_args, error)
-    add_endpoints(config)
+    if server_args.tokenizer_worker_num > 1:
+        workers.prepare()
+    else:
+        add_endpoints(config)
 
 
 def refuse_unsupported(cfg: Any) -> None:
@@ -74,17 +78,14 @@ def refuse_unsupported(cfg: Any) -> None:
             (cfg.encoder_only or cfg.language_only, "encoder disaggregation"),
             (cfg.dllm_algorithm is not None, "diffusion language models (--dllm-algorithm)"),
             (cfg.is_embedding, "embedding models (--is-embedding)"),
-            (cfg.attn_dp_size > 1 or cfg.enable_dp_attention, "data-parallel attention"),
+            (cfg.dwdp_size > 1, "data parallelism with distributed weights (--dwdp-size)"),
+            (cfg.elastic_ep_backend is not None, "elastic expert parallelism"),
             (cfg.attn_cp_size > 1 or cfg.dcp_size > 1, "context parallelism"),
             (cfg.enable_pdmux, "prefill/decode multiplexing (--enable-pdmux)"),
             (cfg.enable_hisparse, "hierarchical sparse attention (--enable-hisparse)"),
             (cfg.enable_layernorm_sp, "sequence-parallel layer norm (--enable-layernorm-sp)"),
             (cfg.enable_encoder_swa_bounded_replay, "bounded sliding-window replay"),
-            (
-                cfg.enable_hierarchical_cache,
-                "the hierarchical cache (--enable-hierarchical-cache): what it loads back from the "
-                "host is missing in the room that pruning makes",
-            ),
+            *_refused_host_cache(cfg),
             (
                 cfg.enable_deterministic_inference,
                 "deterministic inference (--enable-deterministic-inference): which trace is "
@@ -106,7 +107,11 @@ def refuse_unsupported(cfg: Any) -> None:
                 "pruning makes",
             ),
             (cfg.use_ray, "Ray (--use-ray)"),
-            (cfg.tokenizer_worker_num > 1, "several tokenizer workers (--tokenizer-worker-num)"),
+            (
+                cfg.tokenizer_worker_num > 1 and bool(cfg.api_key or cfg.admin_api_key),
+                "API keys with several tokenizer workers (--tokenizer-worker-num): SGLang checks "
+                "no key there",
+            ),
             (cfg.smg_grpc_mode or cfg.grpc_mode, "gRPC mode"),
             (envs.SGLANG_RUST_SERVER.get(), "the Rust server (SGLANG_RUST_SERVER)"),
         )
@@ -114,6 +119,16 @@ def refuse_unsupported(cfg: Any) -> None:
     ]
     if refused:
         raise ConfigError(f"not supported with --enable-step: {'; '.join(refused)}")
+
+
+def _refused_host_cache(cfg: Any) -> Iterator[tuple[bool, str]]:
+    if not cfg.enable_hierarchical_cache:
+        return
+    name = "the hierarchical cache (--enable-hierarchical-cache) with"
+    yield cfg.hicache_host_memory_mode != "cache", f"{name} --hicache-host-memory-mode buffer_only"
+    yield cfg.hicache_write_policy == "write_back", f"{name} --hicache-write-policy write_back"
+    yield cfg.hicache_storage_backend is not None, f"{name} a storage behind the host's memory"
+    yield cfg.speculative_algorithm is not None, f"{name} speculative decoding"
 
 
 # Their drafts are sampled by one function of SGLang, which is hooked.
@@ -128,6 +143,10 @@ def _refused_speculation(cfg: Any) -> Iterator[tuple[bool, str]]:
         algorithm not in _SPECULATION,
         f"speculative decoding by {algorithm} (--speculative-algorithm; supported: "
         f"{', '.join(_SPECULATION)})",
+    )
+    yield (
+        cfg.attn_dp_size > 1 or cfg.enable_dp_attention,
+        "speculative decoding with data-parallel attention: leave one of them out",
     )
     yield cfg.enable_multi_layer_eagle, "multi-layer EAGLE (--enable-multi-layer-eagle)"
 

@@ -331,18 +331,19 @@ def _end_aborted(state: SchedulerStep, reqs: Sequence[Any]) -> None:
 
 
 def agree(scheduler: Any, victims: list[Choice]) -> list[Choice]:
-    """Every tensor-parallel rank takes the first rank's choice.
+    """Every tensor-parallel rank of a batch takes the first rank's choice.
 
-    All ranks come here in the same iteration, because their memory state is identical; their
-    scores could differ in the last bit, and different victims would hang the server.
+    All of them come here in the same iteration, because their memory state is identical; their
+    scores could differ in the last bit, and different victims would hang the server. With
+    data-parallel attention other ranks have other batches, and do not come.
     """
-    group = scheduler.tp_group
+    group = scheduler.attn_tp_group
     if group.world_size == 1:
         return victims
     from sglang.srt.utils import broadcast_pyobj
 
     agreed: list[Choice] = broadcast_pyobj(
-        victims, group.rank, scheduler.tp_cpu_group, src=group.ranks[0]
+        victims, group.rank, scheduler.attn_tp_cpu_group, src=group.ranks[0]
     )
     return agreed
 

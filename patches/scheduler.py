@@ -123,7 +123,7 @@ def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
         slots,
         groups,
         metrics,
-        alone=get_parallel().tp_size == 1,
+        alone=get_parallel().attn_tp_size == 1,
         heads=_heads(runner.model) if drafted else frozenset(),
     )
     logger.info("STEP: %d boundary tokens, think-end %s, %s", len(ids), think_end, config)

@@ -23,6 +23,20 @@ def config_of(server_args: Any) -> StepConfig | None:
     return getattr(server_args, _CONFIG, None)
 
 
+def replicas() -> int:
+    """How many parts of this server have requests of their own: replicas, or attention-DP ranks."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().num_dp_ranks)
+
+
+def ranks_of_a_batch() -> int:
+    """How many tensor-parallel ranks share the attention of one batch, and decide about it."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().attn_tp_size)
+
+
 def refuse(server_args: Any, error: StepError) -> NoReturn:
     """End a command line with the message alone; raise for a program that made an engine."""
     if getattr(server_args, _FROM_CLI, False):

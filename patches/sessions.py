@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from step_sglang.patches import peers
 from step_sglang.patches.server_args import config_of
 from step_sglang.voting.session import SampledTrace, TraceFate
 
@@ -92,6 +93,8 @@ async def answered(manager: Any, obj: Any, trace: SampledTrace) -> None:
 def why_unvoted(manager: Any, obj: Any) -> str | None:
     """Why a session's turn cannot be voted; None when it can."""
     session = _session(manager, obj)
+    if peers.several() and isinstance(obj.session_params, Mapping):
+        return "each turn may come to another one of this server's tokenizer workers"
     if session is not None and session.streaming:
         return "a streaming session's memory belongs to one request at a time"
     if isinstance(obj.session_params, Mapping) and obj.session_params.get("replace"):

@@ -11,7 +11,7 @@ from step_sglang.errors import RequestError
 from step_sglang.patches.guard import guard
 from step_sglang.patches.page import trace_finished
 from step_sglang.patches.parsed import parsed_of, pruned_mode
-from step_sglang.patches.server_args import config_of
+from step_sglang.patches.server_args import config_of, ranks_of_a_batch, replicas
 from step_sglang.pruning.affinity import replica_of
 from step_sglang.pruning.request import (
     StepRequest,
@@ -37,7 +37,7 @@ def create_tokenized_object(result: Any, manager: Any, obj: Any, *args: Any, **k
         raise RequestError(
             "custom_params.step.hidden_states needs a server started with --step-capture"
         )
-    _check_baseline(step_request, config, manager.server_args)
+    _check_baseline(step_request, config)
     tokens = len(result.input_ids or ())
     if step_request.prompt_tokens is not None and step_request.prompt_tokens > tokens:
         raise RequestError(
@@ -45,9 +45,9 @@ def create_tokenized_object(result: Any, manager: Any, obj: Any, *args: Any, **k
             f"only {tokens} tokens"
         )
     _decide_refill(result, step_request, parsed_of(obj).voted, config, manager.server_args)
-    replicas = manager.server_args.dp_size
-    if replicas > 1 and step_request.group is not None and result.routed_dp_rank is None:
-        result.routed_dp_rank = replica_of(step_request.group, replicas)
+    number = replicas()
+    if number > 1 and step_request.group is not None and result.routed_dp_rank is None:
+        result.routed_dp_rank = replica_of(step_request.group, number)
 
 
 def _decide_refill(
@@ -106,7 +106,7 @@ def _why_no_branches(result: Any, voted: bool, config: StepConfig, server_args: 
     return next((text for holds, text in reasons if holds), None)
 
 
-def _check_baseline(step_request: StepRequest, config: StepConfig, server_args: Any) -> None:
+def _check_baseline(step_request: StepRequest, config: StepConfig) -> None:
     if step_request.baseline is None:
         return
     where = "custom_params.step.baseline"
@@ -114,7 +114,7 @@ def _check_baseline(step_request: StepRequest, config: StepConfig, server_args: 
         raise RequestError(
             f"{where} needs a server with --step-policy fair and without --step-capture"
         )
-    if not step_request.baseline.FOR_MEMORY and server_args.tp_size > 1:
+    if not step_request.baseline.FOR_MEMORY and ranks_of_a_batch() > 1:
         # Ranks would have to agree after every step, on confidences that differ in the last bit.
         raise RequestError(
             f"{where} {step_request.baseline.NAME!r} needs a server with --tp-size 1"

@@ -95,6 +95,13 @@ VIRTUAL_GPU_ENV = "STEP_SGLANG_VIRTUAL_GPU"
 UNTESTED_ENV = "STEP_UNTESTED_SGLANG"
 # Tells them where the main process built the CUDA library, when the installation has none.
 CUDA_LIBRARY_ENV = "STEP_SGLANG_CUDA_LIBRARY"
+# Tell several tokenizer workers where they find each other, and what their application is.
+WORKERS_ENV = "STEP_SGLANG_WORKERS"
+APP_ENV = "STEP_SGLANG_APP"
+# What one of them asks of another: to end requests of a group, traces, or a vote.
+ASK_ABORT_GROUP = "abort_group"
+ASK_END_TRACES = "end_traces"
+ASK_ABORT_VOTES = "abort_votes"  # of an id, or whose id begins so; None: of all
 
 # Why a trace was pruned, in the response, the log line and the metrics.
 PRUNED_FOR_DECODE = "decode"  # the next decode step did not fit

@@ -14,6 +14,7 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from step_sglang.scoring.scorer import Scorer, ScorerInfo, save_scorer
@@ -60,8 +61,9 @@ def build_model(
     vocab: int | None = None,
     kv_heads: int = 2,
 ) -> Path:
-    """A random ``kind`` (qwen3, llama, phi3) model of hidden size 64, fp32, with its tokenizer.
+    """A random model of hidden size 64 in fp32, with its tokenizer.
 
+    ``kind`` is qwen3, llama, phi3 or qwen3_moe.
     ``vocab`` token ids are understood (by default the tokenizer's); all are of the tokenizer that
     the model writes. As many ranks as it has ``kv_heads`` can share it, if ``vocab`` is divisible
     by 64 and by them.
@@ -84,6 +86,14 @@ def build_model(
         "qwen3": lambda: Qwen3Config(**common, head_dim=16),
         "llama": lambda: LlamaConfig(**common),
         "phi3": lambda: Phi3Config(**common, original_max_position_embeddings=context),
+        "qwen3_moe": lambda: Qwen3MoeConfig(
+            **common,
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            norm_topk_prob=True,
+        ),
     }[kind]()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float()
@@ -134,6 +144,37 @@ def build_adapter(folder: Path, base: Path, merged: Path, seed: int = 1) -> Path
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def build_eagle_draft(folder: Path, target: Path) -> Path:
+    """One random layer that guesses from a Llama's hidden states: nearly always wrong.
+
+    Args:
+        folder: where it goes.
+        target: the model that it drafts for.
+    """
+    config = json.loads((target / "config.json").read_text())
+    torch.manual_seed(1)
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv = hidden // heads * config["num_key_value_heads"]
+    inner = config["intermediate_size"]
+    shapes = {
+        "fc.weight": (hidden, 2 * hidden),
+        "layers.0.self_attn.q_proj.weight": (hidden, hidden),
+        "layers.0.self_attn.k_proj.weight": (kv, hidden),
+        "layers.0.self_attn.v_proj.weight": (kv, hidden),
+        "layers.0.self_attn.o_proj.weight": (hidden, hidden),
+        "layers.0.mlp.gate_proj.weight": (inner, hidden),
+        "layers.0.mlp.up_proj.weight": (inner, hidden),
+        "layers.0.mlp.down_proj.weight": (hidden, inner),
+    }
+    folder.mkdir()
+    weights = {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+    weights["layers.0.post_attention_layernorm.weight"] = torch.ones(hidden)
+    save_file(weights, folder / "model.safetensors")
+    config.update(architectures=["LlamaForCausalLMEagle"], num_hidden_layers=1)
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

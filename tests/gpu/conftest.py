@@ -1,14 +1,28 @@
-"""``--require-all``: a run that skipped something, or ran nothing, has proved nothing."""
+"""``--require-all``: a run that skipped something, or ran nothing, has proved nothing.
+
+Tests that need more devices than there are (``DEVICES`` of their module) are deselected.
+"""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 _OPTION = "--require-all"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(_OPTION, action="store_true", help="fail where a test was skipped or none ran")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    there = max(1, torch.cuda.device_count())
+    module = pytest.Module
+    needs = {
+        item: getattr(getattr(item.getparent(module), "obj", None), "DEVICES", 1) for item in items
+    }
+    config.hook.pytest_deselected(items=[item for item in items if needs[item] > there])
+    items[:] = [item for item in items if needs[item] <= there]
 
 
 def _counts(config: pytest.Config) -> tuple[int, int]:

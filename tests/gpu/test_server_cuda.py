@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from step_sglang.scoring import op
-from tests.models import build_scorer, build_tokenizer
-from tests.server.expected import step_positions, step_scores
+from tests.gpu.served import (
+    NEW_TOKENS,
+    TRACES,
+    assert_near,
+    build_cuda_model,
+    build_cuda_scorer,
+    sample,
+)
 from tests.server.launch import CUDA_PLATFORM, ON_CUDA, Server, serve
 
 pytestmark = [
@@ -21,37 +26,15 @@ pytestmark = [
     pytest.mark.skipif(not op.has_cuda(), reason="the op was built without CUDA"),
 ]
 
-HIDDEN = 512
-PROMPT = list(range(40, 80))
-TRACES, NEW_TOKENS = 64, 300
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3 of a shape that every attention backend takes."""
-    folder = tmp_path_factory.mktemp("models") / "qwen3"
-    tokenizer = build_tokenizer(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=320,
-        hidden_size=HIDDEN,
-        intermediate_size=1024,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=128,
-        max_position_embeddings=4096,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-    )
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return build_cuda_model(tmp_path_factory.mktemp("models") / "qwen3")
 
 
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_scorer(tmp_path_factory.mktemp("scorer") / "scorer.safetensors", hidden=HIDDEN)
+    return build_cuda_scorer(tmp_path_factory.mktemp("scorer"))
 
 
 @pytest.fixture(scope="module")
@@ -67,39 +50,12 @@ def server(model: Path, scorer: Path, tmp_path_factory: pytest.TempPathFactory) 
         yield running
 
 
-def sample(server: Server, n: int) -> list[dict]:
-    answers: list[dict] = server.generate(
-        input_ids=PROMPT,
-        sampling_params={
-            "n": n,
-            "temperature": 1.0,
-            "max_new_tokens": NEW_TOKENS,
-            "ignore_eos": True,
-            "custom_params": {"step": {"step_scores": True}},
-        },
-    )
-    return answers
-
-
 def test_scores_and_pruning(server: Server, model: Path, scorer: Path) -> None:
-    """Every step has its score: near transformers' in float32, and far from its neighbour's."""
     answers = sample(server, TRACES)
     infos = [answer["meta_info"] for answer in answers]
     assert sum(info["step"]["pruned"] for info in infos) >= TRACES // 4
     assert sum(info["num_retractions"] for info in infos) == 0
-    found, expected = [], []
-    for answer in answers:
-        step, output = answer["meta_info"]["step"], answer["output_ids"]
-        positions = step_positions(model, output)
-        assert step["positions"] == positions
-        found += step["step_scores"]
-        expected += step_scores(model, scorer, PROMPT, output, positions)
-    assert len(found) > TRACES
-    ours, theirs = torch.tensor(found), torch.tensor(expected)
-    error = (ours - theirs).abs().mean()
-    to_the_neighbour = (ours - theirs.roll(1)).abs().mean()
-    print(f"{len(found)} steps, mean error {error:.5f}, to the neighbour's {to_the_neighbour:.5f}")
-    assert error < to_the_neighbour / 10
+    assert assert_near(model, scorer, answers) > TRACES
 
 
 def test_the_log_says_what_runs(server: Server) -> None:

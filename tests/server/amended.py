@@ -46,15 +46,23 @@ for name in AMENDMENTS.keys() & sys.modules.keys():
 
 
 def amend(
-    folder: Path, *amendments: tuple[str, str], paths: tuple[Path, ...] = ()
+    folder: Path,
+    *amendments: tuple[str, str],
+    paths: tuple[Path, ...] = (),
+    unpinned: bool = False,
 ) -> dict[str, str]:
     """The environment of a server in which ("module", "tests.module:function") are applied.
 
     ``paths``: where to look for modules beside those of the tests.
+    ``unpinned``: pinned memory is ordinary memory in it, where there is no device to pin it for.
     """
     by_module: dict[str, list[str]] = {}
     for module, function in amendments:
         by_module.setdefault(module, []).append(function)
-    (folder / "sitecustomize.py").write_text(PROGRAM % by_module)
+    program = PROGRAM % by_module
+    if unpinned:
+        other = Path(__file__).parent / "unpinned" / "sitecustomize.py"
+        program += f"\nexec(open({str(other)!r}).read())\n"
+    (folder / "sitecustomize.py").write_text(program)
     found = filter(None, (folder, ROOT, *paths, os.environ.get("PYTHONPATH")))
     return {"PYTHONPATH": os.pathsep.join(map(str, found))}

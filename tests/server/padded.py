@@ -27,6 +27,11 @@ def scatter_on_the_cpu(module: ModuleType) -> None:
     module.GroupCoordinator.all_gather_into_tensor = all_gather_into_tensor
 
 
+def copy_on_the_cpu(module: ModuleType) -> None:
+    """For ``layers.dp_attention``: the copy that SGLang has for its own CPU platform."""
+    module.memcpy_func = module.memcpy_cpu
+
+
 def rows_of_slots(module: ModuleType) -> None:
     """A fault: as many rows as there are slots; for ``step_sglang.patches.scheduler``."""
     module._max_rows = lambda requests: 0

@@ -26,11 +26,7 @@ def served(scorer: Path, folder: Path, *amendments: tuple[str, str]) -> tuple[in
     """
     model = build_model(folder / "model", vocab=384, kv_heads=RANKS)
     cores = one_core_each()
-    environment = amend(folder, PADDING, *amendments)
-    # SGLang pins what it sends; there is no device to pin it for.
-    unpinned = str(Path(__file__).parent / "unpinned" / "sitecustomize.py")
-    amender = folder / "sitecustomize.py"
-    amender.write_text(amender.read_text() + f"\nexec(open({unpinned!r}).read())\n")
+    environment = amend(folder, PADDING, *amendments, unpinned=True)
     with serve(
         model,
         *("--enable-step", "--step-scorer", str(scorer), "--max-total-tokens", "3000"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from step_sglang.reasoner import model_path, scorer_path
 from step_sglang.training.confidence import token_signals
-from tests.models import HIDDEN
+from tests.models import build_eagle_draft
 from tests.server.expected import assert_scores
 from tests.server.idle import free_tokens, step_state
 from tests.server.launch import Server, one_core_each, serve
@@ -92,7 +90,7 @@ def speculating(
     model, its_scorer, flags, env = model_path(), scorer_path(), CONFIGURATIONS[name], {}
     if name == "eagle":
         model, its_scorer = models["llama"], scorer
-        draft = ("--speculative-draft-model-path", str(eagle_draft(model, folder / "draft")))
+        draft = ("--speculative-draft-model-path", str(build_eagle_draft(folder / "draft", model)))
     else:
         draft = ("--speculative-draft-model-path", str(model)) if "standalone" in name else ()
     if name.endswith("retract"):
@@ -109,32 +107,6 @@ def speculating(
         yield Speculating(server, model, its_scorer, name != "eagle", name)
 
 
-def eagle_draft(target: Path, folder: Path) -> Path:
-    """One random layer that guesses from the target's hidden states: nearly always wrong."""
-    config = json.loads((target / "config.json").read_text())
-    torch.manual_seed(1)
-    heads = config["num_attention_heads"]
-    kv = HIDDEN // heads * config["num_key_value_heads"]
-    inner = config["intermediate_size"]
-    shapes = {
-        "fc.weight": (HIDDEN, 2 * HIDDEN),
-        "layers.0.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-        "layers.0.self_attn.k_proj.weight": (kv, HIDDEN),
-        "layers.0.self_attn.v_proj.weight": (kv, HIDDEN),
-        "layers.0.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-        "layers.0.mlp.gate_proj.weight": (inner, HIDDEN),
-        "layers.0.mlp.up_proj.weight": (inner, HIDDEN),
-        "layers.0.mlp.down_proj.weight": (HIDDEN, inner),
-    }
-    folder.mkdir()
-    weights = {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
-    weights["layers.0.post_attention_layernorm.weight"] = torch.ones(HIDDEN)
-    save_file(weights, folder / "model.safetensors")
-    config.update(architectures=["LlamaForCausalLMEagle"], num_hidden_layers=1)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def test_every_accepted_token_is_scored_once(speculating: Speculating) -> None:
     before = free_tokens(speculating.server)
     answers = speculating.ask(TRACES)
@@ -148,7 +120,8 @@ def test_every_accepted_token_is_scored_once(speculating: Speculating) -> None:
     infos = [answer["meta_info"] for answer in answers]
     retracted = sum(info["num_retractions"] for info in infos)
     assert (retracted > 0) is speculating.name.endswith("retract")
-    correct = sum(info["spec_num_correct_drafts"] for info in infos)
+    # SGLang says it of those alone that verified any: some are pruned before.
+    correct = sum(info.get("spec_num_correct_drafts", 0) for info in infos)
     tokens = sum(info["completion_tokens"] for info in infos)
     if speculating.accepts:
         # Steps end among accepted drafts too: a tenth of all tokens are, and of all steps.
@@ -186,6 +159,8 @@ def test_a_trace_is_pruned_in_the_middle_of_a_round(speculating: Speculating) ->
 
 
 def test_confidences_are_those_of_the_committed_tokens(speculating: Speculating) -> None:
+    if speculating.name.endswith("ranks"):
+        pytest.skip("a baseline that judges every token is refused with more than one rank")
     answer = speculating.server.generate(
         input_ids=speculating.prompt(),
         sampling_params={

@@ -11,6 +11,7 @@ from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
+from step_sglang.patches import parsed
 from step_sglang.patches.parsed import (
     init_req_state,
     parse_prompts,
@@ -27,8 +28,9 @@ CONFIG = StepConfig(scorer="s", pruned="length")
 
 
 @pytest.fixture
-def manager() -> Any:
-    server_args = SimpleNamespace(dp_size=1)
+def manager(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(parsed, "replicas", lambda: 1)  # SGLang knows it where a server runs
+    server_args = SimpleNamespace()
     attach(server_args, CONFIG, from_cli=False)
     return SimpleNamespace(server_args=server_args)
 

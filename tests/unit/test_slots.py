@@ -13,7 +13,10 @@ from step_sglang.scoring.slots import NEVER, SlotReset, SlotState
 
 
 def make_state(
-    num_slots: int, capture: torch.dtype | None = None, max_rows: int | None = None
+    num_slots: int,
+    capture: torch.dtype | None = None,
+    max_rows: int | None = None,
+    drafted: int = 0,
 ) -> SlotState:
     g = torch.Generator().manual_seed(0)
     scorer = Scorer(
@@ -22,7 +25,17 @@ def make_state(
         torch.randn(HIDDEN_UNITS, generator=g) / HIDDEN_UNITS,
         torch.zeros(1),
     )
-    return SlotState(num_slots, scorer, bitmap([5]), 9, torch.device("cpu"), capture, max_rows)
+    return SlotState(
+        num_slots,
+        scorer,
+        bitmap([5]),
+        9,
+        torch.device("cpu"),
+        capture,
+        max_rows,
+        drafted,
+        torch.float32 if drafted else None,
+    )
 
 
 def contents(state: SlotState, slot: int) -> tuple[int, int, float, int]:
@@ -114,3 +127,41 @@ def test_a_reset_cleans_the_workspace() -> None:
     state.workspace[0] = 5
     state.reset([SlotReset(1, 4)])
     assert state.workspace[0] == 0
+
+
+def test_of_drafts_the_accepted_are_scored_as_one_by_one() -> None:
+    """Every node is a boundary: those that are not accepted score nothing, and count nothing."""
+    drafted, depth = 4, 3
+    state, alone = make_state(4, drafted=drafted), make_state(4)
+    for each in (state, alone):
+        each.reset([SlotReset(slot, 4) for slot in (1, 2, 3)])
+    hidden = torch.randn(3 * drafted, 16)
+    ids, slot_ids = torch.full((3 * drafted,), 5), torch.tensor([3, 1, 2])
+    positions = torch.tensor([6, 7, 7, 8] * 3)
+    accepted = torch.tensor([[0, 2, 3], [4, -1, -1], [8, 9, -1]], dtype=torch.int32)
+    state.keep_drafts(hidden)
+    values = state.score_drafts(accepted, slot_ids, ids, positions)
+    assert values.shape == (3, depth, 2)
+    assert values[:, :, 0].isnan().tolist() == (accepted < 0).tolist()
+    for request, slot in enumerate(slot_ids.tolist()):
+        for place, row in enumerate(accepted[request].tolist()):
+            if row >= 0:
+                one = slice(row, row + 1)
+                alone.score(hidden[one], None, slot_ids[[request]], ids[one], positions[one])
+                assert torch.equal(alone.results(1)[0], values[request, place])
+        assert contents(state, slot) == contents(alone, slot)
+        assert contents(state, slot)[3] == int((accepted[request] >= 0).sum())
+
+
+def test_a_think_end_among_drafts_ends_scoring_behind_it() -> None:
+    state = make_state(3, drafted=3)
+    state.reset([SlotReset(1, 4), SlotReset(2, 4)])
+    state.keep_drafts(torch.randn(6, 16))
+    ids = torch.tensor([5, 9, 5] * 2)
+    positions = torch.tensor([6, 7, 8] * 2)
+    # The second request's think-end token is not accepted, so it thinks on.
+    accepted = torch.tensor([[0, 1, 2], [3, 5, -1]])
+    values = state.score_drafts(accepted, torch.tensor([1, 2]), ids, positions)
+    scored = ~values[:, :, 0].isnan()
+    assert scored.tolist() == [[True, False, False], [True, True, False]]
+    assert [contents(state, slot)[1] for slot in (1, 2)] == [0, 1]
