@@ -45,4 +45,5 @@ for line in found.requires or ():
         left_out.append(wanted.name)
 if failed := install("--no-build-isolation", "-e", "."):
     sys.exit(f"this package does not install:\n{failed}")
+(folder / ".made").touch()
 print(f"SGLang {version} in {folder}; left out: {', '.join(left_out) or 'nothing'}")

@@ -91,3 +91,12 @@ ABORTS = Adapter(
         ),
     },
 )
+
+# Settings that STEP refuses, and that not every version has.
+_NEWER_SETTINGS = frozenset({"enable_nvidia_megakernel"})  # of 0.5.23
+
+
+def asked_for(server_args: Any, setting: str) -> bool:
+    """Whether a setting is on; one that this SGLang does not have cannot be."""
+    assert setting in _NEWER_SETTINGS, setting
+    return bool(getattr(server_args, setting, False))
