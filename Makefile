@@ -10,7 +10,7 @@ NATIVE := $(wildcard csrc/* tests/simt/*.cpp tests/simt/include/*)
 PYTEST := $(BIN)/python -m pytest -n 2 --durations 15
 SERVER := SGLANG_PLATFORM=step_cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
-.PHONY: env test test-all test-unit test-slow test-gpu gpu-report wheel lint format demo check clean
+.PHONY: env test test-all test-unit test-slow test-compat test-gpu gpu-report wheel lint format demo check clean
 
 env: $(DEPS)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
@@ -43,6 +43,19 @@ test-unit: env
 
 test-slow: env
 	$(PYTEST) -m slow
+
+# The engine's tests on another SGLang, `make test-compat SGLANG=0.5.22`: its environment lies over
+# this one, and is made once.
+COMPAT = $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/step-sglang/sglang-$(SGLANG)
+COMPAT_TESTS := $(addprefix tests/server/test_,$(addsuffix .py,api entrypoints graphs groups lost mix \
+  page pruned_choices pruning ranks refill refusals replicas speculation stock turns virtual_gpu)) \
+  $(addprefix tests/unit/test_,$(addsuffix .py,contract engine_check unpacked)) tests/server/answers
+
+test-compat: env
+	@test -n "$(SGLANG)" || { echo "which one? make test-compat SGLANG=0.5.22"; exit 1; }
+	test -e "$(COMPAT)/.made" || STEP_CUDA=0 $(BIN)/python .ci/compat.py "$(SGLANG)" "$(COMPAT)"
+	"$(COMPAT)/bin/python" -W ignore -m step_sglang.check
+	"$(COMPAT)/bin/python" -m pytest -n 2 --durations 15 $(COMPAT_TESTS)
 
 # Fails where nothing ran or anything was skipped: a green run is a proof.
 test-gpu: env

@@ -1,6 +1,7 @@
 """Prints a short hash of the pinned requirements, the key of a shared environment."""
 
 import hashlib
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -9,7 +10,8 @@ with (Path(__file__).parent.parent / "pyproject.toml").open("rb") as file:
     project = tomllib.load(file)
 pinned = (
     sys.version_info[:2],
-    project["project"]["dependencies"],
+    # Of a range of tested versions, a new environment gets the last: it counts as that one.
+    [re.sub(r">=[^,]+,<=", "==", one) for one in project["project"]["dependencies"]],
     project["project"]["optional-dependencies"],
     project["dependency-groups"],
 )

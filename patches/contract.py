@@ -6,9 +6,10 @@ without pruning would be a defect.
 
 from __future__ import annotations
 
-import inspect
-import pkgutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from step_sglang.patches.reader import Installed, MissingError, Reader
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,21 @@ class Finding:
         return f"{self}\n  why:      {self.target.why}\n  until:    {self.target.until}"
 
 
+@dataclass(frozen=True)
+class Either:
+    """Something that the versions of SGLang have in different places: one of them must be there.
+
+    ``adapters`` says what is done with each form.
+    """
+
+    what: str
+    forms: tuple[Target, ...]  # the newest first
+
+    def form(self, reader: Reader) -> Target | None:
+        """The newest form that an SGLang has."""
+        return next((f for f in self.forms if _inspect(f, reader).found is None), None)
+
+
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _ENGINE = "sglang.srt.entrypoints.engine.Engine"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
@@ -56,6 +72,7 @@ _ADDER = "sglang.srt.managers.schedule_policy.PrefillAdder"
 _REGISTRY = "sglang.srt.plugins.hook_registry.HookRegistry"
 _REQUEST = "sglang.srt.managers.schedule_batch.Req"
 _TIME_STATS = "sglang.srt.observability.req_time_stats"
+_SENDER = "sglang.srt.managers.scheduler_components.output_sender.SenderWrapper"
 _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 
 # Flags and engine arguments: hooked in every process, because only they can ask for STEP.
@@ -206,8 +223,10 @@ ADD_REQUEST_TO_QUEUE = Target(
 ABORT_SCHEDULED = Target(
     f"{_SCHEDULER}.abort_request",
     ("self", "recv_req"),
-    why="prunes a trace that a vote does not need, and says so",
-    until="an abort carries a reason that its request's answer says",
+    why="prunes a trace that a vote does not need, and says so; aborts a pruned trace whose place "
+    "a branch may take, which neither waits nor runs",
+    until="an abort carries a reason that its request's answer says, and every end passes the "
+    "streamer",
 )
 GET_NEW_BATCH_PREFILL = Target(
     f"{_SCHEDULER}.get_new_batch_prefill",
@@ -227,15 +246,15 @@ GET_OUTPUT_STREAMER_CLASS = Target(
     why='sends meta_info["step"], and learns how a trace ended',
     until="the streamer class is set in the server arguments",
 )
-ABORT_SCHEDULED = Target(
-    f"{_SCHEDULER}.abort_request",
-    ("self", "recv_req"),
-    why="aborts a pruned trace whose place a branch may take, which neither waits nor runs",
-    until="every end of a request passes the streamer",
-)
 SEND_ABORT_OUTPUT = Target(
     f"{_SCHEDULER}.send_abort_output",
     ("self", "abort_req", "req"),
+    why="learns of a request that ends outside the output stream",
+    until="every end of a request passes the streamer",
+)
+SENDER_SEND_OUTPUT = Target(
+    f"{_SENDER}.send_output",
+    ("self", "output", "recv_obj"),
     why="learns of a request that ends outside the output stream",
     until="every end of a request passes the streamer",
 )
@@ -330,15 +349,12 @@ HOOKED = (
     ANSWER_CHAT,
     ANSWER_COMPLETION,
     INIT_ALL_CUDA_GRAPHS,
-    CREATE_GENERATION_REQ,
     UPDATE_RUNNING_BATCH,
     ABORT_SCHEDULED,
     ADD_REQUEST_TO_QUEUE,
     GET_NEW_BATCH_PREFILL,
     GET_PREFILL_ADDER_CLASS,
     GET_OUTPUT_STREAMER_CLASS,
-    SEND_ABORT_OUTPUT,
-    ABORT_SCHEDULED,
     FORWARD_BATCH_GENERATION,
     LOGITS_FORWARD,
     MODEL_FORWARD,
@@ -349,9 +365,28 @@ HOOKED = (
     RECORD_WEIGHT_VERSION,
 )
 
+# Where versions differ; `adapters` has a row for each.
+BIRTH = Either("where a request is made", (CREATE_GENERATION_REQ, ADD_REQUEST_TO_QUEUE))
+ABORTS = Either(
+    "where the end of an aborted request is sent", (SEND_ABORT_OUTPUT, SENDER_SEND_OUTPUT)
+)
+ROOM = Either(
+    "how many requests may start",
+    (
+        Target(
+            f"{_SCHEDULER}.get_num_allocatable_reqs",
+            ("self", "running_bs", "beam_width", "running_batch", "num_held_rows"),
+        ),
+        Target(
+            f"{_SCHEDULER}.get_num_allocatable_reqs",
+            ("self", "running_bs", "beam_width", "running_batch"),
+        ),
+    ),
+)
+DIFFERENT = (BIRTH, ABORTS, ROOM)
+
 # Hooked on a virtual GPU, beside the others.
 VIRTUAL = (
-    CREATE_GENERATION_REQ,
     FORWARD_BATCH_GENERATION,
     PROCESS_BATCH_RESULT,
     Target(f"{_TIME_STATS}.time.perf_counter"),
@@ -387,10 +422,6 @@ USED = (
         ("self", "req", "up_to", "kwargs"),
     ),
     Target("sglang.srt.managers.scheduler._make_abort_req", ("req", "finished_reason")),
-    Target(
-        f"{_SCHEDULER}.get_num_allocatable_reqs",
-        ("self", "running_bs", "beam_width", "running_batch", "num_held_rows"),
-    ),
     Target(
         "sglang.srt.managers.scheduler_components.batch_result_processor"
         ".SchedulerBatchResultProcessor._maybe_update_reasoning_tokens",
@@ -488,30 +519,45 @@ USED = (
 )
 
 
-def inspect_targets(targets: tuple[Target, ...] = (*HOOKED, *USED)) -> list[Finding]:
-    """Compare targets with the installed SGLang, in the table's order."""
-    return [_inspect(target) for target in targets]
+def inspect_targets(
+    targets: tuple[Target, ...] = (*HOOKED, *USED),
+    different: tuple[Either, ...] = DIFFERENT,
+    reader: Reader | None = None,
+) -> list[Finding]:
+    """Compare targets with an SGLang (None: the installed one), in the tables' order."""
+    reader = reader or Installed()
+    found = [_inspect(target, reader) for target in targets]
+    return [*found, *(_inspect_either(either, reader) for either in different)]
 
 
-def mismatches(targets: tuple[Target, ...] = (*HOOKED, *USED)) -> list[Finding]:
+def mismatches(
+    targets: tuple[Target, ...] = (*HOOKED, *USED), different: tuple[Either, ...] = DIFFERENT
+) -> list[Finding]:
     """The targets that the installed SGLang does not have as they must be."""
-    return [finding for finding in inspect_targets(targets) if finding.found is not None]
+    return [found for found in inspect_targets(targets, different) if found.found is not None]
 
 
-def _inspect(target: Target) -> Finding:
+def every_target() -> Iterator[Target]:
+    """Of all tables, each form of those that differ too."""
+    yield from (*HOOKED, *USED)
+    for either in DIFFERENT:
+        yield from either.forms
+
+
+def _inspect_either(either: Either, reader: Reader) -> Finding:
+    """What is missing is told of the newest form."""
+    form = either.form(reader)
+    return Finding(form) if form is not None else _inspect(either.forms[0], reader)
+
+
+def _inspect(target: Target, reader: Reader) -> Finding:
     try:
-        parent = pkgutil.resolve_name(target.path.rpartition(".")[0])
-        # A classmethod's function, so that `cls` shows as SGLang's own hooks see it.
-        raw = inspect.getattr_static(parent, target.path.rpartition(".")[2])
-    except (ImportError, AttributeError) as error:
-        return Finding(target, f"missing ({error})")
-    if target.parameters is None:
-        return Finding(target)
-    function = raw.__func__ if isinstance(raw, classmethod | staticmethod) else raw
-    try:
-        found = tuple(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return Finding(target, f"{raw!r}, which is not callable")
+        if target.parameters is None:
+            reader.has(target.path)
+            return Finding(target)
+        found = reader.parameters(target.path)
+    except MissingError as error:
+        return Finding(target, str(error))
     return Finding(target) if found == target.parameters else Finding(target, _shown(found))
 
 

@@ -6,17 +6,13 @@ Only looks; who asks decides what to do about what is found.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import os
-import pkgutil
-import re
-import textwrap
 from dataclasses import dataclass
 
 from step_sglang import protocol
+from step_sglang.patches.reader import Installed, MissingError, Reader
 
-TESTED_VERSIONS = ("0.5.23",)
+TESTED_VERSIONS = ("0.5.22", "0.5.23")
 
 
 @dataclass(frozen=True)
@@ -37,10 +33,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Body:
-    """A function whose text was read, and what of it STEP relies on."""
+    """A function whose texts were read, and what of them STEP relies on."""
 
     path: str
-    digest: str
+    digests: tuple[str, ...]  # one for each text that a tested version has, the newest first
     why: str
 
 
@@ -104,78 +100,81 @@ FIELDS: dict[str, tuple[str, ...]] = {
 BODIES: tuple[Body, ...] = (
     Body(
         f"{_SCHEDULER}.init_model_worker",
-        "7ca031376a0fb501",
+        ("7ca031376a0fb501", "2a134d1cc7988e2f"),
         "pools and attention exist before init_all_cuda_graphs, and nothing is captured before it",
     ),
     Body(
-        f"{_SCHEDULER}.init_all_cuda_graphs", "1965ac470b96d400", "every graph is captured inside"
+        f"{_SCHEDULER}.init_all_cuda_graphs",
+        ("1965ac470b96d400",),
+        "every graph is captured inside",
     ),
     Body(
         f"{_SCHEDULER}.update_running_batch",
-        "76674da3b22d550d",
+        ("76674da3b22d550d", "9ff5c16dec73f8cf"),
         "memory is checked there, and retracts there",
     ),
     Body(
         f"{_SCHEDULER}._get_new_batch_prefill_raw",
-        "5e9fe2612420c458",
+        ("5e9fe2612420c458", "95b486507b97d769"),
         "it starts only requests of waiting_queue, and adds to it by _add_request_to_queue alone",
     ),
     Body(
         "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
-        "bd59970b5064e776",
+        ("bd59970b5064e776", "b10b5ab453bbe538"),
         "every pass goes through it, and sampling follows on the same stream",
     ),
     Body(
         f"{_MODEL}.model_runner.ModelRunner._forward_raw",
-        "f2ff4b54fffc3072",
+        ("f2ff4b54fffc3072", "cd6d613cf30a4bb4"),
         "a decode pass is a graph's replay exactly when it says can_run_graph",
     ),
     Body(
         f"{_MODEL}.model_runner.ModelRunner.sample",
-        "e509f64347964d8b",
+        ("e509f64347964d8b",),
         "it clears auxiliary_device_output",
     ),
     Body(
         f"{_MODEL}.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture_prepare",
-        "8a2cd2bb2ebf748e",
+        ("8a2cd2bb2ebf748e", "9bb256d7ba76d7aa"),
         "the captured batch is a ForwardBatch over the runner's static buffers",
     ),
     Body(
         f"{_MODEL}.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.load_batch",
-        "ef0117d809acbfa4",
+        ("ef0117d809acbfa4", "c305e2dcc6efb477"),
         "a replay gets its batch through those buffers",
     ),
     Body(
         f"{_MODEL}.cuda_graph_buffer_registry.build_decode_registry",
-        "a638f2b419bf857d",
+        ("a638f2b419bf857d", "d058cddaac0f969e"),
         "padded rows have slot 0 and position 0",
     ),
     Body(
         "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.__init__",
-        "d9a4178ba8028f98",
+        ("d9a4178ba8028f98",),
         "row 0 of the pool pads",
     ),
     Body(
         "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.alloc",
-        "83d2da1b5fa9d443",
+        ("83d2da1b5fa9d443",),
         "row 0 is never given out",
     ),
     Body(
         "sglang.srt.managers.auxiliary_output.append_auxiliary_output",
-        "381c05a8b8586c0b",
+        ("381c05a8b8586c0b",),
         "it keeps what others appended",
     ),
     Body(
         "sglang.srt.mem_cache.common.release_kv_cache",
-        "79aba39f92f494b0",
+        ("79aba39f92f494b0",),
         "it frees what no other shares",
     ),
 )
 
 
-def differences() -> list[Difference]:
-    """Everything in which the installed SGLang differs, the fatal first."""
-    return [*_missing_fields(), *_version(), *_changed_bodies()]
+def differences(reader: Reader | None = None) -> list[Difference]:
+    """Everything in which an SGLang (None: the installed one) differs, the fatal first."""
+    reader = reader or Installed()
+    return [*_missing_fields(reader), *_version(reader), *_changed_bodies(reader)]
 
 
 def accepted(found: list[Difference]) -> bool:
@@ -184,28 +183,20 @@ def accepted(found: list[Difference]) -> bool:
     return wanted and not any(difference.fatal for difference in found)
 
 
-def digest(function: object) -> str:
-    """Of a function's source, without its indentation."""
-    source = textwrap.dedent(inspect.getsource(function))  # type: ignore[arg-type]
-    lines = (line.rstrip() for line in source.splitlines())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def _version() -> list[Difference]:
-    from sglang.version import __version__ as found
-
+def _version(reader: Reader) -> list[Difference]:
+    found = reader.version()
     if found in TESTED_VERSIONS:
         return []
     return [Difference("sglang's version", " or ".join(TESTED_VERSIONS), found, fatal=False)]
 
 
-def _missing_fields() -> list[Difference]:
+def _missing_fields(reader: Reader) -> list[Difference]:
     found = []
     for path, names in FIELDS.items():
         try:
-            declared = _declared(pkgutil.resolve_name(path))
-        except (ImportError, AttributeError) as error:
-            found.append(Difference(path, ", ".join(names), f"missing ({error})", fatal=True))
+            declared = reader.declared(path)
+        except MissingError as error:
+            found.append(Difference(path, ", ".join(names), str(error), fatal=True))
             continue
         missing = [name for name in names if name not in declared]
         if missing:
@@ -214,27 +205,14 @@ def _missing_fields() -> list[Difference]:
     return found
 
 
-def _declared(cls: type) -> set[str]:
-    """Names that a class or its bases declare, or that their methods set on themselves."""
-    names = set(dir(cls))
-    for base in cls.__mro__[:-1]:
-        names.update(getattr(base, "__annotations__", ()))
-        try:
-            source = inspect.getsource(base)
-        except (OSError, TypeError):
-            continue
-        names.update(re.findall(r"\bself\.(\w+)(?:\s*:[^=\n]+)?(?:\s*,\s*self\.\w+)*\s*=", source))
-    return names
-
-
-def _changed_bodies() -> list[Difference]:
+def _changed_bodies(reader: Reader) -> list[Difference]:
     found = []
     for body in BODIES:
         try:
-            text = digest(inspect.unwrap(pkgutil.resolve_name(body.path)))
-        except (ImportError, AttributeError, OSError, TypeError) as error:
-            text = f"missing ({error})"
-        if text != body.digest:
+            text = reader.digest(body.path)
+        except MissingError as error:
+            text = str(error)
+        if text not in body.digests:
             what = f"the text of {body.path}, trusted because {body.why}"
-            found.append(Difference(what, body.digest, text, fatal=False))
+            found.append(Difference(what, " or ".join(body.digests), text, fatal=False))
     return found

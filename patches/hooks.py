@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
-
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from step_sglang.errors import ConfigError
-from step_sglang.patches import contract
-from step_sglang.patches.contract import Target
+from step_sglang.patches import adapters, contract
+from step_sglang.patches.adapters import Adapter, Hook
 
 _SOURCE = HookSource("step", "step-sglang")
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One hook: where, how, and which function ("module:name" in this package, loaded late)."""
-
-    target: Target
-    kind: HookType
-    function: str
-
-    def load(self) -> Callable[..., Any]:
-        """Import the hook body."""
-        module, name = self.function.split(":")
-        function: Callable[..., Any] = getattr(import_module(f"{__package__}.{module}"), name)
-        return function
 
 
 FLAGS = (
@@ -58,14 +38,14 @@ HTTP = (
 WORKER = (Hook(contract.INIT_MULTI_TOKENIZER, HookType.AROUND, "workers:init_multi_tokenizer"),)
 SCHEDULER = (
     Hook(contract.INIT_ALL_CUDA_GRAPHS, HookType.AROUND, "scheduler:init_all_cuda_graphs"),
-    Hook(contract.CREATE_GENERATION_REQ, HookType.AFTER, "scheduler:create_generation_req"),
+    adapters.BIRTH,
     Hook(contract.UPDATE_RUNNING_BATCH, HookType.BEFORE, "pruning:update_running_batch"),
     Hook(contract.ABORT_SCHEDULED, HookType.AROUND, "shrink:abort_request"),
     Hook(contract.ADD_REQUEST_TO_QUEUE, HookType.AFTER, "queue:add_request_to_queue"),
     Hook(contract.GET_NEW_BATCH_PREFILL, HookType.AROUND, "queue:get_new_batch_prefill"),
     Hook(contract.GET_PREFILL_ADDER_CLASS, HookType.AFTER, "admission:get_prefill_adder_class"),
     Hook(contract.GET_OUTPUT_STREAMER_CLASS, HookType.AFTER, "streaming:get_output_streamer_class"),
-    Hook(contract.SEND_ABORT_OUTPUT, HookType.AFTER, "scheduler:send_abort_output"),
+    adapters.ABORTS,
     Hook(contract.ABORT_SCHEDULED, HookType.AFTER, "places:abort_request"),
     Hook(contract.FORWARD_BATCH_GENERATION, HookType.BEFORE, "forward:forward_batch_generation"),
     Hook(contract.LOGITS_FORWARD, HookType.BEFORE, "forward:logits_forward"),
@@ -79,7 +59,7 @@ SCHEDULER = (
 SPECULATION = (Hook(contract.EAGLE_SAMPLE, HookType.AROUND, "verify:eagle_sample"),)
 
 VIRTUAL_GPU = (
-    Hook(contract.CREATE_GENERATION_REQ, HookType.AFTER, "virtual.hooks:create_generation_req"),
+    adapters.VIRTUAL_BIRTH,
     Hook(
         contract.FORWARD_BATCH_GENERATION,
         HookType.BEFORE,
@@ -92,17 +72,17 @@ VIRTUAL_GPU = (
 _registered: set[tuple[str, str]] = set()  # paths of targets, and functions
 
 
-def register(hooks: tuple[Hook, ...]) -> None:
+def register(hooks: tuple[Hook | Adapter, ...]) -> None:
     """Register hooks for SGLang to apply once every plugin has registered its own."""
-    for hook in hooks:
+    for hook in _chosen(hooks):
         if (hook.target.path, hook.function) not in _registered:
             HookRegistry.register(hook.target.path, hook.load(), hook.kind, source=_SOURCE)
             _registered.add((hook.target.path, hook.function))
 
 
-def install(hooks: tuple[Hook, ...]) -> None:
+def install(hooks: tuple[Hook | Adapter, ...]) -> None:
     """Register and apply hooks after SGLang applied the plugins' hooks; see :func:`verify`."""
-    for hook in hooks:
+    for hook in _chosen(hooks):
         if (hook.target.path, hook.function) in _registered:
             continue
         if hook.target.path in HookRegistry._patched:
@@ -115,12 +95,18 @@ def install(hooks: tuple[Hook, ...]) -> None:
     verify(hooks)
 
 
-def verify(hooks: tuple[Hook, ...]) -> None:
+def verify(hooks: tuple[Hook | Adapter, ...]) -> None:
     """Make sure that hooks are in place.
 
     Raises:
         ConfigError: a hook could not be applied (SGLang itself only logs that).
     """
-    missing = [hook.target.path for hook in hooks if hook.target.path not in HookRegistry._patched]
+    missing = [
+        hook.target.path for hook in _chosen(hooks) if hook.target.path not in HookRegistry._patched
+    ]
     if missing:
         raise ConfigError(f"could not hook {', '.join(missing)}; the log says why")
+
+
+def _chosen(hooks: tuple[Hook | Adapter, ...]) -> list[Hook]:
+    return [hook.chosen() if isinstance(hook, Adapter) else hook for hook in hooks]

@@ -97,9 +97,16 @@ def abort_request(result: None, scheduler: Any, recv_req: Any) -> None:
             req = place.req
             if recv_req.abort_all or req.rid.startswith(recv_req.rid):
                 known.places.remove(place)
-                scheduler.send_abort_output(
-                    _make_abort_req(req, finished_reason=recv_req.finished_reason), req
-                )
+                reason = recv_req.finished_reason
+                _send_abort(scheduler, _make_abort_req(req, finished_reason=reason), req)
+
+
+def _send_abort(scheduler: Any, abort_req: Any, req: Any) -> None:
+    """Report a request that ends outside the output stream; see ``contract.ABORTS``."""
+    if hasattr(scheduler, "send_abort_output"):
+        scheduler.send_abort_output(abort_req, req)
+    else:
+        scheduler.ipc_channels.send_to_tokenizer.send_output(abort_req, req)
 
 
 def answer_rest(scheduler: Any, places: Places) -> None:

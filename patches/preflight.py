@@ -12,7 +12,7 @@ import torch
 from step_sglang import protocol
 from step_sglang.config import DEFAULT_DELIMITERS, StepConfig
 from step_sglang.errors import ConfigError, ScorerError, StepError
-from step_sglang.patches import workers
+from step_sglang.patches import adapters, workers
 from step_sglang.patches.endpoint import add_endpoints
 from step_sglang.patches.server_args import config_of, refuse
 from step_sglang.scoring.boundary import THINK_END, boundary_ids, think_end_id
@@ -92,7 +92,7 @@ def refuse_unsupported(cfg: Any) -> None:
                 "pruned depends on what else runs",
             ),
             (
-                cfg.enable_nvidia_megakernel,
+                adapters.asked_for(cfg, "enable_nvidia_megakernel"),
                 "the megakernel (--enable-nvidia-megakernel): it replaces the forward pass in "
                 "which steps are scored",
             ),

@@ -389,16 +389,16 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
             state.metrics.trace_pruned(reason, available - before)
     if state.groups.watcher is not None:
         state.groups.watcher.freed(trace, available - before)
-    logger.info(
-        "STEP pruned rid=%s group=%s score=%s steps=%d reason=%s tokens_freed=%d pool_used=%d/%d",
+    pool = scheduler.max_total_num_tokens
+    state.log.pruned(
         safe_repr(req.rid, 80),
         safe_repr(trace.group.group_id, 300),
-        score,
+        trace.score,
         trace.num_steps,
         reason,
         available - before,
-        scheduler.max_total_num_tokens - available,
-        scheduler.max_total_num_tokens,
+        pool - available,
+        pool,
     )
 
 

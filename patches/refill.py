@@ -7,7 +7,6 @@ first.
 
 from __future__ import annotations
 
-import logging
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +27,6 @@ from step_sglang.pruning.refill import (
     choose_branches,
     choose_swaps,
 )
-
-logger = logging.getLogger(__name__)
 
 
 def refill(scheduler: Any, state: SchedulerStep, running_batch: Any) -> None:
@@ -218,14 +215,13 @@ def _start(
     if state.metrics is not None:
         with guard(protocol.IN_METRICS):
             state.metrics.trace_branched(reason, child.depth)
-    logger.info(
-        "STEP branched rid=%s group=%s parent=%s position=%d depth=%d score=%s reason=%s",
+    state.log.branched(
         safe_repr(req.rid, 80),
         safe_repr(group.group_id, 300),
         safe_repr(source.rid, 80),
         position,
         child.depth,
-        "none" if child.score is None else f"{child.score:.4f}",
+        child.score,
         reason,
     )
     batch.batch_is_full = False

@@ -26,6 +26,7 @@ from step_sglang.patches.preflight import (
 from step_sglang.patches.server_args import config_of
 from step_sglang.patches.state import SchedulerStep, set_state, set_trace, state_of, trace_of
 from step_sglang.pruning.groups import GroupRegistry, TraceStatus
+from step_sglang.pruning.log import PruningLog
 from step_sglang.pruning.metrics import StepMetrics
 from step_sglang.pruning.request import StepRequest, parse_request
 from step_sglang.pruning.timeline import Timeline
@@ -116,6 +117,7 @@ def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
         hidden_size,
         runner.dtype,
         groups,
+        PruningLog(each=config.log == "each"),
         metrics,
     )
     set_state(scheduler, state)

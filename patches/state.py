@@ -11,6 +11,7 @@ from step_sglang.baselines import EngineContext
 from step_sglang.config import StepConfig
 from step_sglang.pruning.admission import GroupLimit, TraceLengths, Turns
 from step_sglang.pruning.groups import GroupRegistry, Trace
+from step_sglang.pruning.log import PruningLog
 from step_sglang.pruning.metrics import StepMetrics
 from step_sglang.scoring.slots import SlotState
 
@@ -28,6 +29,7 @@ class SchedulerStep:
     hidden_size: int
     hidden_dtype: torch.dtype
     groups: GroupRegistry
+    log: PruningLog
     metrics: StepMetrics | None = None  # with --enable-metrics, on the rank that SGLang measures
     turns: Turns = field(default_factory=Turns)
     lengths: TraceLengths = field(default_factory=TraceLengths)

@@ -24,6 +24,7 @@ POLICIES = ("fair", "paper")
 SCOPES = ("thinking", "all")
 ADMISSIONS = ("fair", "queue")
 PAGES = ("on", "off")
+LOGS = ("summary", "each")
 AUTO, OFF = "auto", "off"
 NO_SCORER = "none"  # in place of a scorer file: the model's own certainty scores the steps
 DEFAULT_DELIMITERS = ("\n\n",)
@@ -200,6 +201,15 @@ class StepConfig:
         },
     )
 
+    log: str = field(
+        default="summary",
+        metadata={
+            "choices": LOGS,
+            "help": "What the log says of prunings and branches: sums, once in ten seconds, or a "
+            "line for each (which --log-level debug has too).",
+        },
+    )
+
     def __post_init__(self) -> None:
         if not self.scorer and not self.capture:
             raise ConfigError(
@@ -249,6 +259,7 @@ class StepConfig:
         self._check_effort()
         _check_choice("--step-pruned", self.pruned, PRUNED_MODES)
         _check_choice("--step-page", self.page, PAGES)
+        _check_choice("--step-log", self.log, LOGS)
         if not isinstance(self.embedding, str) or not self.embedding:
             raise ConfigError(f"--step-embedding must be a name, not {self.embedding!r}")
         if not isinstance(self.temperature, int | float) or not 0 < self.temperature < 100:

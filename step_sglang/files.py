@@ -29,7 +29,7 @@ class LockedFolder:
         """
         self.path = path
         self._error = error
-        self._lines: int | None = None
+        self._lines: Lines | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path)
@@ -41,7 +41,7 @@ class LockedFolder:
     def close(self) -> None:
         """Let the next writer in."""
         if self._lines is not None:
-            os.close(self._lines)
+            self._lines.close()
         os.close(self._lock)
 
     @contextmanager
@@ -105,13 +105,8 @@ class LockedFolder:
         Raises:
             OSError: the disk fails.
         """
-        file = self.path / name
-        self._lines = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        data = file.read_bytes()
-        torn = len(data) - (data.rfind(b"\n") + 1)
-        if torn:
-            os.ftruncate(self._lines, len(data) - torn)
-        return torn
+        self._lines = Lines(self.path / name)
+        return self._lines.torn
 
     def append(self, data: bytes) -> None:
         """Add whole lines and wait until they are on disk, or add nothing.
@@ -120,13 +115,50 @@ class LockedFolder:
             OSError: the disk is full or fails.
         """
         assert self._lines is not None, "open_lines comes first"
-        size = os.fstat(self._lines).st_size
+        self._lines.append(data)
+
+
+class Lines:
+    """A file of lines that only grows. ``torn``: bytes of a last line that a kill left and that
+    were removed.
+    """
+
+    def __init__(self, file: Path, *, lock: bool = False) -> None:
+        """Open it, or make it.
+
+        Raises:
+            BlockingIOError: with ``lock``: another process writes to it.
+            OSError: the disk fails.
+        """
+        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            _write_all(self._lines, data)
-            os.fsync(self._lines)
+            if lock:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            data = file.read_bytes()
+            self.torn = len(data) - (data.rfind(b"\n") + 1)
+            if self.torn:
+                os.ftruncate(self._handle, len(data) - self.torn)
         except OSError:
-            os.ftruncate(self._lines, size)
+            os.close(self._handle)
             raise
+
+    def append(self, data: bytes) -> None:
+        """Add whole lines and wait until they are on disk, or add nothing.
+
+        Raises:
+            OSError: the disk is full or fails.
+        """
+        size = os.fstat(self._handle).st_size
+        try:
+            _write_all(self._handle, data)
+            os.fsync(self._handle)
+        except OSError:
+            os.ftruncate(self._handle, size)
+            raise
+
+    def close(self) -> None:
+        """Let the next writer in."""
+        os.close(self._handle)
 
 
 def _lock(folder: Path) -> int:

@@ -64,7 +64,7 @@ def take_over_time(modules: Sequence[str]) -> None:
     Raises:
         ConfigError: the installed SGLang is not as it must be.
     """
-    wrong = contract.mismatches(contract.VIRTUAL)
+    wrong = contract.mismatches(contract.VIRTUAL, (contract.BIRTH,))
     if wrong:
         raise ConfigError(
             "a virtual GPU needs another SGLang than the installed one:\n"
@@ -93,6 +93,11 @@ def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -
     number = virtual.asked[asked]
     virtual.asked[asked] += 1
     setattr(req, _PLAYED, (question, number))
+
+
+def plays(req: Any) -> bool:
+    """Whether it is known what a request plays."""
+    return getattr(req, _PLAYED, None) is not None
 
 
 def forward_batch_generation(worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -125,7 +130,7 @@ def batch_result_processed(value: None, scheduler: Any, batch: Any, result: Any)
 
 
 def _heard(req: Any) -> bool:
-    if not req.finished() or getattr(req, _PLAYED, None) is None:
+    if not req.finished() or not plays(req):
         return False
     asked = req.sampling_params.stream_interval
     return asked is not None and asked < protocol.NEVER_STREAMED

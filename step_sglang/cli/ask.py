@@ -1,10 +1,14 @@
-"""`step-sglang ask`: one question on the command line, with live progress."""
+"""`step-sglang ask`: one question on the command line, with live progress, or a file of them."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,17 +19,22 @@ from rich.table import Table
 from step_sglang.cli.common import (
     MODEL,
     OUTPUT,
+    QUESTIONS,
     SAMPLING,
     SUFFIX_HELP,
     VOTING,
     err,
     out,
+    progress_bar,
     seconds,
     warn,
 )
+from step_sglang.client.batch import Progress, ResultFile, ask_all
+from step_sglang.client.errors import ClientError
 from step_sglang.client.http import Client
 from step_sglang.client.result import Answer, Result, SolveProgress
 from step_sglang.client.solve import DEFAULT_EFFORT, DEFAULT_N, DEFAULT_TIMEOUT, solve
+from step_sglang.data.questions import Fields, load_questions
 from step_sglang.errors import ServerError
 from step_sglang.voting.session import VoteStatus
 from step_sglang.voting.suffix import is_reasoner
@@ -37,11 +46,46 @@ _REASONER_QUESTION = re.compile(r"\d{1,2}(;[A-P][+*-]\d)+")
 
 
 def ask(
-    question: Annotated[str, typer.Argument(help="The question, one user message.")],
+    question: Annotated[str | None, typer.Argument(help="The question, one user message.")] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            help="Many questions instead: JSON lines with question and perhaps answer, or a set by "
+            "name such as aime-25.",
+            rich_help_panel=QUESTIONS,
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Of --file: results as JSON lines; a stopped run goes on.",
+            rich_help_panel=QUESTIONS,
+        ),
+    ] = Path("results.jsonl"),
+    limit: Annotated[
+        int | None, typer.Option(help="Of --file: the first so many.", rich_help_panel=QUESTIONS)
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(help="Of --file: questions at a time.", rich_help_panel=QUESTIONS)
+    ] = 8,
+    retries: Annotated[
+        int,
+        typer.Option(
+            help="Of --file: how often a question is asked again when its server goes away.",
+            rich_help_panel=QUESTIONS,
+        ),
+    ] = 2,
     n: Annotated[int, typer.Option("-n", help="Traces.", rich_help_panel=VOTING)] = DEFAULT_N,
     url: Annotated[
-        str, typer.Option(help="A server with --enable-step.", rich_help_panel=MODEL)
-    ] = DEFAULT_URL,
+        list[str],
+        typer.Option(
+            help="A server with --enable-step, or SGLang's router. Repeat for several.",
+            rich_help_panel=MODEL,
+        ),
+    ] = [DEFAULT_URL],  # noqa: B006
     api_key: Annotated[
         str | None, typer.Option(envvar="STEP_SGLANG_API_KEY", rich_help_panel=MODEL)
     ] = None,
@@ -117,10 +161,13 @@ def ask(
         ),
     ] = False,
 ) -> None:
-    """Ask a running server one question: sample traces, vote, print the answer.
+    """Ask a running server one question, or a file of them: sample traces, vote, print the answer.
 
-    Exit status 0: there is an answer; 3: no trace finished, or none has an answer; 1: an error.
+    Exit status 0: there is an answer; 3: no trace finished, or none has an answer; 1: an error. Of
+    --file 0: every question has a result; 1: an error, and the same command goes on.
     """
+    if (question is None) is (file is None):
+        raise ClientError("give either a question or --file")
     sampling = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k,
         "max_new_tokens": max_new_tokens,
@@ -131,16 +178,84 @@ def ask(
         "sampling": {key: value for key, value in sampling.items() if value is not None},
         "api_key": api_key, "timeout": timeout, "suffix": suffix,
     }  # fmt: skip
+    if file is not None:
+        _ask_file(file, output, limit, n, concurrency, retries, options)
+        return
+    assert question is not None
     if as_json:
         result = solve(question, n, **options)
         print(json.dumps(result.as_dict()))
     else:
-        pool = _pool(url, api_key, question)
+        pool = _pool(url[0], api_key, question)
         with Live(console=err, transient=True, refresh_per_second=10) as live:
             result = solve(question, n, **options, on_progress=lambda p: live.update(_leaders(p)))
         _print(result, pool, show)
     if result.status is not VoteStatus.VOTED:
         raise typer.Exit(NO_VOTE)
+
+
+def _ask_file(
+    file: str,
+    output: Path,
+    limit: int | None,
+    n: int,
+    concurrency: int,
+    retries: int,
+    options: dict[str, Any],
+) -> None:
+    questions = load_questions(file, limit, fields=Fields(optional=True))
+    warn(questions.name, questions.problems)
+    kept = {k: v for k, v in options.items() if k not in ("url", "api_key", "timeout")}
+    model = _model(options["url"], options["api_key"])
+    results = ResultFile(output, {"model": model, "n": n, **kept})
+    begun = len([job for job in questions.jobs if job.id in results.done])
+    total = len(questions.jobs)
+    if begun:
+        err.print(f"{begun} of {total} questions have a result in {output}", highlight=False)
+    done = begun
+    problems: list[str] = []
+    try:
+        with progress_bar(total, "questions") as advance:
+            advance(done, "")
+
+            def on_result(progress: Progress) -> None:
+                nonlocal done
+                done += 1
+                words = progress.problem or f"answer {progress.result and progress.result.answer}"
+                advance(done, words.splitlines()[0][:60])
+                if progress.problem:
+                    problems.append(f"{progress.job.question[:60]!r}: {progress.problem}")
+
+            missing = asyncio.run(
+                ask_all(
+                    questions.jobs,
+                    n,
+                    results,
+                    concurrency=concurrency,
+                    retries=retries,
+                    on_result=on_result,
+                    **options,
+                )
+            )
+    finally:
+        results.close()
+    warn("", problems)
+    found = [results.done[job.id] for job in questions.jobs if job.id in results.done]
+    voted = sum(line["status"] == VoteStatus.VOTED.value for line in found)
+    graded = [line["correct"] for line in found if "correct" in line]
+    right = f", {sum(graded)} of {len(graded)} correct" if graded else ""
+    out.print(f"{len(found)} questions, {voted} with an answer{right}: {output}", highlight=False)
+    if missing:
+        raise ServerError(f"{missing} questions have no result: run the same command again")
+
+
+def _model(urls: Sequence[str], api_key: str | None) -> str:
+    """What the first server that answers serves; raises ServerError when none does."""
+    for url in urls[:-1]:
+        with suppress(ServerError), Client(url, api_key=api_key) as client:
+            return client.model()
+    with Client(urls[-1], api_key=api_key) as client:
+        return client.model()
 
 
 def _effort(text: str) -> str | float:

@@ -7,12 +7,15 @@ affair. A server of our own is started by `client.launch`, which asks here wheth
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
+from uuid import uuid4
 
 import httpx
 
@@ -23,6 +26,9 @@ API_KEY_VARIABLE = "STEP_SGLANG_API_KEY"  # read where no key is given
 CONNECT_TIMEOUT = 10.0  # seconds
 DEFAULT_TIMEOUT = 60.0  # seconds
 FLUSH_TIMEOUT = 60.0  # seconds that a server may need to become idle
+# SGLang's router keeps requests of one key on one server (`--policy consistent_hashing`).
+ROUTING_KEY = "X-SMG-Routing-Key"
+WORKERS_PATH = "/workers"  # of the router: its servers
 
 
 def server_url(url: str) -> str:
@@ -100,6 +106,15 @@ class _Connection:
             raise self._unfit("its answer is no JSON object")
         return value
 
+    def _workers(self, answer: httpx.Response) -> list[str]:
+        """The servers behind a router, which itself has no endpoint of STEP's; else none."""
+        if answer.status_code != 200:
+            return []
+        try:
+            return [str(worker["url"]) for worker in answer.json()["workers"]]
+        except (ValueError, KeyError, TypeError):
+            return []
+
     def _unfit(self, why: str) -> ServerError:
         return ServerError(f"{self.url} is no SGLang server of this version: {why}")
 
@@ -150,13 +165,19 @@ class Client(_Connection):
     def abort_group(self, group: str) -> int:
         """POST /step/abort_group: how many requests were aborted.
 
+        Of SGLang's router all servers are asked: only one has the group, but which is the
+        router's affair.
+
         Raises:
             RequestRefused: the group id is none.
             ServerError: the server does not answer, or runs without STEP.
         """
         answer = self._send("POST", protocol.ABORT_GROUP_PATH, {protocol.GROUP: group})
         if answer.status_code == 404:
-            raise ServerError(f"the server at {self.url} runs without STEP (HTTP 404)")
+            workers = self._workers(self._send("GET", WORKERS_PATH))
+            if not workers:
+                raise ServerError(f"the server at {self.url} runs without STEP (HTTP 404)")
+            return sum(self._at(worker).abort_group(group) for worker in workers)
         aborted = self._member(answer, protocol.ABORTED)
         if not isinstance(aborted, int):
             raise self._unfit(f"{protocol.ABORTED!r} is no number in its answer")
@@ -186,6 +207,12 @@ class Client(_Connection):
                     if line.startswith(b"data: "):
                         yield line[6:]
         raise ServerError(f"the server at {self.url} ended the feed in the middle")
+
+    def _at(self, url: str) -> Client:
+        """The same, of another server."""
+        other = copy(self)
+        other.url = server_url(url)
+        return other
 
     def _send(self, method: str, path: str, body: Any = None) -> httpx.Response:
         with self._reaching():
@@ -219,7 +246,7 @@ class AsyncClient(_Connection):
             RequestRefused: the server refused this one request (4xx).
             ServerError: it does not answer, or failed.
         """
-        return self._json(await self._send("POST", "/generate", body))
+        return self._json(await self._send("POST", "/generate", body, _routing(body)))
 
     async def stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """POST /generate, streaming: the chunks as they come.
@@ -229,8 +256,11 @@ class AsyncClient(_Connection):
             ServerError: it does not answer, fails, or breaks off.
         """
         body = {**body, "stream": True}
+        headers = _routing(body)
         with self._reaching():
-            async with self._http.stream("POST", f"{self.url}/generate", json=body) as answer:
+            async with self._http.stream(
+                "POST", f"{self.url}/generate", json=body, headers=headers
+            ) as answer:
                 if answer.status_code != 200:
                     self._check(answer, (await answer.aread()).decode(errors="replace"))
                 # Split by hand: a client library's line reader also ends a line at U+2028 and
@@ -265,12 +295,19 @@ class AsyncClient(_Connection):
     async def end_traces(self, ids: Sequence[str]) -> None:
         """POST /step/end_traces: end single traces by their ids.
 
+        Of SGLang's router all servers are asked, as of the end of a group.
+
         Raises:
             ServerError: the server does not answer, runs without STEP, or wants another key.
         """
         answer = await self._send("POST", protocol.END_TRACES_PATH, {protocol.TRACES: list(ids)})
         if answer.status_code == 404:
-            raise ServerError(f"the server at {self.url} ends no single traces (HTTP 404)")
+            workers = self._workers(await self._send("GET", WORKERS_PATH))
+            if not workers:
+                raise ServerError(f"the server at {self.url} ends no single traces (HTTP 404)")
+            for worker in workers:
+                await self._at(worker).end_traces(ids)
+            return
         self._member(answer, protocol.ENDED)
 
     async def flush(self) -> None:
@@ -290,9 +327,17 @@ class AsyncClient(_Connection):
                 )
             await asyncio.sleep(0.1)
 
-    async def _send(self, method: str, path: str, body: Any = None) -> httpx.Response:
+    def _at(self, url: str) -> AsyncClient:
+        """The same, of another server."""
+        other = copy(self)
+        other.url = server_url(url)
+        return other
+
+    async def _send(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
         with self._reaching():
-            return await self._http.request(method, self.url + path, json=body)
+            return await self._http.request(method, self.url + path, json=body, headers=headers)
 
 
 def served_model(url: str) -> str:
@@ -305,6 +350,21 @@ def server_info(url: str) -> dict[str, Any]:
     """What ``url`` says of itself; raises ServerError."""
     with Client(url) as client:
         return client.info()
+
+
+def _routing(body: Mapping[str, Any]) -> dict[str, str]:
+    """Headers that keep the requests of one group on one server, behind SGLang's router."""
+    try:
+        group = body["sampling_params"]["custom_params"][protocol.REQUEST_KEY][protocol.GROUP]
+    except (KeyError, TypeError):
+        group = uuid4().hex
+    # A header holds no other letters; a hash of the name tells groups apart as well.
+    key = group if str(group).isascii() and str(group).isprintable() else _hashed(str(group))
+    return {ROUTING_KEY: str(key)}
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _message(text: str) -> str:

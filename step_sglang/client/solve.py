@@ -15,6 +15,7 @@ from step_sglang.client.errors import ClientError, NoStepError, ServerError, Ser
 from step_sglang.client.http import AsyncClient
 from step_sglang.client.result import Result, SolveProgress, progress_of, result_of
 from step_sglang.client.sampling import Sampling
+from step_sglang.client.servers import servers, taking
 from step_sglang.client.source import Messages, TraceSource, reading_chunks
 from step_sglang.voting.answers import Extractor, extractor_named
 from step_sglang.voting.classes import Same
@@ -35,7 +36,7 @@ async def asolve(
     question: str | Messages | Sequence[int],
     n: int = DEFAULT_N,
     *,
-    url: str | None = None,
+    url: str | Sequence[str] | None = None,
     engine: Any = None,
     vote: str = "weighted",
     early: str | None = None,
@@ -58,7 +59,9 @@ async def asolve(
     Args:
         question: a user message, a whole chat (a list of messages), or token ids.
         n: traces; 1 is a single trace with its score.
-        url: a server started with ``--enable-step``. Give this or ``engine``.
+        url: a server started with ``--enable-step``, or a list of some: the question goes to the
+            one with the fewest open questions of this process, and to another if that does not
+            answer. Give this or ``engine``.
         engine: an ``sgl.Engine(enable_step=True, ...)`` of this process.
         vote: ``weighted`` by trace score, ``majority``, or ``best``.
         early: end the group when no outcome of the open traces can change the answer (``exact``),
@@ -101,24 +104,43 @@ async def asolve(
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ClientError(f"n must be an integer of at least 1, not {n!r}")
     started = time.perf_counter()
-    source = _source(url, engine, timeout, api_key)
-    verifier = AnswerVerifier()  # starts nothing unless it is asked
-    try:
-        params = {**DEFAULT_SAMPLING, **(sampling or {})}
-        if isinstance(question, str) and question and chat:
-            if suffix is None and extract == "boxed":
-                suffix = default_suffix(await source.model())
-            question += suffix or ""
-        share = dial.prune_at if prune_at is None else prune_at
-        body = await _body(source, question, chat, n, params, group, share)
-        session = VoteSession(n, rules, extractor, params["max_new_tokens"], same)
-        # What the caller compares by runs in a thread: it may take long.
-        comparison = verifier.comparison() if same is None else None
-        await _gather(source, body, session, comparison, started, on_progress)
-        return result_of(session, time.perf_counter() - started)
-    finally:
-        verifier.close()
-        await source.close()
+
+    async def ask(source: TraceSource) -> Result:
+        nonlocal suffix
+        verifier = AnswerVerifier()  # starts nothing unless it is asked
+        try:
+            params = {**DEFAULT_SAMPLING, **(sampling or {})}
+            asked = question
+            if isinstance(question, str) and question and chat:
+                if suffix is None and extract == "boxed":
+                    suffix = default_suffix(await source.model())
+                asked = question + (suffix or "")
+            share = dial.prune_at if prune_at is None else prune_at
+            body = await _body(source, asked, chat, n, params, group, share)
+            session = VoteSession(n, rules, extractor, params["max_new_tokens"], same)
+            # What the caller compares by runs in a thread: it may take long.
+            comparison = verifier.comparison() if same is None else None
+            await _gather(source, body, session, comparison, started, on_progress)
+            return result_of(session, time.perf_counter() - started)
+        finally:
+            verifier.close()
+            await source.close()
+
+    if (url is None) is (engine is None):
+        raise ClientError("give either url, a running server, or engine, an sgl.Engine")
+    if url is None:
+        return await ask(EngineSource(engine))
+    urls = servers(url)
+    for left in reversed(range(len(urls))):
+        try:
+            with taking(urls) as chosen:
+                return await ask(AsyncClient(chosen, timeout, api_key))
+        except ServerError as error:
+            # Of another kind: it did answer, and another server would say the same, or text is
+            # there already.
+            if type(error) is not ServerError or not left:
+                raise
+    raise AssertionError("unreachable")
 
 
 def solve(question: str | Messages | Sequence[int], n: int = DEFAULT_N, **options: Any) -> Result:
@@ -137,12 +159,6 @@ def solve(question: str | Messages | Sequence[int], n: int = DEFAULT_N, **option
         solved: Result = engine.loop.run_until_complete(asolve(question, n, **options))
         return solved
     return asyncio.run(asolve(question, n, **options))
-
-
-def _source(url: str | None, engine: Any, timeout: float, api_key: str | None) -> TraceSource:
-    if (url is None) is (engine is None):
-        raise ClientError("give either url, a running server, or engine, an sgl.Engine")
-    return EngineSource(engine) if url is None else AsyncClient(url, timeout, api_key)
 
 
 async def _body(

@@ -48,17 +48,22 @@ class QuestionSet:
 
 @dataclass(frozen=True)
 class Fields:
-    """Names of the members of a line or of a row. ``answer`` None: nobody knows the answers."""
+    """Names of the members of a line or of a row.
+
+    ``answer`` None: nobody knows the answers. ``optional``: where a line has none, it is "".
+    """
 
     question: str = "question"
     answer: str | None = "answer"
     text: str = "text"
     tokens: str = "tokens"
+    optional: bool = False
 
     @property
     def wanted(self) -> str:
         """The members that every line must have, in words."""
-        answer = "" if self.answer is None else f" and {self.answer!r}"
+        needless = self.answer is None or self.optional
+        answer = "" if needless else f" and {self.answer!r}"
         return f"{self.question!r}{answer}"
 
 
@@ -238,6 +243,8 @@ def _pair(row: Any, fields: Fields) -> tuple[str, str] | None:
         return None
     question = row.get(fields.question)
     answer = "" if fields.answer is None else gold_answer(row.get(fields.answer))
+    if answer is None and fields.optional:
+        answer = ""
     if not isinstance(question, str) or not question.strip() or answer is None:
         return None
     return question, answer

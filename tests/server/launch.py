@@ -90,7 +90,9 @@ SGLANG_SERVE = (str(Path(sys.executable).with_name("sglang")), "serve")
 
 
 def arguments(port: int, *flags: str) -> list[str]:
-    """Flags of a CPU server."""
+    """Flags of a CPU server; with STEP its log has a line for every pruning, which tests read."""
+    if "--enable-step" in flags and "--step-log" not in flags:
+        flags = (*flags, "--step-log", "each")
     return [
         "--host", "127.0.0.1", "--port", str(port),
         "--device", "cpu", "--dtype", "float32", "--skip-server-warmup",

@@ -17,8 +17,9 @@ FLAGS = ("--enable-step", "--step-scorer", str(scorer_path()), "--max-running-re
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "answers.log"
     with serve(
-        model_path(), *FLAGS, "--enable-metrics", "--enable-streaming-session", log=log
-    ) as running:
+        model_path(), *FLAGS, "--enable-metrics", "--enable-streaming-session",
+        "--step-log", "summary", log=log,
+    ) as running:  # fmt: skip
         yield running
 
 

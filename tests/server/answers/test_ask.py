@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from step_sglang.reasoner import Question, model_path
+from step_sglang.reasoner import Question, model_path, questions
 from step_sglang.scoring.boundary import boundary_ids
+from tests.server.answers.live import until
 from tests.server.launch import Server
 
 pytestmark = pytest.mark.server
@@ -81,6 +83,30 @@ def test_pruning_without_a_single_score_is_told_once(server: Server, question: Q
         assert all(step["num_steps"] == 0 for step in steps)
         assert any(step["pruned"] for step in steps)
     assert server.log_text().count("STEP prunes without scores") == 1
+    # Its prunings are summed up, in a line that comes when the interval is over.
+    until(lambda: "s: pruned " in server.log_text(), 15)
+    assert "STEP pruned rid=" not in server.log_text()
+
+
+def test_a_file_of_questions(server: Server, tmp_path: Path) -> None:
+    asked, results = tmp_path / "q.jsonl", tmp_path / "r.jsonl"
+    known = questions("test", 12)[8:]
+    lines = [json.dumps({"question": q.question, "answer": q.answer}) for q in known]
+    asked.write_text("\n".join(lines[:2]))
+    command = ("--file", str(asked), "-o", str(results), "-n", "8", "--url", server.url, *SAMPLING)
+    assert ask(*command, "--concurrency", "2").returncode == 0
+    before = results.read_text()
+    asked.write_text("\n".join(lines))
+    done = ask(*command)
+    assert done.returncode == 0 and "2 of 4 questions have a result" in done.stderr
+    assert results.read_text().startswith(before)
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    assert {line["question"] for line in found} == {q.question for q in known}
+    for line in found:
+        assert line["status"] == "voted" and len(line["traces"]) == 8
+        assert line["correct"] == (line["answer"] == line["expected"])
+        assert any(trace["score"] is not None for trace in line["traces"])
+        assert f"\\boxed{{{line['answer']}}}" in line["text"]
 
 
 def test_server_info_shows_what_is_in_effect(server: Server) -> None:

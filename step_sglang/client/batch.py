@@ -1,0 +1,217 @@
+"""Asks many questions, some at a time, and keeps every result: a run that stopped goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from step_sglang.client.errors import ClientError, NoStepError
+from step_sglang.client.result import Result
+from step_sglang.client.solve import asolve
+from step_sglang.data.questions import Job
+from step_sglang.errors import RequestRefused, ServerError
+from step_sglang.files import Lines
+from step_sglang.voting.verifier import AnswerVerifier
+
+_PAUSE = 2.0  # seconds before a question is asked again; doubled every time
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A question that was answered, refused or given up."""
+
+    job: Job
+    result: Result | None
+    problem: str  # "" with a result
+
+
+class ResultFile:
+    """JSON lines, one per question, in the order in which they were answered.
+
+    Each line holds ``id``, ``question``, ``status``, the voted ``answer`` and its ``share``,
+    ``answers`` with their weights and traces, every trace's fate, answer, score, steps and tokens,
+    the winning ``text``, and the ``settings`` that it was asked with. Where the question's own
+    answer is known, ``expected`` and ``correct`` too.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Open it, and read what it holds.
+
+        Raises:
+            ClientError: it holds something else, or was made with other settings, or another
+                process writes to it.
+        """
+        self._settings = json.loads(json.dumps(settings))
+        try:
+            self._lines = Lines(path, lock=True)
+            text = path.read_text(encoding="utf-8")
+        except BlockingIOError as error:
+            raise ClientError(f"{path} is being written by another process") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ClientError(f"cannot write to {path}: {error}") from error
+        self.done: dict[str, dict[str, Any]] = {}
+        try:
+            for number, line in enumerate(text.splitlines(), 1):
+                self._read(path, number, line)
+        except ClientError:
+            self._lines.close()
+            raise
+
+    def _read(self, path: Path, number: int, line: str) -> None:
+        try:
+            found = json.loads(line)
+            theirs, name = found["settings"], found["id"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ClientError(
+                f"{path}, line {number}, is no result of an earlier run: name another file"
+            ) from error
+        if theirs != self._settings:
+            keys = sorted({*theirs, *self._settings})
+            differ = [k for k in keys if theirs.get(k) != self._settings.get(k)]
+            was = ", ".join(f"{k} {theirs.get(k)!r}, now {self._settings.get(k)!r}" for k in differ)
+            raise ClientError(f"{path} holds results of other settings ({was}): name another file")
+        self.done[name] = found
+
+    def add(self, job: Job, result: Result, correct: bool | None) -> None:
+        """Keep a result; raises ClientError when the disk is full or fails."""
+        line = _line(job, result, correct) | {"settings": self._settings}
+        self._append(job, line)
+
+    def add_refused(self, job: Job, problem: str) -> None:
+        """Keep that a question was refused, which asking again would not change."""
+        line = {"id": job.id, "question": job.question, "status": "refused", "message": problem}
+        self._append(job, line | {"settings": self._settings})
+
+    def _append(self, job: Job, line: dict[str, Any]) -> None:
+        try:
+            self._lines.append((json.dumps(line, ensure_ascii=False) + "\n").encode())
+        except OSError as error:
+            raise ClientError(
+                f"a result cannot be written: {error.strerror}; what is there stays, and the same "
+                "command goes on with the rest"
+            ) from error
+        self.done[job.id] = line
+
+    def close(self) -> None:
+        """Let the next writer in."""
+        self._lines.close()
+
+
+async def ask_all(
+    jobs: Sequence[Job],
+    n: int,
+    results: ResultFile,
+    *,
+    concurrency: int,
+    retries: int,
+    on_result: Callable[[Progress], None],
+    **options: Any,
+) -> int:
+    """Ask the questions that have no result yet.
+
+    Args:
+        jobs: the questions.
+        n: traces of each.
+        results: where the results go.
+        concurrency: questions at a time.
+        retries: how often a question is asked again when a server does not answer.
+        on_result: called for every question that comes to an end.
+        options: of :func:`asolve`, among them ``url``, one server or several.
+
+    Returns:
+        How many questions have no result: their server went away while others answered.
+
+    Raises:
+        ClientError: an option is wrong, or the disk is full.
+        NoStepError: a server runs without STEP.
+        ServerError: no server answers any more.
+    """
+    if concurrency < 1:
+        raise ClientError(f"the concurrency must be at least 1, not {concurrency}")
+    turns = asyncio.Semaphore(concurrency)
+    verifier = AnswerVerifier()
+    answered = -1.0  # when a server last did
+
+    async def one(job: Job) -> bool:
+        nonlocal answered
+        async with turns:
+            began = time.monotonic()
+            try:
+                result = await _ask(job, n, retries, options)
+            except RequestRefused as error:
+                results.add_refused(job, str(error))
+                on_result(Progress(job, None, str(error)))
+                answered = time.monotonic()
+                return True
+            except ServerError as error:
+                if isinstance(error, NoStepError) or answered < began:
+                    raise  # nobody answers any more: the rest would only fail too
+                on_result(Progress(job, None, str(error)))
+                return False
+            answered = time.monotonic()
+            correct = None
+            if job.answer:
+                correct = result.answer is not None and await asyncio.to_thread(
+                    verifier.same, result.answer, job.answer
+                )
+            results.add(job, result, correct)
+            on_result(Progress(job, result, ""))
+            return True
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(one(job)) for job in jobs if job.id not in results.done]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    finally:
+        verifier.close()
+    return sum(not task.result() for task in asked)
+
+
+async def _ask(job: Job, n: int, retries: int, options: Mapping[str, Any]) -> Result:
+    for attempt in range(retries + 1):
+        try:
+            read = {} if job.extract == "boxed" else {"extract": job.extract}  # as its set wants
+            return await asolve(job.question, n, **{**options, **read})
+        except ServerError as error:
+            if attempt == retries or isinstance(error, NoStepError | RequestRefused):
+                raise
+            await asyncio.sleep(_PAUSE * 2**attempt)
+    raise AssertionError("unreachable")
+
+
+def _line(job: Job, result: Result, correct: bool | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "id": job.id,
+        "question": job.question,
+        "status": result.status.value,
+        "answer": result.answer,
+        "share": result.share,
+        "message": result.message,
+    }
+    if correct is not None:
+        found |= {"expected": job.answer, "correct": correct}
+    return found | {
+        "answers": [
+            {"answer": a.answer, "weight": a.weight, "traces": list(a.traces)}
+            for a in result.answers
+        ],
+        "traces": [
+            {
+                "fate": t.fate.value,
+                "answer": t.answer,
+                "score": t.score,
+                "num_steps": t.num_steps,
+                "tokens": t.tokens,
+            }
+            for t in result.traces
+        ],
+        "text": "" if result.best is None else result.best.text,
+        "early": result.early,
+        "seconds": result.timing.total,
+    }

@@ -1,0 +1,263 @@
+"""`ask --file`: many questions, several servers, a run that stops and goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from step_sglang.cli.main import app
+from step_sglang.client import servers
+from step_sglang.client.abort import abort_group
+from step_sglang.client.batch import Progress, ResultFile, ask_all
+from step_sglang.client.errors import ClientError
+from step_sglang.client.http import ROUTING_KEY, AsyncClient
+from step_sglang.client.solve import solve
+from step_sglang.data.questions import Job
+from step_sglang.errors import ServerError
+from tests.stand_in import Handler, serving
+
+
+@dataclass
+class StandIn:
+    """A server whose traces all answer with the question's number of words."""
+
+    url: str = ""
+    asked: list[str] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    open: int = 0
+    most_open: int = 0
+    down: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@contextmanager
+def stand_in(delay: float = 0.0, workers: list[str] | None = None) -> Iterator[StandIn]:
+    state = StandIn()
+
+    class Answers(Handler):
+        def do_GET(self) -> None:
+            if self.path == "/workers" and workers is not None:
+                self.answer({"workers": [{"url": url} for url in workers], "total": len(workers)})
+            else:
+                self.answer({"model_path": "m"}, 200 if self.path == "/model_info" else 404)
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            state.keys.append(self.headers.get(ROUTING_KEY))
+            if state.down:
+                self.answer({"message": "down"}, 503)
+            elif self.path == "/v1/tokenize":
+                self.answer({"tokens": [len(body["messages"][0]["content"].split())]})
+            elif self.path.startswith("/step/"):
+                known = workers is None
+                self.answer({"aborted": 2, "ended": 1} if known else {}, 200 if known else 404)
+            else:
+                self.solved(body)
+
+        def solved(self, body: dict[str, Any]) -> None:
+            words = body["input_ids"][0]
+            with state.lock:
+                state.asked.append(str(words))
+                state.open += 1
+                state.most_open = max(state.most_open, state.open)
+            time.sleep(delay)
+            with state.lock:
+                state.open -= 1
+            if words > 90:
+                self.answer({"error": {"message": "too long"}}, 400)
+                return
+            step = {"score": 0.5, "num_steps": 1, "step_scores": [0.5], "pruned": False}
+            info = {"completion_tokens": 3, "finish_reason": {"type": "stop"}, "step": step}
+            data = "".join(
+                f"data: {json.dumps({'index': i, 'text': answer, 'meta_info': info})}\n\n"
+                for i, answer in enumerate([f"\\boxed{{{words}}}"] * body["sampling_params"]["n"])
+            )
+            data += "data: [DONE]\n\n"
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data.encode())
+
+    with serving(Answers) as state.url:
+        yield state
+
+
+@pytest.fixture(autouse=True)
+def no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers._failed.clear()
+    monkeypatch.setattr("step_sglang.client.batch._PAUSE", 0.01)
+
+
+def job(words: int, answer: str = "") -> Job:
+    return Job(f"q{words}", " ".join("w" * words), answer)
+
+
+def ask(
+    path: Path, jobs: list[Job], *urls: str, concurrency: int = 4, retries: int = 1
+) -> tuple[int, list[Progress]]:
+    results, told = ResultFile(path, {"n": 2}), list[Progress]()
+    try:
+        missing = asyncio.run(
+            ask_all(
+                jobs, 2, results, concurrency=concurrency, retries=retries,
+                on_result=told.append, url=urls, suffix="",
+            )
+        )  # fmt: skip
+    finally:
+        results.close()
+    return missing, told
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_questions_are_asked_together_and_all_results_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with stand_in(delay=0.2) as server:
+        missing, told = ask(path, [job(w, str(w % 2 + 1)) for w in range(1, 7)], server.url)
+    assert missing == 0 and len(told) == 6 and server.most_open == 4
+    found = {line["id"]: line for line in lines(path)}
+    assert len(found) == 6
+    one = found["q1"]
+    assert (one["answer"], one["status"], one["share"], one["text"]) == (
+        "1", "voted", 1.0, "\\boxed{1}"
+    )  # fmt: skip
+    assert one["expected"] == "2" and one["correct"] is False
+    assert found["q2"]["answer"] == "2" and found["q2"]["correct"] is False
+    assert one["traces"][1] == {
+        "fate": "finished", "answer": "1", "score": 0.5, "num_steps": 1, "tokens": 3,
+    }  # fmt: skip
+    assert one["answers"] == [{"answer": "1", "weight": 1.0, "traces": [0, 1]}]
+
+
+def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with stand_in() as server:
+        ask(path, [job(1), job(2)], server.url)
+        path.write_text(path.read_text() + '{"id": "torn')
+        ask(path, [job(w) for w in (1, 2, 3)], server.url)
+    assert sorted(server.asked) == ["1", "2", "3"]
+    assert [line["id"] for line in lines(path)][2:] == ["q3"]
+
+
+def test_a_refused_question_is_kept_and_the_rest_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with stand_in() as server:
+        missing, told = ask(path, [job(99), job(2)], server.url, concurrency=1)
+        ask(path, [job(99), job(2)], server.url)
+    assert missing == 0 and "too long" in told[0].problem and told[1].result is not None
+    assert lines(path)[0]["status"] == "refused" and "too long" in lines(path)[0]["message"]
+    assert server.asked == ["99", "2"]
+
+
+def test_several_servers_share_the_questions(tmp_path: Path) -> None:
+    with stand_in(0.1) as one, stand_in(0.1) as other:
+        ask(tmp_path / "r.jsonl", [job(w) for w in range(1, 9)], one.url, other.url)
+    assert len(one.asked) == len(other.asked) == 4
+
+
+def test_a_server_that_does_not_answer_is_passed_over(tmp_path: Path) -> None:
+    with stand_in() as one, stand_in() as other:
+        one.down = True
+        missing, _ = ask(tmp_path / "r.jsonl", [job(w) for w in range(1, 6)], one.url, other.url)
+        assert missing == 0 and len(other.asked) == 5
+        assert len(one.keys) < 5  # it is the last choice, once it failed
+        servers._failed.clear()
+        assert solve("w w", 2, url=[one.url, other.url], suffix="").answer == "2"
+
+
+def test_nobody_answers(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with stand_in() as server:
+        server.down = True
+        with pytest.raises(ServerError, match="down"):
+            ask(path, [job(w) for w in range(1, 50)], server.url)
+        assert len(server.keys) < 49  # the others were not tried
+    assert lines(path) == []
+
+
+def test_a_key_for_the_router_is_sent() -> None:
+    async def sent(*groups: str | None) -> None:
+        async with AsyncClient(server.url) as client:
+            for group in groups:
+                step = {} if group is None else {"group": group}
+                params = {"n": 1, "custom_params": {"step": step}}
+                stream = client.stream({"input_ids": [1], "sampling_params": params})
+                assert [chunk async for chunk in stream]
+
+    with stand_in() as server:
+        asyncio.run(sent("q7", "q7", None, None, "größe"))
+    same, again, one, other, hashed = server.keys
+    assert same == again == "q7" and one and other and one != other
+    assert hashed is not None and hashed.isascii() and len(hashed) == 64
+
+
+def test_behind_a_router_every_server_is_asked() -> None:
+    with ExitStack() as stack:
+        workers = [stack.enter_context(stand_in()) for _ in range(2)]
+        router = stack.enter_context(stand_in(workers=[worker.url for worker in workers]))
+        assert abort_group(router.url, "q7") == 4
+
+        async def end() -> None:
+            async with AsyncClient(router.url) as client:
+                await client.end_traces(["a"])
+
+        asyncio.run(end())
+        assert [len(worker.keys) for worker in workers] == [2, 2]
+        empty = stack.enter_context(stand_in(workers=[]))
+        with pytest.raises(ServerError, match="without STEP"):
+            abort_group(empty.url, "q7")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"id": "q1", "settings": {"n": 3}}\n', "other settings (n 3, now 2)"),
+        ('{"question": "x"}\n', "line 1, is no result"),
+        ("text\n", "line 1, is no result"),
+    ],
+)
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(content)
+    with pytest.raises(ClientError) as caught:
+        ResultFile(path, {"n": 2})
+    assert says in str(caught.value) and "name another file" in str(caught.value)
+    assert path.read_text() == content
+
+
+def test_two_writers(tmp_path: Path) -> None:
+    results = ResultFile(tmp_path / "r.jsonl", {})
+    with pytest.raises(ClientError, match="another process"):
+        ResultFile(tmp_path / "r.jsonl", {})
+    results.close()
+    ResultFile(tmp_path / "r.jsonl", {}).close()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    asked, path = tmp_path / "q.jsonl", tmp_path / "r.jsonl"
+    asked.write_text('{"question": "w w", "answer": 2}\n{"question": "w"}\nnone\n')
+    with stand_in() as server:
+        command = ["ask", "--file", str(asked), "-o", str(path), "--url", server.url, "-n", "2"]
+        done = CliRunner().invoke(app, [*command, "--suffix", ""])
+        assert done.exit_code == 0, done.output
+        assert f"2 questions, 2 with an answer, 1 of 1 correct: {path}" in done.output
+        assert "line 3 is not JSON" in done.output
+        again = CliRunner().invoke(app, [*command, "--suffix", ""])
+        assert "2 of 2 questions have a result" in again.output and len(server.asked) == 2
+        other = CliRunner().invoke(app, [*command, "--suffix", "", "--vote", "best"])
+        assert isinstance(other.exception, ClientError)
+        assert "(vote 'weighted', now 'best')" in str(other.exception)
+    assert [line["settings"]["model"] for line in lines(path)] == ["m", "m"]
+    both = CliRunner().invoke(app, ["ask", "1+1?", "--file", "f.jsonl"])
+    assert "either a question or --file" in str(both.exception)
