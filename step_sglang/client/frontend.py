@@ -20,6 +20,7 @@ from typing import Any
 
 from step_sglang import protocol
 from step_sglang.client.http import known_key, server_url
+from step_sglang.scoring.calibration import calibration_of
 from step_sglang.voting.answers import Extractor, extract_boxed
 from step_sglang.voting.classes import Same
 from step_sglang.voting.families import lineage_of
@@ -93,9 +94,11 @@ def vote(
         if answer is None:
             errors[index] = problem or "no answer in its text"
             continue
-        score = (info.get(protocol.META_KEY) or {}).get(protocol.META_SCORE)
+        step = info.get(protocol.META_KEY) or {}
+        score = step.get(protocol.META_SCORE)
+        calibration = calibration_of(step.get(protocol.META_CALIBRATION))
         scores[index] = -1.0 if score is None else score
-        ballots.append(Ballot(answer, weight_of(score, vote), lineage_of(info)))
+        ballots.append(Ballot(answer, weight_of(score, vote, calibration), lineage_of(info)))
         voters.append(index)
     answers = tuple(
         Tally(t.answer, t.weight, tuple(voters[i] for i in t.members))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.training.metrics import RESAMPLES, RUNNING_MEAN, Estimate, interval, signals_at
 from step_sglang.training.table import Floats, Ints, TraceTable
 
@@ -26,9 +27,15 @@ class VoteSimulation:
 
 
 def simulate_votes(
-    table: TraceTable, scores: Floats, seed: int = 0, resamples: int = RESAMPLES
+    table: TraceTable,
+    scores: Floats,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    calibration: TraceCalibration | None = None,
 ) -> dict[str, VoteSimulation]:
     """Compare votes: majority, score-weighted, and score-weighted after pruning by each signal.
+
+    With a calibration also the vote by probability, of all and after pruning by the trace score.
 
     Weights are the running mean at the end of each trace. In every question the half with the
     lower signal after half of its own steps is pruned; a trace without a value ranks as its
@@ -47,6 +54,10 @@ def simulate_votes(
             members,
         ),
     }
+    probabilities = None if calibration is None else calibrated(weights, calibration)
+    if probabilities is not None:
+        right = np.asarray([_vote(table, rows, probabilities) for rows in members], np.float64)
+        results["calibrated"] = (right, members)
     for name, values in signals_at(table, scores, HALFWAY).items():
         if np.isnan(values).all():
             continue
@@ -54,6 +65,9 @@ def simulate_votes(
         kept = [_better_half(rows, filled) for rows in members]
         right = np.asarray([_vote(table, rows, weights) for rows in kept], np.float64)
         results[f"half pruned by {name}"] = (right, kept)
+        if name == RUNNING_MEAN and probabilities is not None:
+            right = np.asarray([_vote(table, rows, probabilities) for rows in kept], np.float64)
+            results[f"half pruned by {name}, calibrated"] = (right, kept)
     draws = [[rng.permutation(rows) for rows in members] for _ in range(_RANDOM_DRAWS)]
     halves = [[rows[: -(-len(rows) // 2)] for rows in draw] for draw in draws]
     right = np.mean([[_vote(table, rows, weights) for rows in draw] for draw in halves], axis=0)
@@ -67,6 +81,11 @@ def simulate_votes(
         )
         for name, (right, kept) in results.items()
     }
+
+
+def calibrated(scores: Floats, calibration: TraceCalibration) -> Floats:
+    """The probabilities of trace scores."""
+    return np.asarray([calibration.probability(score) for score in scores.tolist()])
 
 
 def _filled(values: Floats, members: list[Ints]) -> Floats:
