@@ -207,7 +207,7 @@ def _by_score(trace: SampledTrace, threshold: float | None) -> float:
     return weight_of(trace.score, "weighted")
 
 
-def _by_probability(trace: SampledTrace, threshold: float | None) -> float:
+def _by_odds(trace: SampledTrace, threshold: float | None) -> float:
     return weight_of(trace.score, VOTE_CALIBRATED, trace.calibration)
 
 
@@ -241,7 +241,7 @@ METHODS = {
         Method("longest", "longest victim", _control("longest"), _by_score),
         Method("step-paper", "STEP (paper policy)", _one_request(True), _by_score, policy="paper"),
         Method("step", "STEP", _one_request(True), _by_score),
-        Method("step-calibrated", "STEP, calibrated vote", _one_request(True), _by_probability),
+        Method("step-calibrated", "STEP, calibrated vote", _one_request(True), _by_odds),
         Method("step-early", "STEP, ends early", _step("posterior"), _by_score),
         Method("step-balanced", "STEP, effort balanced", _effort("balanced"), _by_score),
         Method("step-fast", "STEP, effort fast", _effort("fast"), _by_score),

@@ -143,10 +143,10 @@ def breakdown_table(summaries: Sequence[Summary]) -> Table:
 
 
 def votes_table(rows: Sequence[VoteRow]) -> Table:
-    """The same traces under three votes, and what probabilities gain as weights, paired."""
+    """The same traces under three votes, and what calibrated weights gain, paired."""
     return Table(
         "Accuracy by what a finished trace weighs, %, same traces",
-        ("method", "n", "KV pool", "majority", "trace score", "probability", "gain, points", "p"),
+        ("method", "n", "KV pool", "majority", "trace score", "odds", "gain, points", "p"),
         tuple(
             (
                 row.title, str(row.n), row.memory,

@@ -1,4 +1,4 @@
-"""The votes that measured traces would have had: by trace score, by probability, by number.
+"""The votes that measured traces would have had: by trace score, by odds, by number.
 
 What a trace weighs changes nothing that an engine did, so the votes are read from the records. Not
 where a method's traces branch, whose families a record does not hold, nor where the group ended by

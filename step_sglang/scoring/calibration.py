@@ -1,9 +1,17 @@
-"""From a trace score to the probability that the trace is right: what the scorer file says of it.
+"""From a trace score to the probability that the trace is right, and what that weighs in a vote.
 
-A trace score is a mean of sigmoids, and a mean is timid: nine traces in ten lie near the middle,
-while those at .8 are nearly always right and those at .2 nearly never. A logistic regression of its
-logit on held-out questions (Platt scaling, 1999) turns it into a probability. It keeps the order
-of scores, so what bounds a trace's score bounds its probability too.
+A trace score is a mean of sigmoids, and a mean is timid: traces of .8 are nearly always right, and
+those of .2 nearly never. A logistic regression of its logit on held-out questions (Platt scaling,
+1999) turns it into a probability p. It keeps the order of scores, so what bounds a trace's score
+bounds its probability and its weight too.
+
+In a vote a trace weighs its odds, p / (1 - p). Being right is a draw with the mean p and the
+variance p (1 - p), and a sum of noisy readings stands out most from its noise where each is weighed
+by its mean over its variance, which is about that (it is also p squared over the variance: a
+trace's signal-to-noise ratio). The odds are cut off at 9 to 1, because some dozens of questions
+cannot tell .9 from .99, and because votes with bounded weights can be settled early; and divided by
+that, so that weights are in (0, 1] as trace scores are. Which weight was better on training
+questions: docs/training.md.
 Knows nothing of torch, files or servers.
 """
 
@@ -17,6 +25,7 @@ from typing import Any
 from step_sglang.errors import ScorerError, safe_repr
 
 VERSION = 1
+MOST = 0.9  # probability beyond which a trace weighs no more
 _EDGE = 1e-4  # scores are kept so far from 0 and 1, where the logit ends
 UNSCORED = 0.5  # of a trace without a step: the sigmoid's value at no evidence
 
@@ -58,6 +67,11 @@ class TraceCalibration:
         z = self.slope * logit(UNSCORED if score is None else score) + self.bias
         # By the sign, so that no exponential overflows.
         return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))
+
+    def weight(self, score: float | None) -> float:
+        """Its capped odds, as a share of the cap's; in (0, 1], and never falls with the score."""
+        p = min(self.probability(score), MOST)
+        return min(1.0, p / (1 - p) * (1 - MOST) / MOST)
 
     def as_json(self) -> dict[str, Any]:
         """As a scorer file states it."""

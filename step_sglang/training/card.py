@@ -80,7 +80,7 @@ def _calibration(found: TraceCalibration | None) -> str:
     fitted = "" if found.questions is None else f", fitted on {found.questions} held-out questions"
     return (
         f"P(right) = sigmoid({found.slope:.3g} logit(trace score) "
-        f"{'-' if found.bias < 0 else '+'} {abs(found.bias):.3g}){fitted}"
+        f"{'-' if found.bias < 0 else '+'} {abs(found.bias):.3g}){fitted}; votes weigh by its odds"
     )
 
 

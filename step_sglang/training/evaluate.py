@@ -20,7 +20,7 @@ from step_sglang.training.metrics import (
     signals_at,
 )
 from step_sglang.training.reader import Reader
-from step_sglang.training.simulate import VoteSimulation, calibrated, simulate_votes
+from step_sglang.training.simulate import VoteSimulation, simulate_votes
 from step_sglang.training.table import Floats, TraceTable
 
 
@@ -80,7 +80,10 @@ def evaluate(
         weight_calibration=(
             None
             if calibration is None
-            else reliability(calibrated(final, calibration), table.correct[has])
+            else reliability(
+                np.asarray([calibration.probability(score) for score in final.tolist()]),
+                table.correct[has],
+            )
         ),
         votes=simulate_votes(table, scores, seed, calibration=calibration),
     )

@@ -35,7 +35,7 @@ def simulate_votes(
 ) -> dict[str, VoteSimulation]:
     """Compare votes: majority, score-weighted, and score-weighted after pruning by each signal.
 
-    With a calibration also the vote by probability, of all and after pruning by the trace score.
+    With a calibration also the vote by odds, of all and after pruning by the trace score.
 
     Weights are the running mean at the end of each trace. In every question the half with the
     lower signal after half of its own steps is pruned; a trace without a value ranks as its
@@ -54,9 +54,10 @@ def simulate_votes(
             members,
         ),
     }
-    probabilities = None if calibration is None else calibrated(weights, calibration)
-    if probabilities is not None:
-        right = np.asarray([_vote(table, rows, probabilities) for rows in members], np.float64)
+    odds = None
+    if calibration is not None:
+        odds = np.asarray([calibration.weight(score) for score in weights.tolist()])
+        right = np.asarray([_vote(table, rows, odds) for rows in members], np.float64)
         results["calibrated"] = (right, members)
     for name, values in signals_at(table, scores, HALFWAY).items():
         if np.isnan(values).all():
@@ -65,8 +66,8 @@ def simulate_votes(
         kept = [_better_half(rows, filled) for rows in members]
         right = np.asarray([_vote(table, rows, weights) for rows in kept], np.float64)
         results[f"half pruned by {name}"] = (right, kept)
-        if name == RUNNING_MEAN and probabilities is not None:
-            right = np.asarray([_vote(table, rows, probabilities) for rows in kept], np.float64)
+        if name == RUNNING_MEAN and odds is not None:
+            right = np.asarray([_vote(table, rows, odds) for rows in kept], np.float64)
             results[f"half pruned by {name}, calibrated"] = (right, kept)
     draws = [[rng.permutation(rows) for rows in members] for _ in range(_RANDOM_DRAWS)]
     halves = [[rows[: -(-len(rows) // 2)] for rows in draw] for draw in draws]
@@ -81,11 +82,6 @@ def simulate_votes(
         )
         for name, (right, kept) in results.items()
     }
-
-
-def calibrated(scores: Floats, calibration: TraceCalibration) -> Floats:
-    """The probabilities of trace scores."""
-    return np.asarray([calibration.probability(score) for score in scores.tolist()])
 
 
 def _filled(values: Floats, members: list[Ints]) -> Floats:

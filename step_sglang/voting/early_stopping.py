@@ -44,8 +44,8 @@ def highest_weight(
 
     A trace score is a running mean of step scores, each at most 1, and a step takes a token, so
     with ``tokens_left`` tokens to come it is at most the mean with as many perfect steps. A
-    calibration never falls with the score, so the highest score has the highest probability; a
-    trace that ends without a step weighs as a score of 1/2 does, which is no more.
+    calibration never falls with the score, so the highest score has the highest weight; a trace
+    that ends without a step weighs as a score of 1/2 does, which is no more.
 
     Args:
         score_sum: sum of its step scores so far.

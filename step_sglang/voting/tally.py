@@ -1,8 +1,8 @@
 """Votes over the answers of a group's finished traces. Knows nothing of servers or of time.
 
 Four votes: ``weighted`` sums the trace scores of each answer (the paper's), ``calibrated`` the
-probabilities that its traces are right, ``majority`` counts traces, ``best`` takes the answer of
-the best-scoring trace.
+odds that its traces are right, ``majority`` counts traces, ``best`` takes the answer of the
+best-scoring trace.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def weight_of(score: float | None, vote: str, calibration: TraceCalibration | No
     if vote == "majority":
         return 1.0
     if vote == VOTE_CALIBRATED and calibration is not None:
-        return calibration.probability(score)
+        return calibration.weight(score)
     return UNSCORED if score is None else score
 
 

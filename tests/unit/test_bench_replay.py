@@ -200,8 +200,8 @@ def winner(fate: ReplayOutcome, vote: str) -> str | None:
     return tallies[0].answer if tallies else None
 
 
-def test_probabilities_as_weights_make_good_traces_count_for_more() -> None:
-    """Six good traces of score .6 against ten of .4: outvoted by score, not by probability."""
+def test_odds_as_weights_make_good_traces_count_for_more() -> None:
+    """Six good traces of score .6 against ten of .4: outvoted by score, not by odds."""
     steep = [replace(one, calibration=(6.0, 0.0)) for one in GROUPS]
     found = list(predict(steep, ["none"], ["weighted", "calibrated"], [AMPLE], CLOCK))
     assert [p.accuracy.value for p in found] == [0.0, 1.0]

@@ -255,7 +255,7 @@ def voted(question: str, scores: dict[str, list[float]], **changes: object) -> T
 
 
 def test_the_same_traces_under_three_votes(tmp_path: Path) -> None:
-    doubtful = {"3": [0.5, 0.5, 0.5], "5": [0.7, 0.7]}  # right by probability alone
+    doubtful = {"3": [0.5, 0.5, 0.5], "5": [0.7, 0.7]}  # right by odds alone
     unlikely = {"3": [0.5, 0.5, 0.5], "5": [0.9, 0.9]}  # by score too
     results = [
         voted("q0", doubtful, calibration=(2.2, -0.9)),

@@ -39,15 +39,19 @@ def test_a_probability_never_falls_with_the_score(
     slope: float, bias: float, scores: list[float]
 ) -> None:
     found = TraceCalibration(slope, bias)
-    values = [found.probability(score) for score in sorted(scores)]
-    assert all(0 <= value <= 1 for value in values)
-    assert all(one <= other for one, other in itertools.pairwise(values))
+    for value_of in (found.probability, found.weight):
+        values = [value_of(score) for score in sorted(scores)]
+        assert all(0 <= value <= 1 for value in values)
+        assert all(one <= other for one, other in itertools.pairwise(values))
 
 
 def test_what_a_trace_weighs() -> None:
     assert CALIBRATION.probability(0.5) == pytest.approx(1 / (1 + np.exp(0.9)))
-    assert weight_of(0.8, "calibrated", CALIBRATION) == CALIBRATION.probability(0.8)
-    assert weight_of(None, "calibrated", CALIBRATION) == CALIBRATION.probability(0.5)
+    plain = TraceCalibration(1.0, 0.0)  # the score is the probability
+    odds = [plain.weight(score) for score in (0.5, 0.75, 0.9, 0.99)]
+    assert odds == pytest.approx([1 / 9, 3 / 9, 1, 1])
+    assert weight_of(0.8, "calibrated", CALIBRATION) == CALIBRATION.weight(0.8)
+    assert weight_of(None, "calibrated", CALIBRATION) == CALIBRATION.weight(0.5)
     assert weight_of(0.8, "calibrated") == 0.8  # a file of an earlier version
     assert weight_of(0.8, "weighted", CALIBRATION) == 0.8
     assert weight_of(0.8, "majority", CALIBRATION) == 1.0
@@ -152,7 +156,7 @@ def chunk(index: int, text: str, score: float, pair: list[float] | None) -> dict
 def test_a_session_weighs_by_what_the_server_says(
     vote: str, pair: list[float] | None, winner: str
 ) -> None:
-    """Three doubtful traces outweigh two good ones by score, not by probability."""
+    """Three doubtful traces outweigh two good ones by score, not by odds."""
     session = VoteSession(5, VoteRules(vote, "off"))
     for index, (answer, score) in enumerate([("8", 0.5)] * 3 + [("7", 0.7)] * 2):
         session.feed(chunk(index, rf"\boxed{{{answer}}}", score, pair))

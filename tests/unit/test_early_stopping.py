@@ -86,7 +86,7 @@ def test_highest_weight_bounds_every_continuation(
     st.floats(0.0, 20.0),
     st.floats(-10.0, 10.0),
 )
-def test_highest_weight_bounds_every_continuation_by_probability(
+def test_highest_weight_bounds_every_continuation_by_odds(
     past: list[float], future: list[float], spare: int, slope: float, bias: float
 ) -> None:
     calibration = TraceCalibration(slope, bias)
@@ -100,11 +100,11 @@ def test_highest_weight_bounds_every_continuation_by_probability(
     assert raw == highest_weight(sum(past), len(past), left)
 
 
-def test_a_bound_by_probability_is_tight() -> None:
+def test_a_bound_by_odds_is_tight() -> None:
     """A trace that has shown its weakness cannot weigh much any more, and the rule knows."""
     calibration = TraceCalibration(2.2, -0.9)
     bound = highest_weight(2.0, 20, 1, "calibrated", calibration)
-    assert calibration.probability(4 / 22) < bound < 0.02
+    assert calibration.weight(4 / 22) < bound < 0.002
     assert highest_weight(2.0, 20, 1) == pytest.approx(4 / 22)
 
 
