@@ -49,6 +49,7 @@ AGAINST = (
     f"{RANDOM}, weighted",
     f"{RANDOM}, calibrated",
     f"{FAIR}, weighted",
+    f"no scorer: {RANDOM}, weighted",
 )
 Weight = Callable[[RecordedTrace], float]
 _PRICES = CostModel(1.0, 0.0, 0.0, 0.0)  # every decode step alike: seconds are not reported
@@ -173,16 +174,23 @@ class Comparison:
 
     def figures(self) -> dict[str, Any]:
         """Print and return every method's accuracy, and its leads over three others."""
-        found = {}
+        found: dict[str, Any] = {}
         mean = {name: np.mean(np.asarray(rows, float), 0) for name, rows in self.right.items()}
         for name, values in mean.items():
-            leads = {other: mean_estimate(values - mean[other]) for other in AGAINST}
+            leads = {
+                other: mean_estimate(values - mean[other]) for other in AGAINST if other in mean
+            }
             found[name] = {"accuracy": mean_estimate(values), "minus": leads}
-            shown = (
+            columns = (
                 f"{100 * lead.value:+5.1f} [{100 * lead.low:+5.1f}, {100 * lead.high:+5.1f}]"
                 for lead in leads.values()
             )
-            print(f"{name:40} {100 * values.mean():5.1f} %  ", "  ".join(shown), flush=True)
+            print(f"{name:40} {100 * values.mean():5.1f} %  ", "  ".join(columns), flush=True)
+        for name in (ALL, RANDOM, LONGEST, FAIR):
+            gain = mean_estimate(mean[f"{name}, calibrated"] - mean[f"{name}, weighted"])
+            found[f"{name}: calibrated minus weighted"] = gain
+            shown = f"{100 * gain.value:+5.1f} [{100 * gain.low:+5.1f}, {100 * gain.high:+5.1f}]"
+            print(f"{name}: calibrated minus weighted {shown}", flush=True)
         return found
 
 

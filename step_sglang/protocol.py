@@ -56,6 +56,7 @@ VOTE_MEMBERS = (TRACES, VOTE, EARLY, THRESHOLD, SHRINK, EFFORT, EXTRACT, SUFFIX)
 # Choices by name, in requests and flags.
 VOTE_CALIBRATED = "calibrated"
 VOTES = (VOTE_CALIBRATED, "weighted", "majority", "best")
+DEFAULT_VOTE = VOTE_CALIBRATED
 EARLY_RULES = ("exact", "posterior", "off")
 EFFORTS = ("fast", "balanced", "thorough")  # from the cheapest vote to the safest
 EXTRACTORS = ("boxed", "choice", "number")  # who reads a trace's answer

@@ -62,7 +62,7 @@ def vote(
     forks: Any,
     name: str,
     *,
-    vote: str = "weighted",
+    vote: str = protocol.DEFAULT_VOTE,
     extract: Extractor | None = None,
     same: Same | None = None,
 ) -> ForkVote:
@@ -71,8 +71,9 @@ def vote(
     Args:
         forks: what ``s.fork(n)`` returned, or a list of states.
         name: the variable of their last ``gen``.
-        vote: ``weighted`` by trace score, ``majority`` or ``best``. On a server without STEP all
-            forks weigh the same.
+        vote: ``calibrated``, ``weighted`` by trace score, ``majority`` or ``best``, see
+            :func:`step_sglang.client.solve.solve`. On a server without STEP all forks weigh the
+            same.
         extract: reads the answer of all the text of a fork, from where it began; it returns None
             when there is none. Default: the last boxed answer, else the text of the last ``gen``,
             which in a program often is the answer itself.

@@ -37,7 +37,7 @@ async def asolve(
     *,
     url: str | None = None,
     engine: Any = None,
-    vote: str = "weighted",
+    vote: str = protocol.DEFAULT_VOTE,
     early: str | None = None,
     threshold: float | None = None,
     shrink: float | None = None,
@@ -60,7 +60,8 @@ async def asolve(
         n: traces; 1 is a single trace with its score.
         url: a server started with ``--enable-step``. Give this or ``engine``.
         engine: an ``sgl.Engine(enable_step=True, ...)`` of this process.
-        vote: ``weighted`` by trace score, ``majority``, or ``best``.
+        vote: ``calibrated`` by the odds of being right that the server's scorer file states (as
+            ``weighted`` where it states none), ``weighted`` by trace score, ``majority``, ``best``.
         early: end the group when no outcome of the open traces can change the answer (``exact``),
             also when that is improbable (``posterior``), or never (``off``). This and the next
             three are by default what ``effort`` sets.

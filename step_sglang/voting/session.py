@@ -60,7 +60,7 @@ class VoteRules:
         VoteError: there is no such vote or early-finish rule, or ``shrink`` is no probability.
     """
 
-    vote: str = "weighted"
+    vote: str = protocol.DEFAULT_VOTE
     early: str = "exact"
     threshold: float = DEFAULT_THRESHOLD  # of the posterior rule
     shrink: float = 0.0  # threshold at which traces end that the vote does not need; 0: none

@@ -54,7 +54,7 @@ def test_chat_returns_one_choice_and_its_vote(server: Server, question: Question
     choice = completion.choices[0]
     step = choice.model_extra["meta_info"]["step"]
     vote = step["vote"]
-    assert vote["status"] == "voted" and vote["vote"] == "weighted" and vote["traces"] == TRACES
+    assert vote["status"] == "voted" and vote["vote"] == "calibrated" and vote["traces"] == TRACES
     assert vote["finished"] == TRACES and vote["cancelled"] == vote["pruned"] == 0
     assert choice.finish_reason == "stop" and not step["pruned"]
     assert extract_boxed(choice.message.content) == vote["answer"] == vote["answers"][0]["answer"]
