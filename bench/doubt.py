@@ -1,13 +1,13 @@
-"""Compares what to prune by, on stored traces in a simulated pool: the table of docs/training.md.
+"""Compares what to prune by and how to vote, on stored traces in a simulated pool.
 
     python bench/doubt.py TRAIN TEST [--seeds 3 | --scorer FILE] [--pool 0.3] [--out FILE.json]
 
 TRAIN and TEST are stores of different questions (`bench/reasoner_store.py`). Every seed trains a
 scorer on a part of TRAIN (or FILE is one, trained on no other part of it) and fits on the rest the
 posterior that a trace ends right given its score, steps and length. All n traces of a question
-start at once in a pool that holds a
-share of the question's mean demand; the policy's own code prunes. Simulated: no engine runs. Every
-method answers the same questions with the same traces; intervals are paired bootstraps over them.
+start at once in a pool that holds a share of what they want together; the policy's own code prunes.
+Simulated: no engine runs. Every method answers the same questions with the same traces; intervals
+are paired bootstraps over them. The tables are in docs/training.md.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ from step_sglang.evaluation.cost_model import CostModel
 from step_sglang.evaluation.replay import Rank, is_right, simulate
 from step_sglang.evaluation.simulator import Request
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
+from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.scoring.scorer import load_scorer
+from step_sglang.training.calibrate import fit_calibration
 from step_sglang.training.data import build_labels, score_steps
+from step_sglang.training.evaluate import Scored
 from step_sglang.training.fit import Recipe, ScorerNetwork, fit
 from step_sglang.training.reader import Reader
 from step_sglang.training.signals import certainty_scores, mean_estimate, running_signals
@@ -39,8 +42,15 @@ from step_sglang.training.split import split_questions
 from step_sglang.training.table import Floats, TraceTable
 from step_sglang.training.train import jsonable
 
-SC, RANDOM, FAIR = "self-consistency", "random", "mean score (fair)"
-AGAINST = (SC, RANDOM, FAIR)
+ALL, RANDOM, LONGEST, FAIR = "nothing pruned", "random", "longest", "mean score (fair)"
+VOTES = ("majority", "weighted", "calibrated")
+AGAINST = (
+    f"{ALL}, majority",
+    f"{RANDOM}, weighted",
+    f"{RANDOM}, calibrated",
+    f"{FAIR}, weighted",
+    f"no scorer: {RANDOM}, weighted",
+)
 Weight = Callable[[RecordedTrace], float]
 _PRICES = CostModel(1.0, 0.0, 0.0, 0.0)  # every decode step alike: seconds are not reported
 
@@ -98,25 +108,11 @@ class Doubt:
         return self.by_posterior(request)[0] / max(1.0, self.left(request.generated)), 1
 
 
-def calibrated_score(table: TraceTable, scores: Floats) -> Weight:
-    """The probability that a finished trace is right, of its trace score alone (Platt scaling)."""
-    usable = table.num_steps > 0
-    last = (table.offsets[1:] - 1)[usable]
-    mean = np.clip(running_signals(table, scores)["mean"][last], 1e-4, 1 - 1e-4)
-    model = LogisticRegression(C=10.0)
-    model.fit(np.log(mean / (1 - mean))[:, None], table.correct[usable])
-    slope, bias = float(model.coef_[0, 0]), float(model.intercept_[0])
-    print(f"calibration of the trace score: slope {slope:.2f}, bias {bias:.2f}")
-
-    def weight(trace: RecordedTrace) -> float:
-        score = min(max(0.5 if trace.score is None else trace.score, 1e-4), 1 - 1e-4)
-        return 1 / (1 + math.exp(-bias - slope * math.log(score / (1 - score))))
-
-    return weight
-
-
-def groups_of(reader: Reader, scores: Floats) -> list[RecordedGroup]:
+def groups_of(
+    reader: Reader, scores: Floats, calibration: TraceCalibration | None = None
+) -> list[RecordedGroup]:
     """The stored questions as recorded groups, with these step scores."""
+    pair = None if calibration is None else calibration.pair
     found, first = [], 0
     for shard in reader.shards:
         traces = []
@@ -137,7 +133,7 @@ def groups_of(reader: Reader, scores: Floats) -> list[RecordedGroup]:
                 )
             )
         name = reader.traces(shard)[0].question_id
-        found.append(RecordedGroup(name, 0, "", 0, 900, 0.0, tuple(traces)))
+        found.append(RecordedGroup(name, 0, "", 0, 900, 0.0, tuple(traces), pair))
     return found
 
 
@@ -158,12 +154,12 @@ class Comparison:
         name: str,
         seed: int,
         policy: str,
-        vote: str,
         groups: Sequence[RecordedGroup],
         rank: Rank | None = None,
+        votes: Sequence[str] = ("weighted",),
     ) -> None:
-        """Answer all questions."""
-        answers = []
+        """Answer all questions by every vote over the same traces."""
+        answers: dict[str, list[bool]] = {vote: [] for vote in votes}
         for number, group in enumerate(groups):
             wanted = sum(t.tokens for t in group.traces)
             longest = max(t.tokens for t in group.traces)
@@ -171,21 +167,30 @@ class Comparison:
             ranks = None if rank is None else [rank] * len(group.traces)
             drawn = 1000 * seed + number
             outcome = simulate(group, policy, pool, _PRICES, seed=drawn, ranks=ranks)
-            answers.append(is_right(outcome, vote))
-        self.right[name].append(answers)
+            for vote in votes:
+                answers[vote].append(is_right(outcome, vote))
+        for vote, right in answers.items():
+            self.right[f"{name}, {vote}"].append(right)
 
     def figures(self) -> dict[str, Any]:
         """Print and return every method's accuracy, and its leads over three others."""
-        found = {}
+        found: dict[str, Any] = {}
         mean = {name: np.mean(np.asarray(rows, float), 0) for name, rows in self.right.items()}
         for name, values in mean.items():
-            leads = {other: mean_estimate(values - mean[other]) for other in AGAINST}
+            leads = {
+                other: mean_estimate(values - mean[other]) for other in AGAINST if other in mean
+            }
             found[name] = {"accuracy": mean_estimate(values), "minus": leads}
-            shown = (
+            columns = (
                 f"{100 * lead.value:+5.1f} [{100 * lead.low:+5.1f}, {100 * lead.high:+5.1f}]"
                 for lead in leads.values()
             )
-            print(f"{name:46} {100 * values.mean():5.1f} %  ", "  ".join(shown), flush=True)
+            print(f"{name:40} {100 * values.mean():5.1f} %  ", "  ".join(columns), flush=True)
+        for name in (ALL, RANDOM, LONGEST, FAIR):
+            gain = mean_estimate(mean[f"{name}, calibrated"] - mean[f"{name}, weighted"])
+            found[f"{name}: calibrated minus weighted"] = gain
+            shown = f"{100 * gain.value:+5.1f} [{100 * gain.low:+5.1f}, {100 * gain.high:+5.1f}]"
+            print(f"{name}: calibrated minus weighted {shown}", flush=True)
         return found
 
 
@@ -201,6 +206,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     reader, tested = Reader(options.train), Reader(options.test)
+    stated = None if options.scorer is None else load_scorer(options.scorer).info.calibration
     compared = Comparison(options.pool)
     sure = certainty_scores(tested, tested.shards)
     for seed in range(options.seeds if options.scorer is None else 1):
@@ -210,34 +216,28 @@ def main() -> None:
             if options.scorer is None
             else ScorerNetwork.from_scorer(load_scorer(options.scorer))
         )
-        held = build_labels(reader, split.validation)
-        held_scores = score_steps(reader, split.validation, network)
-        doubt = Doubt(held, held_scores)
-        groups = groups_of(tested, score_steps(tested, tested.shards, network))
+        held = Scored(
+            build_labels(reader, split.validation), score_steps(reader, split.validation, network)
+        )
+        doubt = Doubt(held.table, held.scores)
+        calibration = stated if stated is not None else fit_calibration(held)
+        print(f"calibration: {calibration}")
+        groups = groups_of(tested, score_steps(tested, tested.shards, network), calibration)
         posterior = weighed(groups, doubt.of)
-        scaled = weighed(groups, calibrated_score(held, held_scores))
         run = partial(compared.run, seed=seed)
-        run(SC, policy="none", vote="majority", groups=groups)
-        run(RANDOM, policy="random", vote="weighted", groups=groups)
-        run(FAIR, policy="fair", vote="weighted", groups=groups)
-        run("longest", policy="longest", vote="weighted", groups=groups)
-        run("all finish, weighed by score", policy="none", vote="weighted", groups=groups)
+        for name, policy in ((ALL, "none"), (RANDOM, "random"), (LONGEST, "longest")):
+            run(name, policy=policy, groups=groups, votes=VOTES)
+        run(FAIR, policy="fair", groups=groups, votes=VOTES)
         for name, rank in (
             ("doubt: posterior", doubt.by_posterior),
             ("doubt: vote per token", doubt.per_token),
         ):
-            run(name, policy="fair", vote="weighted", groups=groups, rank=rank)
-            run(f"{name}, weighed by posterior", policy="fair", vote="weighted",
-                groups=posterior, rank=rank)  # fmt: skip
-        run("fair, weighed by calibrated score", policy="fair", vote="weighted", groups=scaled)
-        run("fair, weighed by posterior", policy="fair", vote="weighted", groups=posterior)
-        run("random, weighed by posterior", policy="random", vote="weighted", groups=posterior)
+            run(name, policy="fair", groups=groups, rank=rank, votes=VOTES[1:])
+        run(f"{FAIR}, by posterior", policy="fair", groups=posterior)
         if sure is not None:
             certain = groups_of(tested, sure)
-            run("no scorer: random, majority", policy="random", vote="majority", groups=certain)
-            run("no scorer: fair, majority", policy="fair", vote="majority", groups=certain)
-            run("no scorer: random", policy="random", vote="weighted", groups=certain)
-            run("no scorer: fair", policy="fair", vote="weighted", groups=certain)
+            for name, policy in ((RANDOM, "random"), (LONGEST, "longest"), ("fair", "fair")):
+                run(f"no scorer: {name}", policy=policy, groups=certain, votes=VOTES[:2])
         print(f"after seed {seed:2}{'':34} right     minus " + ", ".join(AGAINST))
         figures = compared.figures()
         if options.out is not None:

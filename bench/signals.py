@@ -49,12 +49,13 @@ OF_THE_MEAN = (0.25, 0.5, 1.0)
 MEAN = "mean"
 LEARNED = (
     ("MLP through its mean, bce", "mean of logits", "bce", Features()),
-    ("MLP through its mean, pairwise", "mean of logits", "pairwise", Features()),
+    ("MLP through its mean, early pairwise", "mean of logits", "early pairwise", Features()),
     ("GRU, bce", "GRU", "bce", Features()),
-    ("GRU, pairwise", "GRU", "pairwise", Features()),
+    ("GRU, early pairwise", "GRU", "early pairwise", Features()),
     ("GRU, bce, with position", "GRU", "bce", Features(position=True)),
-    ("GRU, bce, with siblings", "GRU", "bce", Features(siblings=True)),
+    ("GRU, early pairwise, with siblings", "GRU", "early pairwise", Features(siblings=True)),
     ("attention, bce", "attention", "bce", Features()),
+    ("attention, early pairwise, all", "attention", "early pairwise", Features(True, True)),
 )
 
 

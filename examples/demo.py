@@ -29,7 +29,9 @@ from step_sglang.client.http import AsyncClient, Client, server_info
 from step_sglang.client.launch import running_server
 from step_sglang.live.events import decode
 from step_sglang.live.known import Known
+from step_sglang.protocol import DEFAULT_VOTE
 from step_sglang.reasoner import Question, model_path, questions, scorer_path
+from step_sglang.scoring.calibration import calibration_of
 from step_sglang.voting.answers import equivalent, extract_boxed
 from step_sglang.voting.tally import Ballot, Tally, tally, weight_of
 
@@ -58,7 +60,7 @@ class Answered:
 
     @property
     def tallies(self) -> list[Tally]:
-        """Weighted by the trace scores, or one vote each where there are none."""
+        """Weighted by the odds of being right, or one vote each where there are no scores."""
         return tally(
             [
                 Ballot(answer, weight(trace))
@@ -75,7 +77,9 @@ class Answered:
 
 def weight(trace: dict[str, Any]) -> float:
     step = trace["meta_info"].get("step")
-    return 1.0 if step is None else weight_of(step["score"], "weighted")
+    if step is None:
+        return 1.0
+    return weight_of(step["score"], DEFAULT_VOTE, calibration_of(step.get("calibration")))
 
 
 def is_pruned(trace: dict[str, Any]) -> bool:

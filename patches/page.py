@@ -18,6 +18,7 @@ from step_sglang.live.html import LIVE_HEADERS, live_page
 from step_sglang.live.hub import Hub
 from step_sglang.live.votes import Finished
 from step_sglang.patches.guard import guard
+from step_sglang.scoring.calibration import calibration_of
 from step_sglang.voting.answers import extractor_named
 from step_sglang.voting.session import VoteSession
 
@@ -117,8 +118,10 @@ def trace_finished(meta_info: Mapping[str, Any], state: Any) -> None:
     if _hub is None or not _hub.watched:
         return
     with guard(protocol.IN_PAGE):
-        score = meta_info[protocol.META_KEY][protocol.META_SCORE]
-        _hub.finished(Finished(meta_info["id"], score, state.get_text))
+        step = meta_info[protocol.META_KEY]
+        calibration = calibration_of(step.get(protocol.META_CALIBRATION))
+        score = step[protocol.META_SCORE]
+        _hub.finished(Finished(meta_info["id"], score, calibration, state.get_text))
 
 
 @contextmanager

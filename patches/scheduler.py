@@ -107,7 +107,11 @@ def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
         drafted=drafted,
         hidden_dtype=runner.dtype,
     )
-    groups = GroupRegistry(by_certainty=config.by_certainty)
+    groups = GroupRegistry(
+        by_certainty=config.by_certainty,
+        # Fitted on the scores of the thinking alone.
+        calibration=None if config.scores_all else scorer.info.calibration,
+    )
     metrics = _metrics(scheduler, groups)
     embedding = load_embedding(config.embedding, tokenizer.decode)
     state = SchedulerStep(

@@ -33,6 +33,8 @@ def _status(req: Any) -> TraceStatus:
 @guard(protocol.IN_RESPONSES)
 def _meta(trace: Trace, groups: GroupRegistry) -> dict[str, Any]:
     info = trace.meta()
+    if groups.calibration is not None:
+        info[protocol.META_CALIBRATION] = groups.calibration.pair
     if groups.stopped is not None:
         info[protocol.META_STOPPED] = groups.stopped
     return info

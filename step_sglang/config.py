@@ -10,6 +10,7 @@ from typing import Any
 
 from step_sglang.errors import ConfigError, nearest
 from step_sglang.protocol import (
+    DEFAULT_VOTE,
     EFFORTS,
     EXTRACTORS,
     NGRAMS,
@@ -146,10 +147,12 @@ class StepConfig:
         },
     )
     vote: str = field(
-        default="weighted",
+        default=DEFAULT_VOTE,
         metadata={
             "choices": VOTES,
-            "help": "How they vote: by trace score, by number, or the best trace alone.",
+            "help": "How they vote. calibrated: by the odds of being right that the scorer file's "
+            "calibration gives, or as weighted where it has none; weighted: by trace score; "
+            "majority: by number; best: the best trace alone.",
         },
     )
     extract: str = field(

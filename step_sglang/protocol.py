@@ -54,7 +54,9 @@ EFFORT = "effort"
 VOTE_MEMBERS = (TRACES, VOTE, EARLY, THRESHOLD, SHRINK, EFFORT, EXTRACT, SUFFIX)
 
 # Choices by name, in requests and flags.
-VOTES = ("weighted", "majority", "best")
+VOTE_CALIBRATED = "calibrated"
+VOTES = (VOTE_CALIBRATED, "weighted", "majority", "best")
+DEFAULT_VOTE = VOTE_CALIBRATED
 EARLY_RULES = ("exact", "posterior", "off")
 EFFORTS = ("fast", "balanced", "thorough")  # from the cheapest vote to the safest
 EXTRACTORS = ("boxed", "choice", "number")  # who reads a trace's answer
@@ -72,6 +74,7 @@ META_POSITIONS = "positions"
 META_HIDDEN_STATES = "hidden_states"
 META_CONFIDENCE = "confidence"
 META_RECORD = "record"
+META_CALIBRATION = "calibration"  # [slope, bias] of the scorer, where its file has one
 META_BRANCH = "branch"
 BRANCH_PARENT = "parent"  # request id
 BRANCH_POSITION = "position"  # of the parent's last token that the branch begins with

@@ -36,6 +36,7 @@ from step_sglang.client.result import Answer, Result, SolveProgress
 from step_sglang.client.solve import DEFAULT_EFFORT, DEFAULT_N, DEFAULT_TIMEOUT, solve
 from step_sglang.data.questions import Fields, load_questions
 from step_sglang.errors import ServerError
+from step_sglang.protocol import DEFAULT_VOTE
 from step_sglang.voting.session import VoteStatus
 from step_sglang.voting.suffix import is_reasoner
 
@@ -93,8 +94,9 @@ def ask(
         float, typer.Option(help="Seconds of silence.", rich_help_panel=MODEL)
     ] = DEFAULT_TIMEOUT,
     vote: Annotated[
-        str, typer.Option(help="weighted, majority or best.", rich_help_panel=VOTING)
-    ] = "weighted",
+        str,
+        typer.Option(help="calibrated, weighted, majority or best.", rich_help_panel=VOTING),
+    ] = DEFAULT_VOTE,
     effort: Annotated[
         str,
         typer.Option(

@@ -20,9 +20,16 @@ def convert(
     delimiter: Annotated[list[str] | None, typer.Option(help=DELIMITER_HELP)] = None,
     think_end: Annotated[str | None, typer.Option(help="Token that ends the thinking.")] = None,
     revision: Annotated[str | None, typer.Option(help="The commit of that model.")] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="A store of that model's traces, of questions that the scorer was not trained on: "
+            "fits what a vote weighs them by."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace TARGET.")] = False,
 ) -> None:
-    """Convert the reference implementation's scorer to our format."""
+    """Convert the reference implementation's scorer to our format, or change what a file states."""
     from step_sglang.scoring.scorer import load_scorer, save_scorer
 
     if target.suffix != ".safetensors":
@@ -37,6 +44,10 @@ def convert(
         info = replace(info, think_end=think_end)
     if revision:
         info = replace(info, revision=revision)
+    if calibrate:
+        from step_sglang.training.calibrate import calibration_on
+
+        info = replace(info, calibration=calibration_on(replace(scorer, info=info), calibrate))
     try:
         save_scorer(replace(scorer, info=info), target)
     except Exception as error:

@@ -47,6 +47,9 @@ def inspect(
         "weights": str(loaded.w1.dtype).removeprefix("torch."),
         "delimiters": list(loaded.info.delimiters),
         "think_end": loaded.info.think_end,
+        "calibration": (
+            None if loaded.info.calibration is None else loaded.info.calibration.as_json()
+        ),
         "training": loaded.info.training,
     }
     evaluation = evaluate_file(file, on) if on else None
@@ -75,7 +78,9 @@ def _rows(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if name == "training":
             continue
         shown = value
-        if isinstance(value, Mapping):
+        if name == "calibration" and value is None:
+            shown = "none: votes weigh by trace score"
+        elif isinstance(value, Mapping):
             shown = ", ".join(f"{key} {json.dumps(member)}" for key, member in value.items())
         elif isinstance(value, list):
             shown = ", ".join(map(repr, value))

@@ -21,8 +21,12 @@ def replay(
         str, typer.Option(help="Comma-separated: none (SC), fair (STEP), paper, random, longest.")
     ] = "none,fair,paper,random,longest",
     votes: Annotated[
-        str, typer.Option(help="Comma-separated: weighted, majority, best.")
-    ] = "weighted,majority",
+        str, typer.Option(help="Comma-separated: weighted, calibrated, majority, best.")
+    ] = "weighted,calibrated,majority",
+    scorer: Annotated[
+        Path | None,
+        typer.Option(help="A scorer file: its calibration counts where the records state none."),
+    ] = None,
     early: Annotated[
         str,
         typer.Option(help="When the vote ends a group; comma-separated: off, exact, posterior."),
@@ -47,14 +51,15 @@ def replay(
 ) -> None:
     """Evaluate pruning, votes and early ends on recorded traces, in a model of the memory."""
     from step_sglang.evaluation.cost_model import fit_cost_model
-    from step_sglang.evaluation.replay import predict, split_groups
+    from step_sglang.evaluation.replay import calibrated_by, predict, split_groups
     from step_sglang.evaluation.traces import load_groups
+    from step_sglang.evaluation.votes import stated_by
     from step_sglang.voting.verifier import AnswerVerifier
 
     recorded = list(
         load_groups(folders, lambda text: err.print(text, style="yellow", markup=False))
     )
-    groups = split_groups(recorded, n)
+    groups = calibrated_by(split_groups(recorded, n), stated_by(scorer))
     pruned = sum(not group.whole for group in recorded)
     if pruned:
         err.print(f"left out: {pruned} groups in which a trace did not end by itself")

@@ -19,18 +19,25 @@ def report(
         Path | None, typer.Option("--out", "-o", help="Folder to write to. Default: the first.")
     ] = None,
     against: Annotated[str, typer.Option(help="The method that others are compared with.")] = "sc",
+    scorer: Annotated[
+        Path | None,
+        typer.Option(help="A scorer file: its calibration counts where the results state none."),
+    ] = None,
 ) -> None:
     """Make tables and plots of results; several folders count as one."""
-    show_report(folders, target or folders[0], against)
+    show_report(folders, target or folders[0], against, scorer)
 
 
-def show_report(folders: list[Path], target: Path, against: str = "sc") -> None:
+def show_report(
+    folders: list[Path], target: Path, against: str = "sc", scorer: Path | None = None
+) -> None:
     """Write the report, and print its tables."""
     from step_sglang.evaluation.methods import methods_named
     from step_sglang.evaluation.report import write_report
+    from step_sglang.evaluation.votes import stated_by
 
     (reference,) = methods_named(against)[:1]
-    written = write_report(folders, target, reference)
+    written = write_report(folders, target, reference, stated_by(scorer))
     warn("", written.problems)
     out.print(written.heading, markup=False, highlight=False)
     # A pipe has no width that cells would have to fit in.

@@ -20,6 +20,7 @@ from typing import Any
 
 from step_sglang import protocol
 from step_sglang.client.http import known_key, server_url
+from step_sglang.scoring.calibration import calibration_of
 from step_sglang.voting.answers import Extractor, extract_boxed
 from step_sglang.voting.classes import Same
 from step_sglang.voting.families import lineage_of
@@ -61,7 +62,7 @@ def vote(
     forks: Any,
     name: str,
     *,
-    vote: str = "weighted",
+    vote: str = protocol.DEFAULT_VOTE,
     extract: Extractor | None = None,
     same: Same | None = None,
 ) -> ForkVote:
@@ -70,8 +71,9 @@ def vote(
     Args:
         forks: what ``s.fork(n)`` returned, or a list of states.
         name: the variable of their last ``gen``.
-        vote: ``weighted`` by trace score, ``majority`` or ``best``. On a server without STEP all
-            forks weigh the same.
+        vote: ``calibrated``, ``weighted`` by trace score, ``majority`` or ``best``, see
+            :func:`step_sglang.client.solve.solve`. On a server without STEP all forks weigh the
+            same.
         extract: reads the answer of all the text of a fork, from where it began; it returns None
             when there is none. Default: the last boxed answer, else the text of the last ``gen``,
             which in a program often is the answer itself.
@@ -93,9 +95,11 @@ def vote(
         if answer is None:
             errors[index] = problem or "no answer in its text"
             continue
-        score = (info.get(protocol.META_KEY) or {}).get(protocol.META_SCORE)
+        step = info.get(protocol.META_KEY) or {}
+        score = step.get(protocol.META_SCORE)
+        calibration = calibration_of(step.get(protocol.META_CALIBRATION))
         scores[index] = -1.0 if score is None else score
-        ballots.append(Ballot(answer, weight_of(score, vote), lineage_of(info)))
+        ballots.append(Ballot(answer, weight_of(score, vote, calibration), lineage_of(info)))
         voters.append(index)
     answers = tuple(
         Tally(t.answer, t.weight, tuple(voters[i] for i in t.members))

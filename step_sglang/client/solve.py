@@ -38,7 +38,7 @@ async def asolve(
     *,
     url: str | Sequence[str] | None = None,
     engine: Any = None,
-    vote: str = "weighted",
+    vote: str = protocol.DEFAULT_VOTE,
     early: str | None = None,
     threshold: float | None = None,
     shrink: float | None = None,
@@ -63,7 +63,8 @@ async def asolve(
             one with the fewest open questions of this process, and to another if that does not
             answer. Give this or ``engine``.
         engine: an ``sgl.Engine(enable_step=True, ...)`` of this process.
-        vote: ``weighted`` by trace score, ``majority``, or ``best``.
+        vote: ``calibrated`` by the odds of being right that the server's scorer file states (as
+            ``weighted`` where it states none), ``weighted`` by trace score, ``majority``, ``best``.
         early: end the group when no outcome of the open traces can change the answer (``exact``),
             also when that is improbable (``posterior``), or never (``off``). This and the next
             three are by default what ``effort`` sets.

@@ -15,6 +15,7 @@ import numpy as np
 
 from step_sglang.errors import nearest
 from step_sglang.evaluation.errors import BenchError
+from step_sglang.protocol import VOTE_CALIBRATED
 from step_sglang.voting.effort import effort_point
 from step_sglang.voting.session import SampledTrace, VoteRules
 from step_sglang.voting.tally import weight_of
@@ -206,6 +207,10 @@ def _by_score(trace: SampledTrace, threshold: float | None) -> float:
     return weight_of(trace.score, "weighted")
 
 
+def _by_odds(trace: SampledTrace, threshold: float | None) -> float:
+    return weight_of(trace.score, VOTE_CALIBRATED, trace.calibration)
+
+
 def _by_confidence(trace: SampledTrace, threshold: float | None) -> float | None:
     """Only traces that reach the threshold vote, those of the warm-up too; weight: confidence."""
     confidence = confidence_of(trace)
@@ -236,6 +241,7 @@ METHODS = {
         Method("longest", "longest victim", _control("longest"), _by_score),
         Method("step-paper", "STEP (paper policy)", _one_request(True), _by_score, policy="paper"),
         Method("step", "STEP", _one_request(True), _by_score),
+        Method("step-calibrated", "STEP, calibrated vote", _one_request(True), _by_odds),
         Method("step-early", "STEP, ends early", _step("posterior"), _by_score),
         Method("step-balanced", "STEP, effort balanced", _effort("balanced"), _by_score),
         Method("step-fast", "STEP, effort fast", _effort("fast"), _by_score),

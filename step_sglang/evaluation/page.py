@@ -21,6 +21,8 @@ from step_sglang.live.events import (
 )
 from step_sglang.live.html import recorded_page
 from step_sglang.live.votes import bars
+from step_sglang.protocol import DEFAULT_VOTE
+from step_sglang.scoring.calibration import TraceCalibration, calibration_of
 from step_sglang.voting.early_stopping import cannot_change
 from step_sglang.voting.tally import Ballot, Poll, weight_of
 
@@ -63,7 +65,7 @@ def as_update(groups: Iterable[RecordedGroup]) -> Update:
         for trace in traces:
             number += 1
             events.extend(_trace_events(trace, number, place, group))
-        events.extend(_votes(traces, place))
+        events.extend(_votes(traces, place, calibration_of(group.calibration)))
         pool.extend(_memory(traces, group.prompt_tokens, place))
     return Update(last, True, tuple(events), tuple(pool))
 
@@ -88,16 +90,18 @@ def _trace_events(
         yield AnswerRead(number, trace.answer)
 
 
-def _votes(traces: Sequence[RecordedTrace], place: int) -> Iterator[VoteStood]:
-    poll = Poll("weighted", same=lambda one, other: False)
+def _votes(
+    traces: Sequence[RecordedTrace], place: int, calibration: TraceCalibration | None
+) -> Iterator[VoteStood]:
+    poll = Poll(DEFAULT_VOTE, same=lambda one, other: False)
     ends = sorted(traces, key=lambda trace: trace.times[-1])
     for ended, trace in enumerate(ends, start=1):
         if trace.fate == "finished" and trace.answer is not None:
-            poll.add(Ballot(trace.answer, weight_of(trace.score, "weighted")))
+            poll.add(Ballot(trace.answer, weight_of(trace.score, DEFAULT_VOTE, calibration)))
         if tallies := poll.tallies():
-            settled = cannot_change(tallies, [1.0] * (len(ends) - ended), "weighted")
+            settled = cannot_change(tallies, [1.0] * (len(ends) - ended), DEFAULT_VOTE)
             time = trace.times[-1]
-            yield VoteStood(place, time, "weighted", bars(tallies), settled, as_text=True)
+            yield VoteStood(place, time, DEFAULT_VOTE, bars(tallies), settled, as_text=True)
 
 
 def _memory(

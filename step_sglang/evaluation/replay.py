@@ -22,6 +22,7 @@ from step_sglang.evaluation.stats import Mean, mean_of
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
 from step_sglang.pruning.groups import Group
 from step_sglang.pruning.policy import TraceView
+from step_sglang.scoring.calibration import TraceCalibration, calibration_of
 from step_sglang.voting.classes import run_here
 from step_sglang.voting.early_stopping import highest_weight, is_settled
 from step_sglang.voting.session import VoteRules
@@ -50,6 +51,7 @@ class ReplayOutcome:
     steps: int  # decode steps until the last trace ended
     seconds: float
     wait_share: float  # share of the steps that a trace waited, mean over traces
+    calibration: TraceCalibration | None = None  # of the scorer that scored the traces
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,18 @@ def split_groups(groups: Sequence[RecordedGroup], n: int | None) -> list[Recorde
             "more traces, or with a larger pool"
         )
     return found
+
+
+def calibrated_by(
+    groups: Sequence[RecordedGroup], calibration: TraceCalibration | None
+) -> list[RecordedGroup]:
+    """The same groups; those that state no calibration have this one."""
+    if calibration is None:
+        return list(groups)
+    return [
+        group if group.calibration is not None else replace(group, calibration=calibration.pair)
+        for group in groups
+    ]
 
 
 def simulate(
@@ -176,6 +190,7 @@ def simulate(
         steps=steps,
         seconds=cost_model.seconds(simulator.history, group.prompt_tokens),
         wait_share=sum(request.waited for request in requests) / len(requests) / max(1, steps),
+        calibration=calibration_of(group.calibration),
     )
 
 
@@ -269,6 +284,7 @@ class _EarlyEnd:
     ) -> None:
         self._traces = dict(zip(requests, group.traces, strict=True))
         self._rules, self._limit = rules, limit
+        self._calibration = calibration_of(group.calibration)
         self._comparison = None if verifier is None else verifier.comparison()
         self._poll = Poll(rules.vote)
         self._ended: list[Request] = []  # as the vote did not need them
@@ -279,7 +295,8 @@ class _EarlyEnd:
         for request in finished:
             trace = self._traces[request]
             if trace.answer is not None:
-                ballot = Ballot(str(trace.answer), weight_of(trace.score, rules.vote))
+                weight = weight_of(trace.score, rules.vote, self._calibration)
+                ballot = Ballot(str(trace.answer), weight)
                 counting = self._poll.adding(ballot)
                 if self._comparison is None:
                     run_here(counting)
@@ -288,7 +305,9 @@ class _EarlyEnd:
         going = [request for request in self._traces if request.fate == "waiting"]
         tallies, num_ended = self._poll.tallies(), len(self._ended)
         weights = [
-            highest_weight(r.score_sum, r.num_steps, self._limit - r.generated, rules.vote)
+            highest_weight(
+                r.score_sum, r.num_steps, self._limit - r.generated, rules.vote, self._calibration
+            )
             for r in going
         ]
         if is_settled(tallies, weights, rules.vote, rules.early, rules.threshold, num_ended):
@@ -308,7 +327,10 @@ def _rank_key(request: Request) -> tuple[float, int]:
 def is_right(fate: ReplayOutcome, vote: str, verifier: AnswerVerifier | None = None) -> bool:
     """Whether the traces that finished vote for a right answer."""
     voters = [trace for trace in fate.finished if trace.answer is not None]
-    ballots = [Ballot(str(trace.answer), weight_of(trace.score, vote)) for trace in voters]
+    ballots = [
+        Ballot(str(trace.answer), weight_of(trace.score, vote, fate.calibration))
+        for trace in voters
+    ]
     counting = tallying(ballots, vote)
     tallies = run_here(counting) if verifier is None else verifier.comparison().run(counting)
     # The first trace of the winning answer was graded when it was recorded.

@@ -14,6 +14,8 @@ from step_sglang.evaluation.ranking import Rankings, recorded_rankings
 from step_sglang.evaluation.results import Loaded, load_results
 from step_sglang.evaluation.stats import Mean, Paired
 from step_sglang.evaluation.summary import Summary, summarize
+from step_sglang.evaluation.votes import SHOWN, VoteRow, vote_rows
+from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.training.metrics import FEW_QUESTIONS, few_questions
 from step_sglang.voting.session import STREAM_INTERVAL
 from step_sglang.voting.suffix import is_reasoner
@@ -63,9 +65,18 @@ class Table:
 
 
 def write_report(
-    folders: Sequence[Path], target: Path, reference: Method = METHODS[REFERENCE]
+    folders: Sequence[Path],
+    target: Path,
+    reference: Method = METHODS[REFERENCE],
+    calibration: TraceCalibration | None = None,
 ) -> Written:
     """Write ``report.md``, ``report.tex``, the plots, and the page of recorded groups if there are.
+
+    Args:
+        folders: of results.
+        target: to write to.
+        reference: the method that others are compared with.
+        calibration: of the scorer, for results that do not state it.
 
     Raises:
         BenchError: there are no results, or they do not belong together, or the disk fails.
@@ -75,6 +86,8 @@ def write_report(
     loaded = load_results(folders)
     summaries = summarize(loaded.results, reference.name)
     tables = [accuracy_table(summaries, reference.title), breakdown_table(summaries)]
+    if votes := vote_rows(loaded.results, calibration):
+        tables.append(votes_table(votes))
     rankings = recorded_rankings(folders, loaded.meta["settings"]["window"])
     if rankings:
         tables.append(ranking_table(rankings))
@@ -127,6 +140,22 @@ def breakdown_table(summaries: Sequence[Summary]) -> Table:
         for s in summaries
     ]  # fmt: skip
     return _with_memory("Where the time of a trace goes", head, rows, summaries)
+
+
+def votes_table(rows: Sequence[VoteRow]) -> Table:
+    """The same traces under three votes, and what calibrated weights gain, paired."""
+    return Table(
+        "Accuracy by what a finished trace weighs, %, same traces",
+        ("method", "n", "KV pool", "majority", "trace score", "odds", "gain, points", "p"),
+        tuple(
+            (
+                row.title, str(row.n), row.memory,
+                *(_mean(row.accuracy[v], 100, 1) if v in row.accuracy else "" for v in SHOWN),
+                *_difference(row.gain),
+            )
+            for row in rows
+        ),
+    )  # fmt: skip
 
 
 def ranking_table(rankings: Rankings) -> Table:

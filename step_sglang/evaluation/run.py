@@ -21,7 +21,7 @@ from step_sglang.evaluation.methods import RECORD, Method, MethodSettings
 from step_sglang.evaluation.results import ResultWriter
 from step_sglang.evaluation.sampler import ServerSampler, grade
 from step_sglang.evaluation.serving import PoolSize, ServerHandle, Serving
-from step_sglang.evaluation.traces import recorded_group, write_group
+from step_sglang.evaluation.traces import recorded_group, stated_calibration, write_group
 from step_sglang.evaluation.trial_result import TrialKey, TrialResult
 from step_sglang.evaluation.watch import PoolWatch
 from step_sglang.voting.answers import extractor_named
@@ -192,4 +192,5 @@ class Bench:
             started=started,
             traces=graded.traces,
             usage=watch.usage,
+            calibration=stated_calibration(asked.traces),
         )

@@ -20,6 +20,7 @@ from step_sglang.errors import ServerError
 from step_sglang.evaluation.errors import BenchError, ReplayError
 from step_sglang.evaluation.methods import SampleResult
 from step_sglang.evaluation.sampler import Graded
+from step_sglang.evaluation.trial_result import as_pair
 from step_sglang.voting.session import SampledTrace
 
 TRACES = "traces"
@@ -56,6 +57,7 @@ class RecordedGroup:
     max_new_tokens: int  # limit of each trace
     latency: float  # seconds from the request to the last trace's end
     traces: tuple[RecordedTrace, ...]
+    calibration: tuple[float, float] | None = None  # slope and bias, of the server's scorer
 
     @property
     def whole(self) -> bool:
@@ -79,7 +81,15 @@ def recorded_group(
     """
     pairs = zip(asked.traces, graded.traces, strict=True)
     traces = tuple(_recorded(trace, result.correct) for trace, result in pairs)
-    return RecordedGroup(job.id, repeat, job.answer, prompt_tokens, max_new_tokens, latency, traces)
+    return RecordedGroup(
+        job.id, repeat, job.answer, prompt_tokens, max_new_tokens, latency, traces,
+        stated_calibration(asked.traces),
+    )  # fmt: skip
+
+
+def stated_calibration(traces: Sequence[SampledTrace]) -> tuple[float, float] | None:
+    """What the server said of its scorer's calibration with any of the traces."""
+    return next((t.calibration.pair for t in traces if t.calibration is not None), None)
 
 
 def _recorded(trace: SampledTrace, correct: bool) -> RecordedTrace:
@@ -141,6 +151,7 @@ def load_groups(
             # Only "\n" ends a line: a trace's text may hold U+2028 and its like.
             lines = gzip.decompress(file.read_bytes()).split(b"\n")
             head, *rows = [json.loads(line) for line in lines if line]
+            head["calibration"] = as_pair(head.get("calibration"))
             group = RecordedGroup(**head, traces=tuple(map(_trace, rows)))
         except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
             raise ReplayError(

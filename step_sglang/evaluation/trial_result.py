@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -62,6 +62,7 @@ class TrialResult:
     started: float  # unix seconds
     traces: tuple[TrialTrace, ...]
     usage: tuple[PoolUsage, ...]
+    calibration: tuple[float, float] | None = None  # slope and bias, of the server's scorer
 
     @property
     def key(self) -> TrialKey:
@@ -76,12 +77,16 @@ class TrialResult:
     @property
     def pruned(self) -> int:
         """Traces that were pruned."""
-        return sum(trace.fate == "pruned" for trace in self.traces)
+        return self.num("pruned")
 
     @property
     def cancelled(self) -> int:
         """Traces that an early end cut short."""
-        return sum(trace.fate == "cancelled" for trace in self.traces)
+        return self.num("cancelled")
+
+    def num(self, fate: str) -> int:
+        """Traces that ended so."""
+        return sum(trace.fate == fate for trace in self.traces)
 
     @property
     def retracted(self) -> int:
@@ -114,5 +119,14 @@ class TrialResult:
                 "traces": tuple(TrialTrace(*row) for row in rows),
                 "usage": tuple(PoolUsage(*moment) for moment in value["usage"]),
                 "phases": tuple(value["phases"]),
+                "calibration": as_pair(value.get("calibration")),
             }
         )
+
+
+def as_pair(value: Sequence[float] | None) -> tuple[float, float] | None:
+    """A scorer's calibration as a record states it; None where it states none."""
+    if value is None:
+        return None
+    slope, bias = value
+    return slope, bias

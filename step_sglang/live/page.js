@@ -339,7 +339,7 @@
     }));
     let settled = null;
     for (const one of votes) { if (!one.settled) settled = null; else if (settled === null) settled = one.time; }
-    const words = { weighted: "weighted by trace score", majority: "one vote each", best: "the best trace alone" };
+    const words = { calibrated: "weighted by the odds of being right", weighted: "weighted by trace score", majority: "one vote each", best: "the best trace alone" };
     say($("verdict"), (settled === null ? "It can still change; " : `Nothing could change it from ${(settled - group.began).toFixed(1)} s on; `)
       + (words[vote.vote] || shown(vote.vote)) + (vote.as_text ? ", answers compared as text" : "") + ".");
   }

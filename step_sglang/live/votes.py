@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from step_sglang.live.events import AnswerRead, Bar, Event, VoteStood
 from step_sglang.live.known import Known
 from step_sglang.protocol import META_GROUP, META_KEY
+from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.voting.answers import Extractor
 from step_sglang.voting.early_stopping import cannot_change
 from step_sglang.voting.session import VoteSession
@@ -27,6 +28,7 @@ class Finished:
 
     rid: str
     score: float | None
+    calibration: TraceCalibration | None
     read: Callable[[], str]
     looks: int = 0
 
@@ -108,7 +110,7 @@ class VoteBoard:
             answer = None if group in own else self._extract(trace.read())
             if answer is not None:
                 poll = self._counts.setdefault(group, _Count(self._poll())).poll
-                poll.add(Ballot(answer, weight_of(trace.score, self._vote)))
+                poll.add(Ballot(answer, weight_of(trace.score, self._vote, trace.calibration)))
                 yield AnswerRead(number, answer)
         self._finished = waiting
         yield from self._by_text(known, now)

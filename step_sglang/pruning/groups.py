@@ -18,6 +18,7 @@ from step_sglang import protocol
 from step_sglang.baselines.base import DEFAULT_TOP_K, Baseline, EngineContext, Signal
 from step_sglang.pruning.refill import Boundary
 from step_sglang.pruning.timeline import Timeline
+from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.scoring.capture import Capture
 from step_sglang.scoring.certainty import Certainty
 
@@ -303,6 +304,7 @@ class GroupRegistry:
     watcher: Watcher | None = None
     by_certainty: bool = False  # the server has no scorer
     stopped: str | None = None  # why STEP was given up
+    calibration: TraceCalibration | None = None  # of the scorer
     families: Counter[str] = field(default_factory=Counter)  # live traces with refill, by root
     changes: int = 0  # traces that joined or ended so far, and STEP's own end
     num_held: int = 0  # groups that may not have the whole pool

@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from step_sglang import files
 from step_sglang.errors import ScorerError, first_line, safe_repr
+from step_sglang.scoring.calibration import TraceCalibration, calibration_from_json
 
 HIDDEN_UNITS = 512
 FORMAT = "step-sglang-scorer"
@@ -42,6 +43,7 @@ class ScorerInfo:
     think_end: str | None = None
     training: dict[str, Any] = field(default_factory=dict)  # figures, JSON values only
     revision: str | None = None  # of the model: the commit
+    calibration: TraceCalibration | None = None  # of the trace score; absent in older files
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
         metadata["revision"] = scorer.info.revision
     if scorer.info.think_end is not None:
         metadata["think_end"] = scorer.info.think_end
+    if scorer.info.calibration is not None:
+        metadata["calibration"] = json.dumps(scorer.info.calibration.as_json(), sort_keys=True)
     tensors = {name: getattr(scorer, name).contiguous() for name in _NAMES}
     files.write(Path(path), save(tensors, metadata))
 
@@ -154,15 +158,20 @@ def _info(file: Path, metadata: dict[str, str]) -> ScorerInfo:
     try:
         delimiters = json.loads(metadata.get("delimiters", "[]"))
         training = json.loads(metadata.get("training", "{}"))
+        stated = json.loads(metadata.get("calibration", "null"))
     except (ValueError, RecursionError) as error:
         raise ScorerError(f"scorer {file} has unreadable metadata: {first_line(error)}") from error
     if not isinstance(delimiters, list) or not all(isinstance(d, str) and d for d in delimiters):
         raise ScorerError(f"scorer {file}: delimiters must be a list of non-empty strings")
     if not isinstance(training, dict):
         raise ScorerError(f"scorer {file}: training figures must be an object")
+    try:
+        calibration = None if stated is None else calibration_from_json(stated)
+    except ScorerError as error:
+        raise ScorerError(f"scorer {file}: {error}") from error
     return ScorerInfo(
         metadata.get("model"), tuple(delimiters), metadata.get("think_end"), training,
-        metadata.get("revision"),
+        metadata.get("revision"), calibration,
     )  # fmt: skip
 
 

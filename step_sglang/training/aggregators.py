@@ -6,7 +6,7 @@ the engine runs is the paper's MLP: this is for `bench/signals.py`, which compar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,11 @@ from step_sglang.training.table import Floats, TraceTable, build_table
 
 _EARLY = (0.25, 0.5)  # moments by which the epoch is chosen
 _QUESTIONS = 8  # in a batch
+_PREFIX = 8  # steps that the early objectives look at: half of a typical trace
+_LONGEST = 32  # steps that training looks at; the few longer traces are judged whole all the same
+
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +78,11 @@ class Scale:
         self.features = features
         self.width = rows.shape[1] * (2 if features.siblings else 1) + 2 * features.position
 
-    def __call__(self, found: Sequences, questions: Sequence[int] | None = None) -> Tensor:
-        """[q, n, S, width] of some questions; None: all."""
-        chosen = slice(None) if questions is None else list(questions)
-        mask = found.mask[chosen][..., None]
-        x = (found.inputs[chosen] - self.mean) / self.spread * mask
+    def __call__(self, found: Sequences, questions: Sequence[int], steps: int) -> Tensor:
+        """[q, n, steps, width] of the first steps of some questions."""
+        chosen = list(questions)
+        mask = found.mask[chosen][:, :, :steps, None]
+        x = (found.inputs[chosen][:, :, :steps] - self.mean) / self.spread * mask
         parts = [x]
         if self.features.siblings:
             count = mask.sum(1, keepdim=True).clamp(min=1)
@@ -86,7 +91,8 @@ class Scale:
             number = torch.arange(1, x.shape[2] + 1).expand(x.shape[:3])
             tokens = torch.zeros(found.mask.shape)
             tokens[found.mask] = torch.from_numpy(found.table.positions).float() + 1
-            parts += [(number / 20)[..., None], (tokens[chosen] / 300)[..., None]]
+            far = tokens[chosen][:, :, :steps]
+            parts += [(number / 20)[..., None], (far / 300)[..., None]]
         return torch.cat(parts, dim=-1)
 
 
@@ -165,7 +171,21 @@ def bce_loss(logits: Tensor, mask: Tensor, correct: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits[mask], label, pos_weight=weight)
 
 
-LOSSES = {"bce": bce_loss, "pairwise": pairwise_loss}
+def early(loss: Loss) -> Loss:
+    """The same loss over the first steps alone, where pruning decides."""
+
+    def of_prefixes(logits: Tensor, mask: Tensor, correct: Tensor) -> Tensor:
+        return loss(logits[..., :_PREFIX], mask[..., :_PREFIX], correct)
+
+    return of_prefixes
+
+
+LOSSES: dict[str, Loss] = {
+    "bce": bce_loss,
+    "pairwise": pairwise_loss,
+    "early bce": early(bce_loss),
+    "early pairwise": early(pairwise_loss),
+}
 
 
 def fit_judge(
@@ -191,9 +211,8 @@ def fit_judge(
         for start in range(0, len(order), _QUESTIONS):
             chosen = order[start : start + _QUESTIONS].tolist()
             mask = train.mask[chosen]
-            steps = int(mask.any(0).any(0).sum())
-            x = scale(train, chosen)[:, :, :steps]
-            x = F.dropout(x, 0.1)
+            steps = min(_LONGEST, int(mask.any(0).any(0).sum()))
+            x = F.dropout(scale(train, chosen, steps), 0.1)
             logits = model(x.flatten(0, 1)).view(*x.shape[:3])
             value = LOSSES[loss](logits, mask[:, :, :steps], train.correct[chosen])
             optimizer.zero_grad()
@@ -212,11 +231,11 @@ def fit_judge(
 def judge(model: nn.Module, scale: Scale, found: Sequences) -> Floats:
     """[S] logits after every step, in the order of the table."""
     model.eval()
-    parts = []
+    parts, longest = [], found.mask.shape[2]
     with torch.inference_mode():
         for start in range(0, len(found.correct), _QUESTIONS):
             chosen = list(range(start, min(start + _QUESTIONS, len(found.correct))))
-            x = scale(found, chosen)
+            x = scale(found, chosen, longest)
             parts.append(model(x.flatten(0, 1)).view(*x.shape[:3]))
     return found.flat(torch.cat(parts))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.scoring.scorer import Scorer
 
 CARD_FILE = "README.md"
@@ -67,9 +68,20 @@ def _body(scorer: Scorer) -> Iterator[str]:
         ("questions", split),
         ("traces a question", training.get("traces_per_question")),
         ("objective", training.get("objective")),
+        ("calibration", _calibration(info.calibration)),
     ):
         yield f"| {name} | {'unknown' if value in (None, '') else value} |"
     yield ""
+
+
+def _calibration(found: TraceCalibration | None) -> str:
+    if found is None:
+        return "none: votes weigh by trace score"
+    fitted = "" if found.questions is None else f", fitted on {found.questions} held-out questions"
+    return (
+        f"P(right) = sigmoid({found.slope:.3g} logit(trace score) "
+        f"{'-' if found.bias < 0 else '+'} {abs(found.bias):.3g}){fitted}; votes weigh by its odds"
+    )
 
 
 def _figures(scorer: Scorer) -> Iterator[str]:

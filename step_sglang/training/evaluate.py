@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.training.data import build_labels, score_steps
 from step_sglang.training.metrics import (
     RUNNING_MEAN,
-    Calibration,
     Ranking,
+    Reliability,
     auc,
-    calibration,
     rankings,
+    reliability,
     signals_at,
 )
 from step_sglang.training.reader import Reader
@@ -35,8 +36,9 @@ class Evaluation:
     accuracy: float  # of a single trace
     step_auc: float
     ranking: Mapping[str, Mapping[float, Ranking]]
-    step_calibration: Calibration
-    trace_calibration: Calibration  # of the running mean at the end
+    step_calibration: Reliability
+    trace_calibration: Reliability  # of the running mean at the end
+    weight_calibration: Reliability | None  # of the probabilities that it is calibrated to
     votes: Mapping[str, VoteSimulation]
 
 
@@ -53,8 +55,10 @@ def score(reader: Reader, shards: Sequence[int], network: torch.nn.Module) -> Sc
     return Scored(build_labels(reader, shards), score_steps(reader, shards, network))
 
 
-def evaluate(scored: Scored, seed: int = 0) -> Evaluation:
-    """Every figure of already scored traces."""
+def evaluate(
+    scored: Scored, seed: int = 0, calibration: TraceCalibration | None = None
+) -> Evaluation:
+    """Every figure of already scored traces; some of them need the scorer's calibration."""
     table, scores = scored.table, scored.scores
     has = table.num_steps > 0
     final = signals_at(table, scores, 1.0)[RUNNING_MEAN][has]
@@ -71,7 +75,15 @@ def evaluate(scored: Scored, seed: int = 0) -> Evaluation:
         accuracy=float(table.correct.mean()),
         step_auc=auc(scores, label),
         ranking=rankings(table, scores, seed),
-        step_calibration=calibration(scores, label),
-        trace_calibration=calibration(final, table.correct[has]),
-        votes=simulate_votes(table, scores, seed),
+        step_calibration=reliability(scores, label),
+        trace_calibration=reliability(final, table.correct[has]),
+        weight_calibration=(
+            None
+            if calibration is None
+            else reliability(
+                np.asarray([calibration.probability(score) for score in final.tolist()]),
+                table.correct[has],
+            )
+        ),
+        votes=simulate_votes(table, scores, seed, calibration=calibration),
     )

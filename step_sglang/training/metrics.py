@@ -226,7 +226,7 @@ def interval(value: float, resampled: Floats) -> Estimate:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Reliability:
     """How far scores are from frequencies. Bins of equal width; empty bins are left out."""
 
     predicted: tuple[float, ...]  # mean score per bin
@@ -236,7 +236,7 @@ class Calibration:
     brier: float
 
 
-def calibration(scores: Floats, correct: Bools, bins: int = 10) -> Calibration:
+def reliability(scores: Floats, correct: Bools, bins: int = 10) -> Reliability:
     """Reliability of scores in [0, 1] as probabilities of being correct."""
     index = np.minimum((scores * bins).astype(np.int64), bins - 1)
     count = np.bincount(index, minlength=bins)
@@ -244,7 +244,7 @@ def calibration(scores: Floats, correct: Bools, bins: int = 10) -> Calibration:
     predicted = np.bincount(index, scores, bins)[used] / count[used]
     observed = np.bincount(index, correct, bins)[used] / count[used]
     gap = float((np.abs(predicted - observed) * count[used]).sum() / max(1, len(scores)))
-    return Calibration(
+    return Reliability(
         tuple(predicted.tolist()),
         tuple(observed.tolist()),
         tuple(count[used].tolist()),

@@ -16,6 +16,7 @@ from step_sglang.training.style import Label, colour, label_line_ends, new_figur
 
 PLOTS = ("loss.png", "roc.png", "ranking.png", "reliability.png")  # each beside a PDF
 _STEP, _TRACE = "#0072B2", "#D55E00"  # a step's score, a trace's
+_PROBABILITY = "#009E73"  # that it is right
 _NAMES = {RUNNING_MEAN: "STEP's trace score"}
 
 
@@ -105,10 +106,13 @@ def draw_ranking(rankings: Mapping[str, Mapping[float, Ranking]]) -> pyplot.Figu
 
 def _reliability(evaluation: Evaluation) -> pyplot.Figure:
     figure, axis = new_figure(3.5, 3.5)
-    for name, shade, found in (
+    lines = [
         ("step score", _STEP, evaluation.step_calibration),
         ("trace score", _TRACE, evaluation.trace_calibration),
-    ):
+    ]
+    if evaluation.weight_calibration is not None:
+        lines.append(("calibrated trace score", _PROBABILITY, evaluation.weight_calibration))
+    for name, shade, found in lines:
         sizes = 6 + 60 * np.asarray(found.count) / max(found.count)
         axis.plot(
             found.predicted, found.observed, "-", color=shade, label=f"{name}, ECE {found.ece:.3f}"

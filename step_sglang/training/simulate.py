@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.training.metrics import RESAMPLES, RUNNING_MEAN, Estimate, interval, signals_at
 from step_sglang.training.table import Floats, Ints, TraceTable
 
@@ -26,9 +27,15 @@ class VoteSimulation:
 
 
 def simulate_votes(
-    table: TraceTable, scores: Floats, seed: int = 0, resamples: int = RESAMPLES
+    table: TraceTable,
+    scores: Floats,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    calibration: TraceCalibration | None = None,
 ) -> dict[str, VoteSimulation]:
     """Compare votes: majority, score-weighted, and score-weighted after pruning by each signal.
+
+    With a calibration also the vote by odds, of all and after pruning by the trace score.
 
     Weights are the running mean at the end of each trace. In every question the half with the
     lower signal after half of its own steps is pruned; a trace without a value ranks as its
@@ -47,6 +54,11 @@ def simulate_votes(
             members,
         ),
     }
+    odds = None
+    if calibration is not None:
+        odds = np.asarray([calibration.weight(score) for score in weights.tolist()])
+        right = np.asarray([_vote(table, rows, odds) for rows in members], np.float64)
+        results["calibrated"] = (right, members)
     for name, values in signals_at(table, scores, HALFWAY).items():
         if np.isnan(values).all():
             continue
@@ -54,6 +66,9 @@ def simulate_votes(
         kept = [_better_half(rows, filled) for rows in members]
         right = np.asarray([_vote(table, rows, weights) for rows in kept], np.float64)
         results[f"half pruned by {name}"] = (right, kept)
+        if name == RUNNING_MEAN and odds is not None:
+            right = np.asarray([_vote(table, rows, odds) for rows in kept], np.float64)
+            results[f"half pruned by {name}, calibrated"] = (right, kept)
     draws = [[rng.permutation(rows) for rows in members] for _ in range(_RANDOM_DRAWS)]
     halves = [[rows[: -(-len(rows) // 2)] for rows in draw] for draw in draws]
     right = np.mean([[_vote(table, rows, weights) for rows in draw] for draw in halves], axis=0)

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.scoring.locate import SCORER_FILE
 from step_sglang.scoring.scorer import ScorerInfo, load_scorer, save_scorer
+from step_sglang.training.calibrate import check_model, fit_calibration
 from step_sglang.training.card import CARD_FILE, card_text
 from step_sglang.training.errors import TrainError
 from step_sglang.training.evaluate import Evaluation, evaluate, score
@@ -43,6 +45,7 @@ class Trained:
     scorer: Path
     metrics: Path
     fitted: Fitted
+    calibration: TraceCalibration | None  # None: too few validation questions for one
     validation: Evaluation
     test: Evaluation
     linear_probe: Evaluation  # the logistic regression on the test questions
@@ -89,13 +92,16 @@ def train_scorer(
     fitted = fit(reader, split.train, split.validation, recipe, report)
     fitted.network.round_w1(WEIGHT_DTYPES[recipe.dtype])  # the figures are those of the file
     scored = score(tested, test, fitted.network)
+    held = score(reader, split.validation, fitted.network)
+    calibration = fit_calibration(held)
     probe = fit_linear_probe(reader, split.train, recipe.seed)
     trained = Trained(
         scorer=out / SCORER_FILE,
         metrics=out / METRICS_FILE,
         fitted=fitted,
-        validation=evaluate(score(reader, split.validation, fitted.network)),
-        test=evaluate(scored),
+        calibration=calibration,
+        validation=evaluate(held, calibration=calibration),
+        test=evaluate(scored, calibration=calibration),
         linear_probe=evaluate(score(tested, test, probe)),
     )
     from step_sglang.training.plots import PLOTS, draw_all  # matplotlib takes a second to import
@@ -105,7 +111,7 @@ def train_scorer(
         summary = _summary(reader, recipe, labels, trained, len(split.train))
         info = ScorerInfo(
             reader.meta.model, tuple(reader.meta.delimiters), reader.meta.think_end, summary,
-            reader.meta.revision,
+            reader.meta.revision, calibration,
         )  # fmt: skip
         scorer = fitted.network.as_scorer(info, WEIGHT_DTYPES[recipe.dtype])
         save_scorer(scorer, trained.scorer)
@@ -116,6 +122,7 @@ def train_scorer(
             "best_epoch": fitted.best_epoch,
             "positive_weight": fitted.positive_weight,
             "seconds": fitted.seconds,
+            "calibration": None if calibration is None else calibration.as_json(),
             "history": fitted.history,
             "validation": trained.validation,
             "test": trained.test,
@@ -139,19 +146,10 @@ def evaluate_file(scorer_file: Path, store: Path, skip_bad: bool = False) -> Eva
     """
     scorer = load_scorer(scorer_file)
     reader = Reader(store, skip_bad)
-    meta = reader.meta
-    if scorer.hidden_size != meta.hidden_size:
-        raise TrainError(
-            f"scorer {scorer_file} reads hidden states of size {scorer.hidden_size} "
-            f"(model {scorer.info.model}), but {store} holds {meta.hidden_size} ({meta.model})"
-        )
-    if scorer.info.model not in (None, meta.model):
-        raise TrainError(
-            f"scorer {scorer_file} was trained for {scorer.info.model}, but the traces in "
-            f"{store} are of {meta.model}: its scores would mean nothing there"
-        )
+    check_model(scorer, reader, f"scorer {scorer_file}")
     check_classes(reader, reader.shards, "stored")
-    return evaluate(score(reader, reader.shards, ScorerNetwork.from_scorer(scorer)))
+    scored = score(reader, reader.shards, ScorerNetwork.from_scorer(scorer))
+    return evaluate(scored, calibration=scorer.info.calibration)
 
 
 def jsonable(value: Any) -> Any:
@@ -219,6 +217,9 @@ def _summary(
             },
             "vote_accuracy": {name: list(_triple(o.accuracy)) for name, o in test.votes.items()},
             "expected_calibration_error": test.trace_calibration.ece,
+            "expected_calibration_error_calibrated": (
+                None if test.weight_calibration is None else test.weight_calibration.ece
+            ),
         },
     }
     found: dict[str, Any] = jsonable(value)

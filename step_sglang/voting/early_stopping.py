@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from step_sglang.errors import VoteError, safe_repr
 from step_sglang.protocol import EARLY_RULES
-from step_sglang.voting.tally import Tally
+from step_sglang.scoring.calibration import TraceCalibration
+from step_sglang.voting.tally import Tally, weight_of
 
 DEFAULT_THRESHOLD = 0.01
 # Sums of the same weights in another order differ in the last bits.
@@ -33,24 +34,35 @@ def check_rule(rule: object, threshold: object = DEFAULT_THRESHOLD) -> None:
 
 
 def highest_weight(
-    score_sum: float, num_steps: int, tokens_left: int | None, vote: str = "weighted"
+    score_sum: float,
+    num_steps: int,
+    tokens_left: int | None,
+    vote: str = "weighted",
+    calibration: TraceCalibration | None = None,
 ) -> float:
     """The most that a trace which still runs can weigh at its end.
 
     A trace score is a running mean of step scores, each at most 1, and a step takes a token, so
-    with ``tokens_left`` tokens to come it is at most the mean with as many perfect steps.
+    with ``tokens_left`` tokens to come it is at most the mean with as many perfect steps. A
+    calibration never falls with the score, so the highest score has the highest weight; a trace
+    that ends without a step weighs as a score of 1/2 does, which is no more.
 
     Args:
         score_sum: sum of its step scores so far.
         num_steps: how many they are.
         tokens_left: tokens that it may still generate; None when that is not known.
         vote: under ``majority`` every trace weighs 1.
+        calibration: of the scorer, see :func:`~step_sglang.voting.tally.weight_of`.
     """
-    if vote == "majority" or tokens_left is None or num_steps == 0:
-        return 1.0
-    # The token that ends the last counted step may not have been consumed yet: one step more.
-    steps = max(tokens_left, 0) + 1
-    return min(1.0, (score_sum + steps) / (num_steps + steps))
+    highest = 1.0
+    if tokens_left is not None and num_steps > 0:
+        # The token that ends the last counted step may not have been consumed yet: one step more.
+        steps = max(tokens_left, 0) + 1
+        highest = (score_sum + steps) / (num_steps + steps)
+        if calibration is not None:
+            # The sum's own rounding, which a steep calibration makes larger than the rule allows.
+            highest += _ROUNDING
+    return weight_of(min(1.0, highest), vote, calibration)
 
 
 def cannot_change(tallies: Sequence[Tally], open_weights: Sequence[float], vote: str) -> bool:

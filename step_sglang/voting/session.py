@@ -15,6 +15,7 @@ from typing import Any
 
 from step_sglang import protocol
 from step_sglang.pruning.policy import TraceView
+from step_sglang.scoring.calibration import TraceCalibration, calibration_of
 from step_sglang.voting.answers import Extractor, extract_boxed
 from step_sglang.voting.classes import Same, Steps, run_here
 from step_sglang.voting.early_stopping import (
@@ -59,7 +60,7 @@ class VoteRules:
         VoteError: there is no such vote or early-finish rule, or ``shrink`` is no probability.
     """
 
-    vote: str = "weighted"
+    vote: str = protocol.DEFAULT_VOTE
     early: str = "exact"
     threshold: float = DEFAULT_THRESHOLD  # of the posterior rule
     shrink: float = 0.0  # threshold at which traces end that the vote does not need; 0: none
@@ -78,6 +79,7 @@ class SampledTrace:
     text: str = ""
     score: float | None = None
     num_steps: int = 0
+    calibration: TraceCalibration | None = None  # of the scorer that scored it
     tokens: int = 0  # generated
     fate: TraceFate = TraceFate.RUNNING
     answer: str | None = None
@@ -149,6 +151,8 @@ class VoteSession:
         if step is not None:
             trace.score = step[protocol.META_SCORE]
             trace.num_steps = step[protocol.META_NUM_STEPS]
+            if trace.calibration is None:
+                trace.calibration = calibration_of(step.get(protocol.META_CALIBRATION))
         if trace.first_chunk is None:
             trace.first_chunk = now
         reason = info.get("finish_reason")
@@ -178,7 +182,7 @@ class VoteSession:
             trace = self._uncounted[0]
             trace.answer = self._extract(trace.text)
             if trace.fate is TraceFate.FINISHED and trace.answer is not None:
-                weight = weight_of(trace.score, self.rules.vote)
+                weight = weight_of(trace.score, self.rules.vote, trace.calibration)
                 ballot = Ballot(trace.answer, weight, lineage_of(trace.meta_info))
                 yield from self._poll.adding(ballot)
                 self._voters.append(trace.index)
@@ -279,8 +283,9 @@ class VoteSession:
     def _highest(self, trace: SampledTrace) -> float:
         left = None if self._max_new_tokens is None else self._max_new_tokens - trace.tokens
         return highest_weight(
-            (trace.score or 0.0) * trace.num_steps, trace.num_steps, left, self.rules.vote
-        )
+            (trace.score or 0.0) * trace.num_steps, trace.num_steps, left, self.rules.vote,
+            trace.calibration,
+        )  # fmt: skip
 
 
 def _append(trace: SampledTrace, chunk: Mapping[str, Any]) -> None:

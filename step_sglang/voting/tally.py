@@ -1,7 +1,8 @@
 """Votes over the answers of a group's finished traces. Knows nothing of servers or of time.
 
-Three votes: ``weighted`` sums the trace scores of each answer (the paper's), ``majority`` counts
-traces, ``best`` takes the answer of the best-scoring trace.
+Four votes: ``weighted`` sums the trace scores of each answer (the paper's), ``calibrated`` the
+odds that its traces are right, ``majority`` counts traces, ``best`` takes the answer of the
+best-scoring trace.
 """
 
 from __future__ import annotations
@@ -10,13 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from step_sglang.errors import VoteError, safe_repr
-from step_sglang.protocol import VOTES
+from step_sglang.protocol import VOTE_CALIBRATED, VOTES
+from step_sglang.scoring.calibration import UNSCORED, TraceCalibration
 from step_sglang.voting.classes import AnswerClasses, PairwiseClasses, Same, Steps, run_here
 from step_sglang.voting.families import Lineage, weight_together
-
-# A finished trace without a step says nothing of its quality: the sigmoid's value at no evidence.
-# A constant, so that later traces never change what a finished one weighs.
-UNSCORED = 0.5
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,19 @@ def check_vote(vote: object) -> None:
         raise VoteError(f"unknown vote {safe_repr(vote)}; it must be one of {', '.join(VOTES)}")
 
 
-def weight_of(score: float | None, vote: str) -> float:
-    """What a finished trace of this trace score weighs; in [0, 1]."""
+def weight_of(score: float | None, vote: str, calibration: TraceCalibration | None = None) -> float:
+    """What a finished trace of this trace score weighs; in [0, 1].
+
+    Args:
+        score: of the trace; None: it has no step and weighs as no evidence does, a constant, so
+            that later traces never change what a finished one weighs.
+        vote: one of the votes.
+        calibration: of the scorer. Without one ``calibrated`` is ``weighted``.
+    """
     if vote == "majority":
         return 1.0
+    if vote == VOTE_CALIBRATED and calibration is not None:
+        return calibration.weight(score)
     return UNSCORED if score is None else score
 
 

@@ -145,7 +145,7 @@ class _Planner:
         n = self._draw.choice((3, 8, 24))
         members = {
             "traces": n,
-            "vote": self._draw.choice(("weighted", "majority")),
+            "vote": self._draw.choice(("calibrated", "weighted", "majority")),
             "early": self._draw.choice(("exact", "off")),
         }
         return {

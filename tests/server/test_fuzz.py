@@ -42,7 +42,9 @@ votes = st.fixed_dictionaries(
         )
     },
     optional={
-        protocol.VOTE: st.sampled_from(["weighted", "majority", "best", "", 1, None, ["best"], {}]),
+        protocol.VOTE: st.sampled_from(
+            ["calibrated", "majority", "best", "", 1, None, ["best"], {}]
+        ),
         protocol.EARLY: st.sampled_from(["exact", "posterior", "off", "never", 0, None, {}]),
         protocol.THRESHOLD: st.sampled_from([0.01, 0.6, -1, 1e308, "0.1", None, [], True]),
         protocol.EXTRACT: st.sampled_from(["boxed", "choice", "number", "code", 2**70, None, {}]),

@@ -89,6 +89,7 @@ def test_what_each_method_says_to_the_server() -> None:
         "step-paper": True,
         "sc-early": False,
         "sc-exact": False,
+        "step-calibrated": True,
         "step-early": True,
         "step-exact": True,
         "step-balanced": {"prune_at": balanced.prune_at},

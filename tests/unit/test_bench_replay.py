@@ -20,6 +20,7 @@ from step_sglang.evaluation.replay import (
     POLICIES,
     WATERMARKED,
     ReplayOutcome,
+    calibrated_by,
     is_right,
     predict,
     simulate,
@@ -33,6 +34,7 @@ from step_sglang.evaluation.traces import (
     load_groups,
     write_group,
 )
+from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.training.metrics import RUNNING_MEAN
 from step_sglang.voting.session import VoteRules
 from step_sglang.voting.tally import Ballot, tally, weight_of
@@ -75,6 +77,7 @@ def group(number: int, n: int = 16, good: int = 6) -> RecordedGroup:
 
 
 GROUPS = [group(number) for number in range(8)]
+CALIBRATED = [replace(one, calibration=(2.2, -0.9)) for one in GROUPS]
 AMPLE, TIGHT = 10_000, 600
 
 
@@ -165,13 +168,13 @@ def test_predictions_by_policy_vote_and_pool() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("vote", ["weighted", "majority", "best"])
+@pytest.mark.parametrize("vote", ["weighted", "calibrated", "majority", "best"])
 def test_an_exact_end_changes_no_answer_and_a_posterior_one_saves_more(
     policy: str, vote: str
 ) -> None:
     saved = dict.fromkeys(("exact", "posterior"), 0)
     for pool in (TIGHT, AMPLE):
-        for one in GROUPS:
+        for one in CALIBRATED if vote == "calibrated" else GROUPS:
             whole = simulate(one, policy, pool, CLOCK)
             for rule in saved:
                 fate = simulate(one, policy, pool, CLOCK, rules=VoteRules(vote, rule))
@@ -191,8 +194,33 @@ def test_an_exact_end_changes_no_answer_and_a_posterior_one_saves_more(
 
 def winner(fate: ReplayOutcome, vote: str) -> str | None:
     voters = [t for t in fate.finished if t.answer is not None]
-    tallies = tally([Ballot(str(t.answer), weight_of(t.score, vote)) for t in voters], vote=vote)
+    weights = [weight_of(t.score, vote, fate.calibration) for t in voters]
+    cast = [Ballot(str(t.answer), weight) for t, weight in zip(voters, weights, strict=True)]
+    tallies = tally(cast, vote=vote)
     return tallies[0].answer if tallies else None
+
+
+def test_odds_as_weights_make_good_traces_count_for_more() -> None:
+    """Six good traces of score .6 against ten of .4: outvoted by score, not by odds."""
+    steep = [replace(one, calibration=(6.0, 0.0)) for one in GROUPS]
+    found = list(predict(steep, ["none"], ["weighted", "calibrated"], [AMPLE], CLOCK))
+    assert [p.accuracy.value for p in found] == [0.0, 1.0]
+    # Without one it is the vote by trace score, also where a group ends early by it.
+    for rule in ("off", "exact"):
+        found = list(
+            predict(GROUPS, ["none"], ["weighted", "calibrated"], [AMPLE], CLOCK, early=[rule])
+        )
+        assert found[0] == replace(found[1], vote="weighted")
+
+
+def test_records_without_a_calibration_take_that_of_a_scorer(tmp_path: Path) -> None:
+    for one in (GROUPS[0], CALIBRATED[1]):
+        write_group(tmp_path, one)
+    again = list(load_groups([tmp_path]))
+    assert [one.calibration for one in again] == [None, (2.2, -0.9)]
+    given = calibrated_by(again, TraceCalibration(1.5, 0.0))
+    assert [one.calibration for one in given] == [(1.5, 0.0), (2.2, -0.9)]
+    assert calibrated_by(again, None) == again
 
 
 def test_a_share_of_the_pool_prunes_more_and_ends_sooner() -> None:

@@ -16,6 +16,8 @@ from step_sglang.evaluation.results import RESULTS, ResultWriter, load_results
 from step_sglang.evaluation.stats import compare, mean_of, permutation_p
 from step_sglang.evaluation.summary import summarize
 from step_sglang.evaluation.trial_result import PoolUsage, TrialResult, TrialTrace
+from step_sglang.evaluation.votes import vote_rows
+from step_sglang.scoring.calibration import TraceCalibration
 
 META = {"model": "m", "dataset": "d", "settings": {"window": 20}}
 FINISHED = TrialTrace("finished", "5", True, 100, 0.8, None, None, 0, 0.5, 0.01, 2.0)
@@ -234,12 +236,60 @@ def test_the_report_has_tables_and_plots(tmp_path: Path) -> None:
     assert "Tokens of" not in written.markdown
     assert "| STEP | 2 | 100.0 ± 0.0 | 140 ± 0 | 3.50 ± 0.76 | +50.0 [" in written.markdown
     tex = (tmp_path / "report.tex").read_text()
-    assert tex.count(r"\toprule") == 2 and r"100.0 $\pm$ 0.0" in tex
+    assert tex.count(r"\toprule") == 3 and r"100.0 $\pm$ 0.0" in tex
     table = accuracy_table(summarize(some_results()))
     lines = markdown(table).splitlines()
     assert len(lines) == 4 + len(table.rows)
     assert len({line.count("|") for line in lines[2:]}) == 1
     assert latex(table).count(r"\\") == 1 + len(table.rows)
+
+
+def voted(question: str, scores: dict[str, list[float]], **changes: object) -> TrialResult:
+    """A trial of `step` whose traces gave these answers with these scores; 5 is right."""
+    traces = tuple(
+        replace(FINISHED, answer=answer, correct=answer == "5", score=score)
+        for answer, theirs in scores.items()
+        for score in theirs
+    )
+    return result(question, "step", n=len(traces), traces=traces, **changes)
+
+
+def test_the_same_traces_under_three_votes(tmp_path: Path) -> None:
+    doubtful = {"3": [0.5, 0.5, 0.5], "5": [0.7, 0.7]}  # right by odds alone
+    unlikely = {"3": [0.5, 0.5, 0.5], "5": [0.9, 0.9]}  # by score too
+    results = [
+        voted("q0", doubtful, calibration=(2.2, -0.9)),
+        voted("q1", unlikely, calibration=(2.2, -0.9)),
+    ]
+    with ResultWriter(tmp_path, META) as writer:
+        for one in results:
+            writer.add(one)
+    assert list(load_results([tmp_path]).results) == results
+    (row,) = vote_rows(results)
+    assert {vote: mean.value for vote, mean in row.accuracy.items()} == {
+        "majority": 0.0, "weighted": 0.5, "calibrated": 1.0,
+    }  # fmt: skip
+    assert row.gain is not None and row.gain.difference.value == 0.5
+    assert "| STEP | 5 | 512 tokens | 0.0 ± 0.0 | 50.0 ± 50.0 | 100.0 ± 0.0 | +50.0 [" in (
+        write_report([tmp_path], tmp_path).markdown
+    )
+    # What an earlier version measured states no calibration: it can be given.
+    old = [replace(one, calibration=None) for one in results]
+    (row,) = vote_rows(old)
+    assert set(row.accuracy) == {"majority", "weighted"} and row.gain is None
+    (row,) = vote_rows(old, TraceCalibration(2.2, -0.9))
+    assert row.accuracy["calibrated"].value == 1.0
+
+
+def test_votes_that_the_records_cannot_tell_are_left_out() -> None:
+    whole = voted("q0", {"5": [0.7, 0.7]})
+    cut = replace(whole, traces=(replace(FINISHED, fate="cancelled"), FINISHED))
+    unscored = replace(whole, traces=(replace(FINISHED, score=None), FINISHED))
+    branched = replace(whole, n=1)
+    assert len(vote_rows([whole])) == 1
+    for one in (cut, unscored, branched):
+        assert vote_rows([one]) == []
+    assert vote_rows([whole, replace(cut, question="q1")]) == []  # one trial is enough
 
 
 def test_an_early_end_has_its_footnote(tmp_path: Path) -> None:

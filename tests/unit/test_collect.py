@@ -27,7 +27,7 @@ from step_sglang.training.errors import StoreError
 from step_sglang.training.prompts import Prompter, load_prompter
 from step_sglang.training.reader import Reader
 from step_sglang.training.store import Writer
-from tests.training_samples import FakeServer, fake_server, meta
+from tests.training_samples import FakeServer, fake_server, meta, planted_store
 
 N = 10
 JOBS = tuple(Job(question_id(f"{i};A+1"), f"{i};A+1", "7.0") for i in range(6))
@@ -396,7 +396,20 @@ def test_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -
     scorer = load_scorer(tmp_path / "s.safetensors")
     assert torch.equal(scorer.w1, state["net.0.weight"])
     assert scorer.info.model == "some/model" and scorer.info.delimiters == ("\n\n",)
+    assert scorer.info.calibration is None
     assert run(monkeypatch, *arguments) == 1 and run(monkeypatch, *arguments, "--force") == 0
+    # With traces of new questions it is calibrated too; with too few of them it is refused.
+    for questions, status in ((12, 0), (5, 1)):
+        store = planted_store(tmp_path / f"store{questions}", questions, d=32)
+        more = ("--calibrate", str(store), "--force")
+        named = ["planted" if one == "some/model" else one for one in arguments]
+        assert run(monkeypatch, *named, *more) == status
+    found = load_scorer(tmp_path / "s.safetensors").info
+    assert found.model == "planted" and found.calibration is not None
+    assert found.calibration.questions == 12
+    assert "cannot calibrate" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, *more[:1], str(tmp_path / "store12"), "--force") == 1
+    assert "was trained for some/model" in capsys.readouterr().err
     capsys.readouterr()
     arguments[2] = str(tmp_path / "s.pt")
     assert run(monkeypatch, *arguments) == 1

@@ -4,19 +4,21 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_sglang.errors import VoteError
 from step_sglang.protocol import VOTES
+from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.voting.early_stopping import (
     cannot_change,
     change_probability,
     check_rule,
     highest_weight,
 )
-from step_sglang.voting.tally import Ballot, tally
+from step_sglang.voting.tally import Ballot, tally, weight_of
 
 WEIGHT = st.floats(0.0, 1.0, allow_nan=False).map(lambda w: round(w, 2))
 FINISHED = st.lists(st.tuples(st.sampled_from("abc"), WEIGHT), max_size=7)
@@ -74,6 +76,36 @@ def test_highest_weight_bounds_every_continuation(
     if steps:
         assert sum(steps) / len(steps) <= bound + 1e-9
     assert bound <= 1.0
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(WEIGHT, max_size=8),
+    st.lists(WEIGHT, max_size=8),
+    st.integers(0, 4),
+    st.floats(0.0, 20.0),
+    st.floats(-10.0, 10.0),
+)
+def test_highest_weight_bounds_every_continuation_by_odds(
+    past: list[float], future: list[float], spare: int, slope: float, bias: float
+) -> None:
+    calibration = TraceCalibration(slope, bias)
+    left = len(future) + spare
+    bound = highest_weight(sum(past), len(past), left, "calibrated", calibration)
+    steps = past + future
+    # A running mean in single precision, as the engine's is.
+    score = float(np.float32(sum(steps) / len(steps))) if steps else None
+    assert weight_of(score, "calibrated", calibration) <= bound <= 1.0
+    raw = highest_weight(sum(past), len(past), left, "calibrated")  # without: by trace score
+    assert raw == highest_weight(sum(past), len(past), left)
+
+
+def test_a_bound_by_odds_is_tight() -> None:
+    """A trace that has shown its weakness cannot weigh much any more, and the rule knows."""
+    calibration = TraceCalibration(2.2, -0.9)
+    bound = highest_weight(2.0, 20, 1, "calibrated", calibration)
+    assert calibration.weight(4 / 22) < bound < 0.002
+    assert highest_weight(2.0, 20, 1) == pytest.approx(4 / 22)
 
 
 def test_highest_weight_without_knowledge() -> None:

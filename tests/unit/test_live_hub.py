@@ -169,7 +169,7 @@ def test_answers_become_a_vote_that_settles() -> None:
         for trace in traces[:2]:
             trace.add_step(1.0, 1.0, 0)
             replica.groups.end(trace, TraceStatus.FINISHED)
-            hub.finished(Finished(trace.rid, trace.score, lambda: r"\boxed{7}"))
+            hub.finished(Finished(trace.rid, trace.score, None, lambda: r"\boxed{7}"))
         await asyncio.sleep(0.1)
         replica.groups.end(traces[2], TraceStatus.PRUNED)
         votes = [e for u in await looking for e in u.events if isinstance(e, VoteStood)]

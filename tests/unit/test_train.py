@@ -37,7 +37,7 @@ def one_thread() -> Any:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return planted_store(tmp_path_factory.mktemp("planted") / "store", 60)
+    return planted_store(tmp_path_factory.mktemp("planted") / "store", 68)
 
 
 @pytest.mark.parametrize("objective", ["bce", "pairwise"])
@@ -46,17 +46,23 @@ def test_the_planted_signal_is_found(store: Path, tmp_path: Path, objective: str
     test = trained.test.ranking[RUNNING_MEAN]
     assert test[1.0].auc_within.value > 0.95 and test[0.25].auc_within.value > 0.85
     assert test[0.25].auc_within.value < test[1.0].auc_within.value
-    assert trained.test.step_auc > 0.85 and trained.test.questions == 9
+    assert trained.test.step_auc > 0.85 and trained.test.questions == 10
     assert trained.linear_probe.ranking[RUNNING_MEAN][1.0].auc_within.value > 0.95
     # the scores mean something: half of the traces are correct, and the score says which
     assert trained.test.trace_calibration.ece < 0.25
+    # fitted on the validation questions, it makes them mean what they say
+    assert trained.calibration is not None and trained.calibration.questions == 10
+    assert trained.test.weight_calibration is not None
+    assert trained.test.weight_calibration.ece < trained.test.trace_calibration.ece
+    assert trained.test.votes["calibrated"].accuracy.value == 1
 
     scorer = load_scorer(trained.scorer)
     assert scorer.info.model == "planted" and scorer.info.delimiters == ("\n\n",)
     assert scorer.info.think_end == "</think>" and scorer.hidden_size == D
+    assert scorer.info.calibration == trained.calibration
     summary = scorer.info.training
     assert summary["objective"] == objective
-    assert summary["questions"] == {"train": 42, "validation": 9, "test": 9}
+    assert summary["questions"] == {"train": 48, "validation": 10, "test": 10}
     written = json.loads(trained.metrics.read_text())
     assert written["test"]["ranking"][RUNNING_MEAN]["50%"]["auc_within"]["value"] == pytest.approx(
         test[0.5].auc_within.value, abs=1e-5
@@ -71,7 +77,7 @@ def test_the_planted_signal_is_found(store: Path, tmp_path: Path, objective: str
     assert scorer.w1.dtype == torch.bfloat16
     # the file scores as the network that was trained
     again = evaluate_file(trained.scorer, store)
-    assert again.questions == 60 and again.ranking[RUNNING_MEAN][1.0].auc_within.value > 0.95
+    assert again.questions == 68 and again.ranking[RUNNING_MEAN][1.0].auc_within.value > 0.95
     reader = Reader(store)
     network = ScorerNetwork.from_scorer(scorer)
     one, other = (
@@ -130,8 +136,8 @@ def test_a_split_is_by_question_and_stable(store: Path) -> None:
     reader = Reader(store)
     split = split_questions(reader, 0.2, 0.1, 7)
     parts = [set(split.train), set(split.validation), set(split.test)]
-    assert [len(part) for part in parts] == [42, 12, 6]
-    assert set.union(*parts) == set(reader.shards) and sum(map(len, parts)) == 60
+    assert [len(part) for part in parts] == [47, 14, 7]
+    assert set.union(*parts) == set(reader.shards) and sum(map(len, parts)) == 68
     assert split == split_questions(Reader(store), 0.2, 0.1, 7)
     assert split != split_questions(reader, 0.2, 0.1, 8)
 
@@ -225,7 +231,7 @@ def test_too_few_questions(tmp_path: Path) -> None:
 def test_test_stores(store: Path, tmp_path: Path) -> None:
     other = planted_store(tmp_path / "other", 10, seed=5)
     trained = train_scorer(store, tmp_path / "o", Recipe("bce", **QUICK), test_store=other)
-    assert trained.test.questions == 10 and trained.validation.questions == 9
+    assert trained.test.questions == 10 and trained.validation.questions == 10
     refused("questions must be new", store, tmp_path / "o", Recipe(), test_store=store)
     wide = planted_store(tmp_path / "wide", 10, seed=6, d=D + 8)
     refused("scorer of another model", store, tmp_path / "o", Recipe(), test_store=wide)

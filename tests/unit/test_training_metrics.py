@@ -18,9 +18,9 @@ from step_sglang.training.metrics import (
     LOGPROB,
     RUNNING_MEAN,
     auc,
-    calibration,
     count_pairs,
     rankings,
+    reliability,
     running_means,
     signals_at,
     within_auc,
@@ -134,13 +134,13 @@ def test_a_signal_that_was_not_measured_is_left_out() -> None:
     assert f"half pruned by {CONFIDENCE}" not in simulate_votes(found, scores)
 
 
-def test_calibration() -> None:
+def test_reliability() -> None:
     rng = np.random.default_rng(0)
     scores = rng.random(20000)
-    good = calibration(scores, rng.random(20000) < scores)
+    good = reliability(scores, rng.random(20000) < scores)
     assert good.ece < 0.02 and good.brier == pytest.approx(1 / 6, abs=0.01)
     assert sum(good.count) == 20000 and len(good.count) == 10
-    bad = calibration(np.full(100, 1.0), np.arange(100) < 30)
+    bad = reliability(np.full(100, 1.0), np.arange(100) < 30)
     assert bad.ece == pytest.approx(0.7) and bad.count == (100,)
 
 

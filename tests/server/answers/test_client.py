@@ -23,6 +23,7 @@ from step_sglang.client import (
 )
 from step_sglang.errors import VoteError
 from step_sglang.reasoner import Question, model_path, scorer_path
+from step_sglang.scoring.scorer import load_scorer
 from step_sglang.voting.tally import Ballot, tally, weight_of
 from tests.server.answers.conftest import wait_until_empty
 from tests.server.launch import Server, run_to_end, serve
@@ -48,8 +49,9 @@ def test_solve_returns_the_vote_and_every_trace(server: Server, question: Questi
         times = trace.times
         assert times.source == "server" and times.wait is not None and times.wait >= 0
         assert times.prefill is not None and times.prefill >= 0 and times.decode > 0
+    calibration = load_scorer(scorer_path()).info.calibration
     cast = [
-        Ballot(trace.answer, weight_of(trace.score, "weighted"))
+        Ballot(trace.answer, weight_of(trace.score, "calibrated", calibration))
         for trace in result.traces
         if trace.answer is not None
     ]

@@ -11,7 +11,9 @@ import openai
 import pytest
 import requests
 
-from step_sglang.reasoner import Question
+from step_sglang.client import solve
+from step_sglang.reasoner import Question, scorer_path
+from step_sglang.scoring.scorer import load_scorer
 from step_sglang.voting.answers import extract_boxed
 from tests.server.answers.conftest import groups_and_traces, wait_until_empty
 from tests.server.launch import Server
@@ -52,7 +54,7 @@ def test_chat_returns_one_choice_and_its_vote(server: Server, question: Question
     choice = completion.choices[0]
     step = choice.model_extra["meta_info"]["step"]
     vote = step["vote"]
-    assert vote["status"] == "voted" and vote["vote"] == "weighted" and vote["traces"] == TRACES
+    assert vote["status"] == "voted" and vote["vote"] == "calibrated" and vote["traces"] == TRACES
     assert vote["finished"] == TRACES and vote["cancelled"] == vote["pruned"] == 0
     assert choice.finish_reason == "stop" and not step["pruned"]
     assert extract_boxed(choice.message.content) == vote["answer"] == vote["answers"][0]["answer"]
@@ -67,6 +69,28 @@ def test_chat_returns_one_choice_and_its_vote(server: Server, question: Question
     assert completion.usage.prompt_tokens == single["usage"]["prompt_tokens"]
     assert completion.usage.completion_tokens > single["usage"]["completion_tokens"] * 2
     assert completion.id != choice.model_extra["meta_info"]["step"]["group"]
+
+
+def test_a_calibrated_vote_weighs_what_the_scorer_file_says(
+    server: Server, question: Question
+) -> None:
+    """By the server's own vote and by the client's, from the same file."""
+    calibration = load_scorer(scorer_path()).info.calibration
+    assert calibration is not None
+    completion = create(server, question.question, vote="calibrated", traces=1)
+    step = completion.choices[0].model_extra["meta_info"]["step"]
+    assert step["calibration"] == list(calibration.pair)
+    (only,) = step["vote"]["answers"]
+    assert step["vote"]["vote"] == "calibrated"
+    assert only["weight"] == pytest.approx(calibration.weight(step["score"]))
+    result = solve(
+        question.question, TRACES, url=server.url, vote="calibrated", early="off",
+        sampling={"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 900},
+    )  # fmt: skip
+    for answer in result.answers:
+        weights = [calibration.weight(result.traces[index].score) for index in answer.traces]
+        assert answer.weight == pytest.approx(sum(weights))
+        assert 0 < answer.weight <= len(answer.traces)
 
 
 def test_the_server_ends_the_group_when_its_vote_is_decided(

@@ -9,7 +9,8 @@ import pytest
 import requests
 
 from step_sglang.client import TraceFate, solve
-from step_sglang.reasoner import Question
+from step_sglang.reasoner import Question, scorer_path
+from step_sglang.scoring.scorer import load_scorer
 from step_sglang.voting.tally import Ballot, tally, weight_of
 from tests.server.answers.conftest import wait_until_empty
 from tests.server.answers.live import assert_nothing_is_left
@@ -82,7 +83,8 @@ def test_solve_shrinks_and_every_trace_says_how_it_ended(
     assert shrunk and result.early
     finished = [trace for trace in result.traces if trace.fate is TraceFate.FINISHED]
     assert len(shrunk) + len(finished) == TRACES
-    cast = [Ballot(t.answer, weight_of(t.score, "weighted")) for t in finished if t.answer]
+    by = load_scorer(scorer_path()).info.calibration
+    cast = [Ballot(t.answer, weight_of(t.score, "calibrated", by)) for t in finished if t.answer]
     assert result.answer == tally(cast)[0].answer  # of those alone that finished
     told = [trace for trace in shrunk if trace.finish_reason is not None]
     assert all(trace.finish_reason == "abort" for trace in told)
