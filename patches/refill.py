@@ -25,6 +25,7 @@ from step_sglang.pruning.refill import (
     RefillView,
     Room,
     SourceView,
+    branch_seed,
     choose_branches,
     choose_swaps,
 )
@@ -50,9 +51,12 @@ def refill(scheduler: Any, state: SchedulerStep, running_batch: Any) -> None:
         for group, known in places.groups.items()
         if passes - known.decided >= RULES[group.refill].interval
     ]
+    # One for all of them: what has been decided does not run yet.
+    room = _room(scheduler, state, running_batch) if due else None
     for group, known in due:
+        assert room is not None
         known.decided = passes
-        _refill_group(scheduler, state, running_batch, group, known)
+        _refill_group(scheduler, state, running_batch, group, known, room)
 
 
 def _somebody_waits(scheduler: Any) -> bool:
@@ -64,7 +68,12 @@ def _somebody_waits(scheduler: Any) -> bool:
 
 
 def _refill_group(
-    scheduler: Any, state: SchedulerStep, batch: Any, group: Group, known: GroupPlaces
+    scheduler: Any,
+    state: SchedulerStep,
+    batch: Any,
+    group: Group,
+    known: GroupPlaces,
+    room: Room,
 ) -> None:
     rules = RULES[group.refill]
     running = [req for req in batch.reqs if _may_branch_from(req, group)]
@@ -72,7 +81,7 @@ def _refill_group(
         known.swapped = scheduler.forward_ct
         gone: list[str] = []
         with guard(protocol.IN_REFILL):
-            view = _view(state, group, known.places, running, known.finished)
+            view = _view(state, group, known.places, running, list(known.finished))
             gone = [running[handle].rid for handle in choose_swaps(view, rules)]
         gone = agree(scheduler, gone)
         if gone:
@@ -84,7 +93,6 @@ def _refill_group(
         like_finished = [req for req in known.finished if _alike_key(req) == _alike_key(first)]
         sources = [*like_running, *like_finished]
         decided: list[tuple[str, str, int]] = []
-        room = _room(scheduler, state, batch)
         with guard(protocol.IN_REFILL):
             view = _view(state, group, place_reqs, like_running, like_finished)
             decided = [
@@ -162,6 +170,7 @@ def _view(
         group.branched,
         group.survivors - group.min_survivors,
         state.lengths.expected(most),
+        0 if limit is None else len(limit.origin_input_ids),
     )
 
 
@@ -210,9 +219,9 @@ def _start(
         reasoned - req.reasoning_tokens + (0 if before is None else before.reasoning_tokens),
     )
     set_trace(req, child)
-    seed = req.sampling_params.sampling_seed
-    if seed is not None:
-        req.sampling_params.sampling_seed = (seed + group.branched) % (1 << 31)
+    req.sampling_params.sampling_seed = branch_seed(
+        req.sampling_params.sampling_seed, group.branched
+    )
     swapped = place.reason == protocol.PRUNED_FOR_REFILL
     reason = protocol.BRANCHED_FOR_SWAP if swapped else protocol.BRANCHED_FOR_ROOM
     if state.metrics is not None:

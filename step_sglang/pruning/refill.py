@@ -101,6 +101,7 @@ class RefillView:
     branched: int  # branches so far
     spare: int  # traces that it may lose before its minimum
     expected: float  # generated tokens of a trace at its end
+    prompt: int = 0  # tokens that come before what is generated
 
 
 class Branch(NamedTuple):
@@ -116,7 +117,8 @@ class Room:
     """Memory for branches, spent as they are decided.
 
     ``tokens``: KV tokens that are free, or can be evicted. ``requests``: that may start.
-    ``running``: requests that grow. ``shares``: what a running parent has computed is shared.
+    ``running``: requests that grow. ``shares``: the prompt, and what a running parent has computed,
+    are shared.
     """
 
     tokens: int
@@ -128,10 +130,10 @@ class Room:
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page) * self.page
 
-    def take(self, source: SourceView, position: int, margin: int) -> bool:
+    def take(self, source: SourceView, position: int, margin: int, prompt: int = 0) -> bool:
         """Take the room of one branch, when it and ``margin`` passes of all fit."""
         need = 1 if self.shares and source.running else position + 2
-        need = self._pages(need) + self.page
+        need = self._pages(need + (0 if self.shares else prompt)) + self.page
         growth = (self.running + 1) * self._pages(margin)
         if self.requests < 1 or need + growth > self.tokens:
             return False
@@ -139,6 +141,16 @@ class Room:
         self.requests -= 1
         self.running += 1
         return True
+
+
+def branch_seed(seed: int | None, number: int) -> int:
+    """Seed of a group's branch, by that of the request whose place it takes.
+
+    With a server's deterministic sampling the same seed would give it the parent's own text again,
+    and seeds of one request are often neighbours.
+    """
+    digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def choose_branches(view: RefillView, room: Room, rules: RefillRules) -> list[Branch]:
@@ -161,7 +173,7 @@ def choose_branches(view: RefillView, room: Room, rules: RefillRules) -> list[Br
     for source, boundary in _ranked(view, rules):
         if len(found) >= free:
             break
-        if room.take(source, boundary.position, rules.margin):
+        if room.take(source, boundary.position, rules.margin, view.prompt):
             found.append(Branch(view.places[len(found)], source.handle, boundary.position))
     return found
 

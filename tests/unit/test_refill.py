@@ -18,6 +18,7 @@ from step_sglang.pruning.refill import (
     RefillView,
     Room,
     SourceView,
+    branch_seed,
     choose_branches,
     choose_swaps,
 )
@@ -215,3 +216,41 @@ def test_a_branch_in_the_registry() -> None:
     for trace in (child, second):
         groups.end(trace, TraceStatus.FINISHED)
     assert len(groups) == 0 and groups.num_live == 0 and not groups.families
+
+
+def test_a_branch_without_shared_prompts_needs_room_for_its_own() -> None:
+    good = [source(0, [0.9] * 8), source(1, [0.9] * 8)]
+    rules = RefillRules(slack=9.0)
+    alone = 79 + 2 + 60 + 1  # its text, its prompt, and a page at its end
+
+    def branches(tokens: int) -> int:
+        room = Room(tokens, requests=9, running=2, shares=False)
+        return len(choose_branches(view(*good, prompt=60), room, rules))
+
+    assert branches(alone + 3 * rules.margin - 1) == 0
+    assert branches(alone + 3 * rules.margin) == 1
+
+
+@given(st.lists(views(), max_size=4), rooms)
+def test_groups_that_are_decided_about_together_share_one_room(groups, room) -> None:
+    before, needed, found = replace(room), 0, 0
+    for group in groups:
+        rules = RULES[group.mode]
+        by_handle = {s.handle: s for s in group.sources}
+        for branch in choose_branches(group, room, rules):
+            shared = before.shares and by_handle[branch.parent].running
+            needed += 1 if shared else branch.position + 2
+            found += 1
+    if found:
+        assert needed + (before.running + found) * 32 <= before.tokens
+        assert found <= before.requests
+
+
+def test_a_branch_never_has_the_seed_of_another() -> None:
+    """Neither its parent's nor a sibling's, whatever neighbours the requests' seeds are."""
+    given = [*range(-5, 60), 42, (1 << 63) - 1]
+    drawn = [branch_seed(seed, number) for seed in (None, *given) for number in range(1, 33)]
+    assert len({*drawn}) == len({(s, n) for s in (None, *given) for n in range(1, 33)})
+    assert not {*drawn} & {*given}
+    assert all(0 <= seed < 1 << 31 for seed in drawn)
+    assert branch_seed(7, 1) == branch_seed(7, 1)
