@@ -219,7 +219,7 @@ def test_a_branch_in_the_registry() -> None:
 
 
 def test_a_branch_without_shared_prompts_needs_room_for_its_own() -> None:
-    good = [source(0, [0.9] * 8), source(1, [0.9] * 8)]
+    good = [source(0, [0.1 * i for i in range(1, 9)]), source(1, [])]
     rules = RefillRules(slack=9.0)
     alone = 79 + 2 + 60 + 1  # its text, its prompt, and a page at its end
 
