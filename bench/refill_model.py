@@ -10,10 +10,10 @@ controls without branches are those of `step-sglang replay`. Nothing is timed: "
 group's time where each pass takes the same, "attended" what memory reads it costs (KV tokens, all
 passes).
 
-`step-refill, swaps` also swaps the worst trace for a branch of the best every 32 passes; `no slack`
-starts no branch that is expected to outlast the group, which is for comparisons at equal time.
-With `--twice`, `step, 2 n` begins twice as many traces in the same pool. A run that was stopped
-goes on.
+A method whose name ends in `-early` ends by the posterior rule, in which a free place is open, too.
+`--variants` adds two that no method of the server has: `step-refill, swaps` also swaps the worst
+trace for a branch of the best every 32 passes, `step-refill, no slack` starts no branch that is
+expected to outlast the group. A run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ from step_sglang.pruning.refill import (
 )
 from step_sglang.reasoner import NAME, NAME_DWELLING, Question
 from step_sglang.reasoner.task import question_stream
+from step_sglang.voting.early_stopping import highest_weight, is_settled
 from step_sglang.voting.families import Lineage
 from step_sglang.voting.session import VoteRules
-from step_sglang.voting.tally import Ballot, tally
+from step_sglang.voting.tally import Ballot, Tally, tally
 
 _LAG = 2  # a step's score is known when the trace has so many tokens more than its position
 _PASSES = CostModel(base=1.0, per_trace=0.0, per_token=0.0, overhead=0.0)
@@ -65,10 +66,12 @@ CONTROLS = {  # the policy, the vote and when it ends
 _BEST = RULES[protocol.REFILL_BEST]
 REFILLED: Mapping[str, tuple[str, RefillRules]] = {
     "step-refill": (protocol.REFILL_BEST, _BEST),
-    "step-refill, swaps": (protocol.REFILL_BEST, replace(_BEST, swap=1, swap_interval=32)),
-    "step-refill, no slack": (protocol.REFILL_BEST, replace(_BEST, slack=0.0)),
     "step-refill-random": (protocol.REFILL_RANDOM, RULES[protocol.REFILL_RANDOM]),
     "gambit": (protocol.REFILL_GAMBIT, RULES[protocol.REFILL_GAMBIT]),
+}
+VARIANTS: Mapping[str, tuple[str, RefillRules]] = {
+    "step-refill, swaps": (protocol.REFILL_BEST, replace(_BEST, swap=1, swap_interval=32)),
+    "step-refill, no slack": (protocol.REFILL_BEST, replace(_BEST, slack=0.0)),
 }
 
 
@@ -136,19 +139,21 @@ def held(running: Sequence[Growing]) -> int:
 
 
 class Group:
-    """One group with refill in a pool of its own."""
+    """One group with refill in a pool of its own. ``families``: its vote knows them."""
 
     def __init__(
-        self, name: str, first: Sequence[ScoredTrace], mode: str, rules: RefillRules, room: int,
-        expected: float,
+        self, question: Question, source: TraceSource, families: bool,
+        first: Sequence[ScoredTrace], mode: str, rules: RefillRules, room: int, expected: float,
     ) -> None:  # fmt: skip
-        self._name, self._mode, self._rules, self._room = name, mode, rules, room
+        self._question, self._source, self._families = question, source, families
+        self._name, self._mode, self._rules, self._room = question.question, mode, rules, room
         self._expected, self._began = expected, len(first)
         self.running = [Growing(t, t.sums, number=i) for i, t in enumerate(first)]
         self.finished: list[Growing] = []
         self.places = self.pruned = self.branched = self.tokens = 0
         self.passes = self.attended = self._decided = self._swapped = 0
         self.deepest = 0
+        self.early: Outcome | None = None  # where the posterior rule would have ended it
 
     def run(self) -> Generator[list[ScoredTrace], list[ScoredTrace], None]:
         """Until its last trace has ended; asks for continuations of prefixes."""
@@ -163,6 +168,34 @@ class Group:
             over = [t for t in self.running if t.generated >= len(t.whole.tokens)]
             self.finished += over
             self.running = [t for t in self.running if t not in over]
+            if over and self.early is None and self._settled():
+                self.early = self.outcome()
+
+    def outcome(self) -> Outcome:
+        """As it stands."""
+        tallies = self._tallies()
+        right = bool(tallies) and tallies[0].answer == self._question.answer
+        return Outcome(
+            right, self.passes, self.attended, self.tokens, self.pruned, len(self.finished),
+            self.branched, self.deepest,
+        )  # fmt: skip
+
+    def _tallies(self) -> list[Tally]:
+        ballots = [
+            Ballot(answer, trace.score, trace.lineage() if self._families else None)
+            for trace in self.finished
+            if (answer := self._source.answer(trace.whole)) is not None
+        ]
+        return tally(ballots, same=str.__eq__)
+
+    def _settled(self) -> bool:
+        spent = self.branched >= self._rules.branches * self._began
+        free = 0 if spent or not self.running else self.places
+        weights = [
+            highest_weight(t.sums[t.known - 1] if t.known else 0.0, t.known, MAX_NEW - t.generated)
+            for t in self.running
+        ]
+        return is_settled(self._tallies(), [*weights, *[1.0] * free], "weighted", "posterior")
 
     def _free(self) -> int:
         return self._room - held(self.running)
@@ -233,21 +266,6 @@ class Group:
         self.places -= len(chosen)
 
 
-def outcome(group: Group, question: Question, source: TraceSource, families: bool) -> Outcome:
-    """Of a group that has ended."""
-    ballots = [
-        Ballot(answer, trace.score, trace.lineage() if families else None)
-        for trace in group.finished
-        if (answer := source.answer(trace.whole)) is not None
-    ]
-    tallies = tally(ballots, same=str.__eq__)
-    right = bool(tallies) and tallies[0].answer == question.answer
-    return Outcome(
-        right, group.passes, group.attended, group.tokens, group.pruned, len(group.finished),
-        group.branched, group.deepest,
-    )  # fmt: skip
-
-
 def control(group: RecordedGroup, name: str, pool: int, seed: int) -> Outcome:
     """Of a method without branches, by the model of `replay`."""
     policy, rules = CONTROLS[name]
@@ -284,31 +302,32 @@ def results(
     n: int,
     pool: int,
     source: TraceSource,
-    expected: float,
-    twice: bool,
+    refilled: Mapping[str, tuple[str, RefillRules]],
 ) -> Iterator[tuple[Question, dict[str, Outcome]]]:
     """Every method on these questions once."""
-    begun = 2 * n if twice else n
-    sampled = source.sample([(question, ScoredTrace()) for question in asked for _ in range(begun)])
+    sampled = source.sample([(question, ScoredTrace()) for question in asked for _ in range(n)])
     found: list[dict[str, Outcome]] = []
     going = []  # groups with branches
+    # As the server expects it of traces that finished lately.
+    expected = sum(len(trace.tokens) for trace in sampled) / len(sampled)
     for i, question in enumerate(asked):
-        first = sampled[begun * i : begun * (i + 1)]
+        first = sampled[n * i : n * (i + 1)]
         whole = recorded(question, repeat, first, source)
-        half = replace(whole, traces=whole.traces[:n])
-        found.append({name: control(half, name, pool, repeat) for name in CONTROLS})
-        if twice:
-            found[i]["step, 2 n"] = control(whole, "step", pool, repeat)
+        found.append({name: control(whole, name, pool, repeat) for name in CONTROLS})
         room = pool - whole.prompt_tokens
-        off = RefillRules(branches=0)
-        plain = Group(question.question, first[:n], protocol.REFILL_OFF, off, room, expected)
+        plain = Group(
+            question, source, False, first, protocol.REFILL_OFF, RefillRules(branches=0), room,
+            expected,
+        )  # fmt: skip
         assert not list(plain.run())
         assert plain.tokens == found[i]["step"].tokens, "this model and that of `replay` differ"
-        for name, (mode, rules) in REFILLED.items():
-            group = Group(question.question, first[:n], mode, rules, room, expected)
+        for name, (mode, rules) in refilled.items():
+            families = name != "gambit"
+            group = Group(question, source, families, first, mode, rules, room, expected)
             going.append((i, name, group, group.run()))
     for i, name, group in _driven(going, asked, source):
-        found[i][name] = outcome(group, asked[i], source, name != "gambit")
+        found[i][name] = group.outcome()
+        found[i][f"{name}-early"] = group.early or found[i][name]
     yield from zip(asked, found, strict=True)
 
 
@@ -392,12 +411,13 @@ def main() -> None:
     parser.add_argument("--operations", type=int, default=8, help="at least, up to 16")
     parser.add_argument("--model", choices=[NAME, NAME_DWELLING], default=NAME)
     parser.add_argument("--seed", type=int, default=18, help="of questions and sampling")
-    parser.add_argument("--twice", action="store_true", help="also begin 2 n traces")
+    parser.add_argument("--variants", action="store_true")
     parser.add_argument("--together", type=int, default=16, help="questions at a time")
     options = parser.parse_args()
     profile = profile_of(options.model)
-    expected = float(profile.mean_tokens or 0)
-    pool = options.pool or round(options.n / 4 * expected + profile.prompt_tokens)
+    mean = profile.mean_tokens or 0
+    pool = options.pool or round(options.n / 4 * mean + profile.prompt_tokens)
+    refilled = {**REFILLED, **(VARIANTS if options.variants else {})}
     asked = chosen(options)
     known = options.out.read_text().splitlines() if options.out.exists() else []
     rows = [json.loads(line) for line in known]
@@ -408,13 +428,12 @@ def main() -> None:
         for first in range(0, len(asked), options.together)
     ]
     with options.out.open("a") as out:
-        for number, (repeat, part) in enumerate(jobs):
-            if all((q.question, repeat) in done for q in part):
+        for number, (repeat, all_of_it) in enumerate(jobs):
+            part = [question for question in all_of_it if (question.question, repeat) not in done]
+            if not part:
                 continue
-            source = TraceSource(options.model, 1000 * options.seed + number)
-            for question, found in results(
-                part, repeat, options.n, pool, source, expected, options.twice
-            ):
+            source = TraceSource(options.model, 1000 * options.seed + 100 * options.n + number)
+            for question, found in results(part, repeat, options.n, pool, source, refilled):
                 for name, one in found.items():
                     key = {"question": question.question, "repeat": repeat, "method": name}
                     rows.append({**key, **asdict(one)})
