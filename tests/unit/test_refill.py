@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -254,3 +255,23 @@ def test_a_branch_never_has_the_seed_of_another() -> None:
     assert not {*drawn} & {*given}
     assert all(0 <= seed < 1 << 31 for seed in drawn)
     assert branch_seed(7, 1) == branch_seed(7, 1)
+
+
+def test_a_branch_without_a_scorer_goes_on_in_its_parents_step() -> None:
+    groups = GroupRegistry(by_certainty=True)
+
+    def join(rid: str):
+        return groups.join("g", refill=BEST, rid=rid, samples=3)
+
+    parent, first, second = join("a"), join("b"), join("c")
+    for number, score in enumerate((0.9, 0.25)):
+        parent.add_step(score, parent.score_sum + score, 10 * number + 9)
+    assert parent.certainty is not None
+    parent.certainty.add(2.0)  # in the middle of its third step
+    for place in (first, second):
+        groups.end(place, TraceStatus.PRUNED)
+    at_boundary = groups.branch(first, parent, 19, 0, 0).certainty
+    assert at_boundary is not None and at_boundary.end_step() == pytest.approx(0.25)
+    at_end = groups.branch(second, parent, 23, 0, 0).certainty
+    assert at_end is not None and at_end.end_step() == pytest.approx(math.exp(-2.0))
+    assert parent.certainty.end_step() == pytest.approx(math.exp(-2.0))  # its own is untouched
