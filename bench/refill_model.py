@@ -11,9 +11,10 @@ group's time where each pass takes the same, "attended" what memory reads it cos
 passes).
 
 A method whose name ends in `-early` ends by the posterior rule, in which a free place is open, too.
-`--variants` adds two that no method of the server has: `step-refill, swaps` also swaps the worst
-trace for a branch of the best every 32 passes, `step-refill, no slack` starts no branch that is
-expected to outlast the group. A run that was stopped goes on.
+`--refilled` also takes variants that no method of the server has: `swaps` swaps the worst trace for
+a branch of the best every 32 passes, `no slack` starts no branch that is expected to outlast the
+group, and a horizon bounds when a branch is expected to end since the group began, in lengths of a
+trace. A run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ REFILLED: Mapping[str, tuple[str, RefillRules]] = {
 }
 VARIANTS: Mapping[str, tuple[str, RefillRules]] = {
     "step-refill, swaps": (protocol.REFILL_BEST, replace(_BEST, swap=1, swap_interval=32)),
+    "step-refill, horizon 1.25": (protocol.REFILL_BEST, replace(_BEST, horizon=1.25)),
+    "step-refill, horizon 1.5": (protocol.REFILL_BEST, replace(_BEST, horizon=1.5)),
     "step-refill, no slack": (protocol.REFILL_BEST, replace(_BEST, slack=0.0)),
 }
 
@@ -225,7 +228,7 @@ class Group:
         running = len(self.running)
         return RefillView(
             self._name, self._mode, range(self.places), sources, running, self._began,
-            self.branched, running + len(self.finished) - 1, self._expected,
+            self.branched, running + len(self.finished) - 1, self._expected, age=self.passes,
         )  # fmt: skip
 
     def _refill(self) -> Generator[list[ScoredTrace], list[ScoredTrace], None]:
@@ -411,13 +414,16 @@ def main() -> None:
     parser.add_argument("--operations", type=int, default=8, help="at least, up to 16")
     parser.add_argument("--model", choices=[NAME, NAME_DWELLING], default=NAME)
     parser.add_argument("--seed", type=int, default=18, help="of questions and sampling")
-    parser.add_argument("--variants", action="store_true")
+    parser.add_argument(
+        "--refilled", nargs="+", choices=[*REFILLED, *VARIANTS], default=list(REFILLED)
+    )
     parser.add_argument("--together", type=int, default=16, help="questions at a time")
     options = parser.parse_args()
     profile = profile_of(options.model)
     mean = profile.mean_tokens or 0
     pool = options.pool or round(options.n / 4 * mean + profile.prompt_tokens)
-    refilled = {**REFILLED, **(VARIANTS if options.variants else {})}
+    known_rules = {**REFILLED, **VARIANTS}
+    refilled = {name: known_rules[name] for name in options.refilled}
     asked = chosen(options)
     known = options.out.read_text().splitlines() if options.out.exists() else []
     rows = [json.loads(line) for line in known]

@@ -33,7 +33,8 @@ class GroupPlaces:
     places: list[Place] = field(default_factory=list)
     # Requests from which others may branch, those that finished last.
     finished: deque[Any] = field(default_factory=lambda: deque(maxlen=MAX_FINISHED))
-    decided: int = 0  # forward passes when it was decided about last
+    began: int | None = None  # forward passes when its first trace did
+    decided: int = 0  # likewise, when it was decided about last
     swapped: int = 0  # likewise, of the tournament
 
 

@@ -77,11 +77,14 @@ def _refill_group(
 ) -> None:
     rules = RULES[group.refill]
     running = [req for req in batch.reqs if _may_branch_from(req, group)]
+    if known.began is None:
+        known.began = scheduler.forward_ct - max((len(r.output_ids) for r in running), default=0)
+    age = scheduler.forward_ct - known.began
     if _swaps(rules) and scheduler.forward_ct - known.swapped >= rules.swap_interval:
         known.swapped = scheduler.forward_ct
         gone: list[str] = []
         with guard(protocol.IN_REFILL):
-            view = _view(state, group, known.places, running, list(known.finished))
+            view = _view(state, group, known.places, running, list(known.finished), age)
             gone = [running[handle].rid for handle in choose_swaps(view, rules)]
         gone = agree(scheduler, gone)
         if gone:
@@ -94,7 +97,7 @@ def _refill_group(
         sources = [*like_running, *like_finished]
         decided: list[tuple[str, str, int]] = []
         with guard(protocol.IN_REFILL):
-            view = _view(state, group, place_reqs, like_running, like_finished)
+            view = _view(state, group, place_reqs, like_running, like_finished, age)
             decided = [
                 (place_reqs[b.place].req.rid, sources[b.parent].rid, b.position)
                 for b in choose_branches(view, room, rules)
@@ -140,6 +143,7 @@ def _view(
     places: Sequence[Place],
     running: Sequence[Any],
     finished: Sequence[Any],
+    age: int,
 ) -> RefillView:
     sources = []
     for handle, req in enumerate((*running, *finished)):
@@ -171,6 +175,7 @@ def _view(
         group.survivors - group.min_survivors,
         state.lengths.expected(most),
         0 if limit is None else len(limit.origin_input_ids),
+        age,
     )
 
 

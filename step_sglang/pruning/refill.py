@@ -24,9 +24,11 @@ class RefillRules:
     first; and of a finished one's after the branch. ``interval``: passes between two decisions
     about a group. ``margin``: passes that what runs, and the branch, can go on for before memory is
     full again. ``slack``: a branch is expected to end at most that share of a trace's length after
-    the last of its group. ``prior``: steps with the group's mean score that are added to a
-    prefix's, so that a short one needs more. ``depth`` and ``sibling``: score that a prefix loses
-    for each. ``branches``: at most so many for each trace that the group began with.
+    the last of its group; ``horizon``: and at most that many lengths after its group began, or one
+    branch after another would let a group live on. ``prior``: steps with the group's mean score
+    that are added to a prefix's, so that a short one needs more. ``depth`` and ``sibling``: score
+    that a prefix loses for each. ``branches``: at most so many for each trace that the group began
+    with.
 
     Of the tournament: every ``swap_interval`` passes up to ``swap`` of the worst traces give way,
     where the best prefix's score is higher by ``gap``; both have at least ``warm_up`` steps.
@@ -36,6 +38,7 @@ class RefillRules:
     interval: int = 8
     margin: int = 32
     slack: float = 0.25
+    horizon: float = float("inf")
     prior: float = 4.0
     depth: float = 0.02
     sibling: float = 0.05
@@ -102,6 +105,7 @@ class RefillView:
     spare: int  # traces that it may lose before its minimum
     expected: float  # generated tokens of a trace at its end
     prompt: int = 0  # tokens that come before what is generated
+    age: int = 0  # passes since its first trace began
 
 
 class Branch(NamedTuple):
@@ -248,6 +252,7 @@ def _open(source: SourceView, view: RefillView, rules: RefillRules) -> list[Boun
     # What is left of the group's last trace; one that is overdue may end at any moment.
     left = max(0.0, view.expected - shortest) if running else 0.0
     first = view.expected - left - rules.slack * view.expected
+    first = max(first, view.age + view.expected - rules.horizon * view.expected)
     # The end of a finished trace is settled by what comes before: it would only come again.
     latest = source.boundaries[-1].num_steps - (0 if source.running else rules.min_steps)
     return [

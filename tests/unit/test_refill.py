@@ -161,6 +161,22 @@ def test_nothing_branches_where_it_would_outlast_the_group() -> None:
     assert found and all(branch.position + 1 >= 70 for branch in found)
 
 
+def test_branches_do_not_let_a_group_live_on() -> None:
+    """Traces of 100 tokens: with a horizon of 1.25, none that may end after 125 passes."""
+    rules = RefillRules(slack=9.0, horizon=1.25, min_steps=1)
+    good = source(0, [0.1 * i for i in range(1, 10)])
+
+    def at(age: int) -> list[int]:
+        found = choose_branches(view(good, source(1, []), age=age), roomy(), rules)
+        return [branch.position + 1 for branch in found]
+
+    assert at(0) == at(110) == [90]  # which may end 10 passes later
+    assert at(120) == []
+    assert choose_branches(
+        view(good, source(1, []), age=120), roomy(), replace(rules, horizon=float("inf"))
+    )
+
+
 def test_what_a_finished_trace_ends_with_is_not_done_again() -> None:
     finished = source(0, [0.5] * 4 + [0.9] * 4, running=False)
     (only,) = choose_branches(view(finished, source(1, [])), roomy(), RefillRules(slack=9.0))
