@@ -26,6 +26,7 @@ class Setting:
     updates: bool = False  # of the weights, in the middle
     towers: bool = False  # votes on answers that no two of can be compared
     refill: bool = False  # groups whose pruned traces give way to branches
+    at_once: int = 24  # actions; the next one waits for the first of them that ends
     pool: int = POOL
     slots: int = 320  # running requests
 
@@ -44,8 +45,11 @@ SETTINGS = {
     "updates": Setting(updates=True),
     "towers": Setting(towers=True),
     "few-slots": Setting(slots=24, pool=2048),
-    # A random model ends its thinking at any token, and needs steps to branch from.
-    "refill": Setting(("--step-refill", "best", "--step-scope", "all"), refill=True),
+    # A random model ends its thinking at any token, and needs steps to branch from. Nothing
+    # branches while others wait, so few actions at once.
+    "refill": Setting(
+        ("--step-refill", "best", "--step-scope", "all"), refill=True, pool=3072, at_once=3
+    ),
     "refill-pages": Setting(
         (
             *("--step-refill", "random", "--step-scope", "all", "--page-size", "16"),
@@ -54,12 +58,15 @@ SETTINGS = {
         refill=True,
         priorities=True,
         slots=100,
+        pool=3072,
+        at_once=3,
     ),
     "refill-no-radix-cache": Setting(
         ("--step-refill", "best", "--step-scope", "all", "--disable-radix-cache"),
         refill=True,
         updates=True,
         pool=3072,
+        at_once=3,
     ),
     "all-at-once": Setting(
         (
