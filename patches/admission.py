@@ -50,16 +50,15 @@ def _step_adder(base: Any, scheduler: Any) -> type:
                     return base.add_one_req(self, req, has_chunked_req, truncation_align_size)
 
             result = admit()
-            # Nobody gives for a branch: it waits, for memory was free when it was decided.
-            room_is_made = makes_room and bool(state.groups) and not _is_branch(req)
-            if result is not AddReqResult.NO_TOKEN or not room_is_made:
+            if result is not AddReqResult.NO_TOKEN or not (makes_room and state.groups):
                 return result
             # It says that this request did not fit, or that after it the next one will not.
             room = self._room()
             if self.can_run_list and self.can_run_list[-1] is req:
                 with room.credit():
                     return self.budget_state()
-            if not room.make(req):
+            # Nobody gives for a branch: it waits, for memory was free when it was decided.
+            if _is_branch(req) or not room.make(req):
                 state.refused = req
                 return result
             with room.credit():

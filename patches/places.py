@@ -7,12 +7,15 @@ trace any more. Nothing of such a request is sent before its end, because its te
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 from step_sglang.patches.state import SchedulerStep, state_of, trace_of
 from step_sglang.pruning.groups import Group, Trace
 from step_sglang.pruning.refill import RULES
+
+MAX_FINISHED = 256  # of a group, whose text and scores are kept; late members are without end
 
 
 @dataclass(eq=False)
@@ -28,8 +31,10 @@ class GroupPlaces:
     """Of one group with refill."""
 
     places: list[Place] = field(default_factory=list)
-    finished: list[Any] = field(default_factory=list)  # requests, from which others may branch
-    decided: int = 0  # forward passes when it was decided about last
+    # Requests from which others may branch, those that finished last.
+    finished: deque[Any] = field(default_factory=lambda: deque(maxlen=MAX_FINISHED))
+    began: int | None = None  # forward passes when its first trace did
+    decided: int = 0  # likewise, when it was decided about last
     swapped: int = 0  # likewise, of the tournament
 
 

@@ -24,6 +24,7 @@ from step_sglang.pruning.refill import (
     RefillView,
     Room,
     SourceView,
+    branch_seed,
     choose_branches,
     choose_swaps,
 )
@@ -47,9 +48,12 @@ def refill(scheduler: Any, state: SchedulerStep, running_batch: Any) -> None:
         for group, known in places.groups.items()
         if passes - known.decided >= RULES[group.refill].interval
     ]
+    # One for all of them: what has been decided does not run yet.
+    room = _room(scheduler, state, running_batch) if due else None
     for group, known in due:
+        assert room is not None
         known.decided = passes
-        _refill_group(scheduler, state, running_batch, group, known)
+        _refill_group(scheduler, state, running_batch, group, known, room)
 
 
 def _somebody_waits(scheduler: Any) -> bool:
@@ -61,15 +65,23 @@ def _somebody_waits(scheduler: Any) -> bool:
 
 
 def _refill_group(
-    scheduler: Any, state: SchedulerStep, batch: Any, group: Group, known: GroupPlaces
+    scheduler: Any,
+    state: SchedulerStep,
+    batch: Any,
+    group: Group,
+    known: GroupPlaces,
+    room: Room,
 ) -> None:
     rules = RULES[group.refill]
     running = [req for req in batch.reqs if _may_branch_from(req, group)]
+    if known.began is None:
+        known.began = scheduler.forward_ct - max((len(r.output_ids) for r in running), default=0)
+    age = scheduler.forward_ct - known.began
     if _swaps(rules) and scheduler.forward_ct - known.swapped >= rules.swap_interval:
         known.swapped = scheduler.forward_ct
         gone: list[str] = []
         with guard(protocol.IN_REFILL):
-            view = _view(state, group, known.places, running, known.finished)
+            view = _view(state, group, known.places, running, list(known.finished), age)
             gone = [running[handle].rid for handle in choose_swaps(view, rules)]
         gone = agree(scheduler, gone)
         if gone:
@@ -81,9 +93,8 @@ def _refill_group(
         like_finished = [req for req in known.finished if _alike_key(req) == _alike_key(first)]
         sources = [*like_running, *like_finished]
         decided: list[tuple[str, str, int]] = []
-        room = _room(scheduler, state, batch)
         with guard(protocol.IN_REFILL):
-            view = _view(state, group, place_reqs, like_running, like_finished)
+            view = _view(state, group, place_reqs, like_running, like_finished, age)
             decided = [
                 (place_reqs[b.place].req.rid, sources[b.parent].rid, b.position)
                 for b in choose_branches(view, room, rules)
@@ -129,6 +140,7 @@ def _view(
     places: Sequence[Place],
     running: Sequence[Any],
     finished: Sequence[Any],
+    age: int,
 ) -> RefillView:
     sources = []
     for handle, req in enumerate((*running, *finished)):
@@ -159,6 +171,8 @@ def _view(
         group.branched,
         group.survivors - group.min_survivors,
         state.lengths.expected(most),
+        0 if limit is None else len(limit.origin_input_ids),
+        age,
     )
 
 
@@ -207,9 +221,9 @@ def _start(
         reasoned - req.reasoning_tokens + (0 if before is None else before.reasoning_tokens),
     )
     set_trace(req, child)
-    seed = req.sampling_params.sampling_seed
-    if seed is not None:
-        req.sampling_params.sampling_seed = (seed + group.branched) % (1 << 31)
+    req.sampling_params.sampling_seed = branch_seed(
+        req.sampling_params.sampling_seed, group.branched
+    )
     swapped = place.reason == protocol.PRUNED_FOR_REFILL
     reason = protocol.BRANCHED_FOR_SWAP if swapped else protocol.BRANCHED_FOR_ROOM
     if state.metrics is not None:

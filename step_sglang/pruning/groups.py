@@ -10,7 +10,7 @@ import itertools
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -432,6 +432,7 @@ class GroupRegistry:
             rid=place.rid,
             number=place.number + 1,
             show_text=place.show_text,
+            certainty=_certainty_at(parent, position) if self.by_certainty else None,
             boundaries=steps,
             start=parent.start,
             since=ends,
@@ -543,6 +544,17 @@ class GroupRegistry:
 
     def __len__(self) -> int:
         return len(self._groups)
+
+
+def _certainty_at(parent: Trace, position: int) -> Certainty:
+    """What a branch at this output token has seen of the step that it is in, or that ends there."""
+    known, found = parent.boundaries or [], Certainty()
+    at = next((i for i, step in enumerate(known) if step.position == position), None)
+    if at is None:  # it branches at the parent's current end
+        return found if parent.certainty is None else replace(parent.certainty)
+    score = known[at].score_sum - (known[at - 1].score_sum if at else parent.start[0])
+    found.add(-math.log(min(1.0, max(score, 1e-300))))
+    return found
 
 
 def _differences(steps: list[Boundary], start: float) -> list[float]:

@@ -24,9 +24,11 @@ class RefillRules:
     first; and of a finished one's after the branch. ``interval``: passes between two decisions
     about a group. ``margin``: passes that what runs, and the branch, can go on for before memory is
     full again. ``slack``: a branch is expected to end at most that share of a trace's length after
-    the last of its group. ``prior``: steps with the group's mean score that are added to a
-    prefix's, so that a short one needs more. ``depth`` and ``sibling``: score that a prefix loses
-    for each. ``branches``: at most so many for each trace that the group began with.
+    the last of its group; ``horizon``: and at most that many lengths after its group began, or one
+    branch after another would let a group live on. ``prior``: steps with the group's mean score
+    that are added to a prefix's, so that a short one needs more. ``depth`` and ``sibling``: score
+    that a prefix loses for each. ``branches``: at most so many for each trace that the group began
+    with.
 
     Of the tournament: every ``swap_interval`` passes up to ``swap`` of the worst traces give way,
     where the best prefix's score is higher by ``gap``; both have at least ``warm_up`` steps.
@@ -36,6 +38,7 @@ class RefillRules:
     interval: int = 8
     margin: int = 32
     slack: float = 0.25
+    horizon: float = float("inf")
     prior: float = 4.0
     depth: float = 0.02
     sibling: float = 0.05
@@ -101,6 +104,8 @@ class RefillView:
     branched: int  # branches so far
     spare: int  # traces that it may lose before its minimum
     expected: float  # generated tokens of a trace at its end
+    prompt: int = 0  # tokens that come before what is generated
+    age: int = 0  # passes since its first trace began
 
 
 class Branch(NamedTuple):
@@ -116,7 +121,8 @@ class Room:
     """Memory for branches, spent as they are decided.
 
     ``tokens``: KV tokens that are free, or can be evicted. ``requests``: that may start.
-    ``running``: requests that grow. ``shares``: what a running parent has computed is shared.
+    ``running``: requests that grow. ``shares``: the prompt, and what a running parent has computed,
+    are shared.
     """
 
     tokens: int
@@ -128,10 +134,10 @@ class Room:
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page) * self.page
 
-    def take(self, source: SourceView, position: int, margin: int) -> bool:
+    def take(self, source: SourceView, position: int, margin: int, prompt: int = 0) -> bool:
         """Take the room of one branch, when it and ``margin`` passes of all fit."""
         need = 1 if self.shares and source.running else position + 2
-        need = self._pages(need) + self.page
+        need = self._pages(need + (0 if self.shares else prompt)) + self.page
         growth = (self.running + 1) * self._pages(margin)
         if self.requests < 1 or need + growth > self.tokens:
             return False
@@ -139,6 +145,16 @@ class Room:
         self.requests -= 1
         self.running += 1
         return True
+
+
+def branch_seed(seed: int | None, number: int) -> int:
+    """Seed of a group's branch, by that of the request whose place it takes.
+
+    With a server's deterministic sampling the same seed would give it the parent's own text again,
+    and seeds of one request are often neighbours.
+    """
+    digest = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def choose_branches(view: RefillView, room: Room, rules: RefillRules) -> list[Branch]:
@@ -161,7 +177,7 @@ def choose_branches(view: RefillView, room: Room, rules: RefillRules) -> list[Br
     for source, boundary in _ranked(view, rules):
         if len(found) >= free:
             break
-        if room.take(source, boundary.position, rules.margin):
+        if room.take(source, boundary.position, rules.margin, view.prompt):
             found.append(Branch(view.places[len(found)], source.handle, boundary.position))
     return found
 
@@ -236,6 +252,7 @@ def _open(source: SourceView, view: RefillView, rules: RefillRules) -> list[Boun
     # What is left of the group's last trace; one that is overdue may end at any moment.
     left = max(0.0, view.expected - shortest) if running else 0.0
     first = view.expected - left - rules.slack * view.expected
+    first = max(first, view.age + view.expected - rules.horizon * view.expected)
     # The end of a finished trace is settled by what comes before: it would only come again.
     latest = source.boundaries[-1].num_steps - (0 if source.running else rules.min_steps)
     return [

@@ -25,6 +25,8 @@ class Setting:
     priorities: bool = False
     updates: bool = False  # of the weights, in the middle
     towers: bool = False  # votes on answers that no two of can be compared
+    refill: bool = False  # groups whose pruned traces give way to branches
+    at_once: int = 24  # actions; the next one waits for the first of them that ends
     pool: int = POOL
     slots: int = 320  # running requests
 
@@ -43,6 +45,29 @@ SETTINGS = {
     "updates": Setting(updates=True),
     "towers": Setting(towers=True),
     "few-slots": Setting(slots=24, pool=2048),
+    # A random model ends its thinking at any token, and needs steps to branch from. Nothing
+    # branches while others wait, so few actions at once.
+    "refill": Setting(
+        ("--step-refill", "best", "--step-scope", "all"), refill=True, pool=3072, at_once=3
+    ),
+    "refill-pages": Setting(
+        (
+            *("--step-refill", "random", "--step-scope", "all", "--page-size", "16"),
+            *("--disable-overlap-schedule", "--enable-priority-scheduling"),
+        ),
+        refill=True,
+        priorities=True,
+        slots=100,
+        pool=3072,
+        at_once=3,
+    ),
+    "refill-no-radix-cache": Setting(
+        ("--step-refill", "best", "--step-scope", "all", "--disable-radix-cache"),
+        refill=True,
+        updates=True,
+        pool=3072,
+        at_once=3,
+    ),
     "all-at-once": Setting(
         (
             *("--enable-mixed-chunk", "--chunked-prefill-size", "64", "--page-size", "16"),
@@ -131,7 +156,7 @@ class _Planner:
         return self._traces(name, self._draw.choice((1, 2, 8)))
 
     def _traces(self, name: str, n: int) -> dict[str, Any]:
-        return {
+        asked = {
             "name": name,
             "n": n,
             "prompt": self._draw.randint(10, 60),
@@ -140,6 +165,7 @@ class _Planner:
             "step": self._claims(n),
             **self._priority(),
         }
+        return self._refilled(asked, n) if asked["form"] != "stream" else asked
 
     def _vote(self, number: int) -> dict[str, Any]:
         n = self._draw.choice((3, 8, 24))
@@ -148,7 +174,7 @@ class _Planner:
             "vote": self._draw.choice(("calibrated", "weighted", "majority")),
             "early": self._draw.choice(("exact", "off")),
         }
-        return {
+        asked = {
             "name": self._new_group(number),
             "prompt": self._draw.randint(10, 60),
             "tokens": self._draw.randint(60, 140),
@@ -158,6 +184,7 @@ class _Planner:
             "abort": self._draw.choice((None, None, None, 0.5)),
             **self._priority(),
         }
+        return self._refilled(asked, n) if asked["regex"] is None else asked
 
     def _tower(self, number: int) -> dict[str, Any]:
         return {**self._vote(number), "regex": TOWERS}
@@ -268,6 +295,14 @@ class _Planner:
         minimum = self._draw.choice((None, None, 1, max(1, n // 2), n))
         settings = {"weight": self._draw.choice(WEIGHTS), "min_survivors": minimum}
         return {name: value for name, value in settings.items() if value is not None}
+
+    def _refilled(self, asked: dict[str, Any], n: int) -> dict[str, Any]:
+        """With a word on refill, where it may have one; else the server's setting holds."""
+        step = asked["step"]
+        if self._setting.refill and n > 1 and step.get("min_survivors", 1) < n:
+            mode = self._draw.choice((None, None, "best", "random", "gambit", "off"))
+            asked["step"] = step if mode is None else {**step, "refill": mode}
+        return asked
 
     def _priority(self) -> dict[str, Any]:
         if not self._setting.priorities:

@@ -18,7 +18,6 @@ from tests.server.idle import free_tokens
 from tests.server.launch import Server
 from tests.soak.run import FINE_LINE, left_over
 
-AT_ONCE = 24  # actions; the next one waits for the first of them that ends
 ENOUGH = 50  # problems
 FINE = re.compile(
     FINE_LINE.pattern
@@ -91,7 +90,7 @@ def mix(
     said = server.log.stat().st_size
     tally = MixTally(step=True)
     started = time.monotonic()
-    _act(server, models, tally, seed, actions)
+    _act(server, models, tally, seed, actions, setting.at_once)
     seconds = time.monotonic() - started
     tally.problems += tally.judged()
     tally.problems += left_over(server, free, said, tally, FINE)
@@ -99,9 +98,14 @@ def mix(
 
 
 def _act(
-    server: Server, models: Sequence[Path], tally: MixTally, seed: int, actions: list[Action]
+    server: Server,
+    models: Sequence[Path],
+    tally: MixTally,
+    seed: int,
+    actions: list[Action],
+    at_once: int,
 ) -> None:
-    turns = threading.Semaphore(AT_ONCE)
+    turns = threading.Semaphore(at_once)
     running: dict[int, Action] = {}
 
     def act(action: Action) -> None:

@@ -147,3 +147,20 @@ def test_ordinary_requests_carry_nothing_of_it(server: Server) -> None:
     )
     assert "step" not in answer["meta_info"]
     assert len(build_tokenizer()(answer["text"])["input_ids"]) == 20
+
+
+def test_branches_are_scored_by_certainty_too(server: Server) -> None:
+    before = idle_free_tokens(server)
+    infos = sample(server, N, {"refill": "best", "step_scores": True})
+    by_name = {info["step"].get("branch", {}).get("name", info["id"]): info for info in infos}
+    branches = [info["step"] for info in infos if "branch" in info["step"]]
+    assert branches
+    own: list[float] = []
+    for step in branches:
+        (*_, (parent, steps)) = step["branch"]["lineage"]
+        own += step["step_scores"][steps:]
+        if parent in by_name:  # the step that ends at the boundary is scored again, as it was
+            theirs = by_name[parent]["step"]["step_scores"][:steps]
+            assert step["step_scores"][:steps] == pytest.approx(theirs, abs=1e-6)
+    assert len({round(score, 6) for score in own}) > 1 and all(0 < score <= 1 for score in own)
+    assert idle_free_tokens(server) == before

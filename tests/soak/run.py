@@ -23,7 +23,7 @@ POOL = 6144  # KV tokens; a quarter of what the clients ask for at once, see `de
 JUDGED = 10  # minutes that a soak must last before growth is told from warming up
 GROWTH, PER_HOUR = 16.0, 16.0  # MiB that a process may certainly have grown by in its second half
 SHORT_GROWTH = 128.0  # the same of a shorter soak
-PRUNED = re.compile(r"STEP pruned rid='([^']*)' group='([^']*)'")
+FATE = re.compile(r"STEP (pruned|branched) rid='([^']*)' group='([^']*)'")
 BAD_LINE = re.compile(r"traceback|exception|leak|error", re.IGNORECASE)
 FINE_LINE = re.compile(
     r"Error: Request is disconnected from the client side"
@@ -124,7 +124,7 @@ def left_over(
             problems.append(f"leaked: {free - after} of {free} free tokens did not return")
         if tally.step:
             state = server.info()["internal_states"][0]["step"]
-            if state["groups"] or state["live_traces"] or state["failures"]:
+            if any(state[k] for k in ("groups", "live_traces", "free_places", "failures")):
                 problems.append(f"leaked or failed: {state}")
     except (AssertionError, requests.RequestException) as error:
         problems.append(f"not idle at the end: {error}\n{server.tail()}")
@@ -155,16 +155,24 @@ def _percentiles(tally: Tally) -> tuple[float, float]:
 def in_the_log(log: Path, start: int, tally: Tally, fine: re.Pattern[str]) -> list[str]:
     """Lines after byte ``start`` that should not be there, and prunings that do not match."""
     problems = []
-    logged: Counter[str] = Counter()
+    pruned: Counter[str] = Counter()
+    branched: Counter[str] = Counter()
+    groups: dict[str, str] = {}
     with log.open(errors="replace") as lines:
         lines.seek(start)
         for line in lines:
-            if found := PRUNED.search(line):
-                logged[found[1]] += 1
-                if found[1] not in tally.pruned and found[2] not in tally.left:
-                    problems.append(f"lost: {found[1]} of {found[2]} was pruned but never answered")
+            if found := FATE.search(line):
+                (pruned if found[1] == "pruned" else branched)[found[2]] += 1
+                groups[found[2]] = found[3]
             elif BAD_LINE.search(line) and not fine.search(line):
                 problems.append(f"log: {line.rstrip()[:300]}")
-    problems += [f"doubled: {rid} was pruned {n} times" for rid, n in logged.items() if n > 1]
-    problems += [f"pruned without a log line: {rid}" for rid in tally.pruned - logged.keys()]
+    for rid, group in groups.items():
+        ends = pruned[rid] - branched[rid]  # a branch takes the place of what was pruned there
+        if ends not in (0, 1):
+            problems.append(f"doubled: {rid} was pruned {pruned[rid]} times")
+        # Whoever waits for a branch may be aborted, and is not answered as pruned then.
+        known = tally.answered if branched else tally.pruned
+        if ends and rid not in known and group not in tally.left:
+            problems.append(f"lost: {rid} of {group} was pruned but never answered")
+    problems += [f"pruned without a log line: {rid}" for rid in tally.pruned - pruned.keys()]
     return problems

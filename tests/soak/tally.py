@@ -45,9 +45,9 @@ class Tally:
     problems: list[str] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)  # seconds, of ordinary requests
     pruned: set[str] = field(default_factory=set)  # request ids
+    answered: set[str] = field(default_factory=set)  # likewise
     left: set[str] = field(default_factory=set)  # groups whose client went away
     demand_seconds: float = 0.0
-    _ids: set[str] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def problem(self, ask: Ask, what: str) -> None:
@@ -90,21 +90,25 @@ class Tally:
 
     def _answer(self, ask: Ask, info: Mapping[str, Any]) -> None:
         reason, tokens = info["finish_reason"], info["completion_tokens"]
-        pruned = bool((info.get("step") or {}).get("pruned"))
+        step = info.get("step") or {}
+        pruned, branch = bool(step.get("pruned")), step.get("branch")
+        # A branch did not generate what it took over, but what came before it in its place did.
+        taken = 0 if branch is None else branch["position"] + 1
         with self._lock:
             self.counts["traces"] += 1
             self.counts["pruned"] += pruned
             self.counts["retractions"] += info.get("num_retractions") or 0
-            doubled = info["id"] in self._ids
-            self._ids.add(info["id"])
+            self.counts["branches"] += branch is not None
+            doubled = info["id"] in self.answered
+            self.answered.add(info["id"])
             if pruned:
                 self.pruned.add(info["id"])
         if doubled:
             self.problem(ask, f"doubled: {info['id']}")
         kind = reason["type"]
         fine = {
-            "length": tokens == ask.new_tokens,
-            "stop": ask.may_stop and tokens <= ask.new_tokens,
+            "length": tokens >= ask.new_tokens - taken if taken else tokens == ask.new_tokens,
+            "stop": ask.may_stop and (taken > 0 or tokens <= ask.new_tokens),
             "abort": ask.may_abort or (pruned and reason.get("status_code") is None),
         }
         if not fine.get(kind, False) or (pruned and ask.group is None):

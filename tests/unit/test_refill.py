@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from step_sglang.pruning.refill import (
     RefillView,
     Room,
     SourceView,
+    branch_seed,
     choose_branches,
     choose_swaps,
 )
@@ -159,6 +161,22 @@ def test_nothing_branches_where_it_would_outlast_the_group() -> None:
     assert found and all(branch.position + 1 >= 70 for branch in found)
 
 
+def test_branches_do_not_let_a_group_live_on() -> None:
+    """Traces of 100 tokens: with a horizon of 1.25, none that may end after 125 passes."""
+    rules = RefillRules(slack=9.0, horizon=1.25, min_steps=1)
+    good = source(0, [0.1 * i for i in range(1, 10)])
+
+    def at(age: int) -> list[int]:
+        found = choose_branches(view(good, source(1, []), age=age), roomy(), rules)
+        return [branch.position + 1 for branch in found]
+
+    assert at(0) == at(110) == [90]  # which may end 10 passes later
+    assert at(120) == []
+    assert choose_branches(
+        view(good, source(1, []), age=120), roomy(), replace(rules, horizon=float("inf"))
+    )
+
+
 def test_what_a_finished_trace_ends_with_is_not_done_again() -> None:
     finished = source(0, [0.5] * 4 + [0.9] * 4, running=False)
     (only,) = choose_branches(view(finished, source(1, [])), roomy(), RefillRules(slack=9.0))
@@ -215,3 +233,61 @@ def test_a_branch_in_the_registry() -> None:
     for trace in (child, second):
         groups.end(trace, TraceStatus.FINISHED)
     assert len(groups) == 0 and groups.num_live == 0 and not groups.families
+
+
+def test_a_branch_without_shared_prompts_needs_room_for_its_own() -> None:
+    good = [source(0, [0.1 * i for i in range(1, 9)]), source(1, [])]
+    rules = RefillRules(slack=9.0)
+    alone = 79 + 2 + 60 + 1  # its text, its prompt, and a page at its end
+
+    def branches(tokens: int) -> int:
+        room = Room(tokens, requests=9, running=2, shares=False)
+        return len(choose_branches(view(*good, prompt=60), room, rules))
+
+    assert branches(alone + 3 * rules.margin - 1) == 0
+    assert branches(alone + 3 * rules.margin) == 1
+
+
+@given(st.lists(views(), max_size=4), rooms)
+def test_groups_that_are_decided_about_together_share_one_room(groups, room) -> None:
+    before, needed, found = replace(room), 0, 0
+    for group in groups:
+        rules = RULES[group.mode]
+        by_handle = {s.handle: s for s in group.sources}
+        for branch in choose_branches(group, room, rules):
+            shared = before.shares and by_handle[branch.parent].running
+            needed += 1 if shared else branch.position + 2
+            found += 1
+    if found:
+        assert needed + (before.running + found) * 32 <= before.tokens
+        assert found <= before.requests
+
+
+def test_a_branch_never_has_the_seed_of_another() -> None:
+    """Neither its parent's nor a sibling's, whatever neighbours the requests' seeds are."""
+    given = [*range(-5, 60), 42, (1 << 63) - 1]
+    drawn = [branch_seed(seed, number) for seed in (None, *given) for number in range(1, 33)]
+    assert len({*drawn}) == len({(s, n) for s in (None, *given) for n in range(1, 33)})
+    assert not {*drawn} & {*given}
+    assert all(0 <= seed < 1 << 31 for seed in drawn)
+    assert branch_seed(7, 1) == branch_seed(7, 1)
+
+
+def test_a_branch_without_a_scorer_goes_on_in_its_parents_step() -> None:
+    groups = GroupRegistry(by_certainty=True)
+
+    def join(rid: str):
+        return groups.join("g", refill=BEST, rid=rid, samples=3)
+
+    parent, first, second = join("a"), join("b"), join("c")
+    for number, score in enumerate((0.9, 0.25)):
+        parent.add_step(score, parent.score_sum + score, 10 * number + 9)
+    assert parent.certainty is not None
+    parent.certainty.add(2.0)  # in the middle of its third step
+    for place in (first, second):
+        groups.end(place, TraceStatus.PRUNED)
+    at_boundary = groups.branch(first, parent, 19, 0, 0).certainty
+    assert at_boundary is not None and at_boundary.end_step() == pytest.approx(0.25)
+    at_end = groups.branch(second, parent, 23, 0, 0).certainty
+    assert at_end is not None and at_end.end_step() == pytest.approx(math.exp(-2.0))
+    assert parent.certainty.end_step() == pytest.approx(math.exp(-2.0))  # its own is untouched
