@@ -69,7 +69,8 @@ def bench(
         str,
         typer.Option(
             help="Comma-separated: cot, sc, sc-early, sc-exact, slim-sc (slim-sc-diversity), "
-            "slim-sc-random, deepconf (deepconf-low), deepconf-high, random, longest, step-paper, "
+            "slim-sc-random, deepconf (deepconf-low), deepconf-high, random, random-balanced, "
+            "random-fast, longest, step-paper, "
             "step, step-early, step-exact, step-balanced, step-fast, step-refill, "
             "step-refill-random, gambit.",
             rich_help_panel=METHODS,
