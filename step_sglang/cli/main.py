@@ -20,6 +20,7 @@ from step_sglang.cli.push import push
 from step_sglang.cli.replay import replay
 from step_sglang.cli.report import report
 from step_sglang.cli.serve import serve
+from step_sglang.cli.simulate import simulate
 from step_sglang.cli.train import train
 from step_sglang.cli.watch import watch
 from step_sglang.errors import StepError
@@ -30,7 +31,7 @@ app = typer.Typer(
 for panel, commands in (
     ("Serve and ask", (serve, ask, watch)),
     ("Train a scorer", (collect, train, inspect, convert, push)),
-    ("Compare methods", (bench, report, replay)),
+    ("Compare methods", (bench, report, replay, simulate)),
 ):
     for command in commands:
         app.command(rich_help_panel=panel)(command)

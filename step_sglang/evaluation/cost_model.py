@@ -1,4 +1,4 @@
-"""Turns simulated decode steps into seconds: a cost model fitted to recorded groups."""
+"""Turns simulated decode steps into seconds: prices fitted to recorded groups, or a roofline."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 from sklearn.linear_model import LinearRegression
@@ -13,6 +14,15 @@ from sklearn.linear_model import LinearRegression
 from step_sglang.evaluation.errors import ReplayError
 from step_sglang.evaluation.simulator import DecodeStep
 from step_sglang.evaluation.traces import RecordedGroup
+from step_sglang.simulation.speed import Speed
+
+
+class Prices(Protocol):
+    """Seconds of decode steps."""
+
+    def seconds(self, history: Iterable[DecodeStep], prompt_tokens: float = 0) -> float:
+        """Seconds that these take; every trace also attends to the shared prompt."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,13 +37,31 @@ class CostModel:
     per_token: float
     overhead: float  # seconds of a question outside its decode steps: prefill, HTTP
 
-    def seconds(self, history: Iterable[DecodeStep], prompt_tokens: int = 0) -> float:
+    def seconds(self, history: Iterable[DecodeStep], prompt_tokens: float = 0) -> float:
         """Seconds that these decode steps take; every trace also attends to the shared prompt."""
         total = self.overhead
         for moment in history:
-            attended = moment.tokens + moment.running * prompt_tokens
-            rows = moment.running + moment.prefilled
-            total += self.base + self.per_trace * rows + self.per_token * attended
+            rows = moment.running * moment.steps
+            attended = moment.attended + rows * prompt_tokens
+            total += self.base * moment.steps
+            total += self.per_trace * (rows + moment.prefilled) + self.per_token * attended
+        return total
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of a virtual GPU's passes, as :class:`Speed` has them."""
+
+    speed: Speed
+
+    def seconds(self, history: Iterable[DecodeStep], prompt_tokens: float = 0) -> float:
+        """Seconds that these decode steps take, with the prefill of who started before them."""
+        total = 0.0
+        for moment in history:
+            mean = moment.attended / moment.steps + moment.running * prompt_tokens
+            total += moment.steps * self.speed.decode(moment.running, mean)
+            if moment.prefilled:
+                total += self.speed.prefill([moment.prefilled], [moment.prefilled])
         return total
 
 

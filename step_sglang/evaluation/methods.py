@@ -189,10 +189,13 @@ def _step(rule: str) -> Ask:
     return _one_request(True, VoteRules("weighted", rule))
 
 
-def _effort(effort: str) -> Ask:
+def _effort(effort: str, control: str | None = None) -> Ask:
     point = effort_point(effort)
     rules = VoteRules("weighted", point.early, point.threshold, point.shrink)
-    return _one_request({"prune_at": point.prune_at}, rules)
+    step: dict[str, Any] = {"prune_at": point.prune_at}
+    if control is not None:
+        step["baseline"] = {"name": control}
+    return _one_request(step, rules)
 
 
 def _refill(mode: str) -> Ask:
@@ -221,9 +224,10 @@ def _by_confidence(trace: SampledTrace, threshold: float | None) -> float | None
 
 # STEP waits for all survivors, as the paper's does; `step-early` ends the group once it is
 # improbable that the others change the answer, `step-exact` once they cannot. Likewise SC.
-# `step-balanced` and `step-fast` also shrink the group, and hold it to a share of the pool. The
-# refilled ones start branches where memory is free; `gambit`'s vote adds up the scores, as its
-# paper's does, the others' know families.
+# `step-balanced` and `step-fast` also shrink the group, and hold it to a share of the pool; their
+# controls, `random-balanced` and `random-fast`, differ from them in the victims alone. The refilled
+# ones start branches where memory is free; `gambit`'s vote adds up the scores, as its paper's does,
+# the others' know families.
 # `step-paper` differs from `step` in the victims alone: both weigh the traces that finished, while
 # the reference's script also counts pruned traces whose text contains "boxed".
 METHODS = {
@@ -238,6 +242,13 @@ METHODS = {
         Method("deepconf-low", "DeepConf-low", _deepconf(10.0), _by_confidence),
         Method("deepconf-high", "DeepConf-high", _deepconf(90.0), _by_confidence),
         Method("random", "random victim", _control("random"), _by_score),
+        Method(
+            "random-balanced",
+            "random victim, effort balanced",
+            _effort("balanced", "random"),
+            _by_score,
+        ),
+        Method("random-fast", "random victim, effort fast", _effort("fast", "random"), _by_score),
         Method("longest", "longest victim", _control("longest"), _by_score),
         Method("step-paper", "STEP (paper policy)", _one_request(True), _by_score, policy="paper"),
         Method("step", "STEP", _one_request(True), _by_score),

@@ -15,9 +15,15 @@ from functools import lru_cache
 
 from step_sglang.config import StepConfig
 from step_sglang.errors import nearest
-from step_sglang.evaluation.cost_model import CostModel
+from step_sglang.evaluation.cost_model import Prices
 from step_sglang.evaluation.errors import ReplayError
-from step_sglang.evaluation.simulator import Request, Reserve, ScoreEvent, Simulator
+from step_sglang.evaluation.simulator import (
+    DecodeStep,
+    Request,
+    Reserve,
+    ScoreEvent,
+    Simulator,
+)
 from step_sglang.evaluation.stats import Mean, mean_of
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
 from step_sglang.pruning.groups import Group
@@ -115,7 +121,7 @@ def simulate(
     group: RecordedGroup,
     policy: str,
     pool: int,
-    cost_model: CostModel,
+    cost_model: Prices,
     page: int = 1,
     seed: int = 0,
     rules: VoteRules = NEVER_EARLY,
@@ -124,7 +130,7 @@ def simulate(
     verifier: AnswerVerifier | None = None,
     ranks: Sequence[Rank] | None = None,
 ) -> ReplayOutcome:
-    """The outcome of a group in a pool of that size.
+    """The outcome of a group that has a pool of that size to itself.
 
     Args:
         group: complete traces.
@@ -144,38 +150,93 @@ def simulate(
         ReplayError: there is no such policy, it has no such share, or the pool cannot hold
             the longest trace.
     """
+    ranked = None if ranks is None else [ranks]
+    (outcome,) = simulate_together(
+        [group], policy, pool, cost_model, page, seed, rules, prune_at, unit, verifier, ranked
+    )
+    return outcome
+
+
+def simulate_together(
+    groups: Sequence[RecordedGroup],
+    policy: str,
+    pool: int,
+    cost_model: Prices,
+    page: int = 1,
+    seed: int = 0,
+    rules: VoteRules = NEVER_EARLY,
+    prune_at: float = 1.0,
+    unit: int = 1,
+    verifier: AnswerVerifier | None = None,
+    ranks: Sequence[Sequence[Rank]] | None = None,
+) -> list[ReplayOutcome]:
+    """The outcomes of groups that all come at once and share the pool, see :func:`simulate`.
+
+    Steps and seconds of a group are those until its own last trace ended.
+    """
     if policy not in POLICIES:
         near = nearest(policy, POLICIES)
         known = ", ".join(POLICIES)
         raise ReplayError(f"there is no policy {policy[:40]!r}{near}; there are {known}")
     if prune_at != 1 and policy not in WATERMARKED:
         raise ReplayError(f"the policy {policy} has no share of the pool: leave it at 1")
-    room = pool - -(-group.prompt_tokens // page) * page
-    longest = max(trace.tokens for trace in group.traces)
-    if longest + 2 * page > room:
-        raise ReplayError(
-            f"a pool of {pool} tokens cannot hold a trace of {group.prompt_tokens} + {longest}"
-        )
+    room = pool - sum(-(-group.prompt_tokens // page) * page for group in groups)
+    for group in groups:
+        longest = max(trace.tokens for trace in group.traces)
+        if longest + 2 * page > room:
+            raise ReplayError(
+                f"a pool of {pool} tokens cannot hold a trace of {group.prompt_tokens} + {longest}"
+            )
     engine = "paper" if policy == "paper" else "fair"
     config = StepConfig("recorded", policy=engine, prune_at=prune_at)
-    alive = None if policy == NO_PRUNING else Group(group.question)
-    limit = min(group.max_new_tokens, room - 2)  # as SGLang cuts it to the pool
+    limit = min(max(group.max_new_tokens for group in groups), room - 2)  # as SGLang cuts it
     simulator = Simulator(room, page, config, reserve=Reserve(limit, unit=unit))
-    requests = [
-        Request(
-            0,
-            0,
-            trace.tokens,
-            alive,
-            steps=_score_events(trace.positions, trace.step_scores),
-            rank=rank,
-        )
-        for trace, rank in zip(group.traces, ranks or _ranks(policy, group, seed), strict=True)
+    own: list[list[Request]] = []
+    ends: dict[Request, _EarlyEnd] = {}
+    for number, group in enumerate(groups):
+        alive = None if policy == NO_PRUNING else Group(f"{number}/{group.question}")
+        theirs = ranks[number] if ranks else _ranks(policy, group, seed)
+        requests = [
+            Request(
+                0,
+                0,
+                trace.tokens,
+                alive,
+                steps=_score_events(trace.positions, trace.step_scores),
+                rank=rank,
+            )
+            for trace, rank in zip(group.traces, theirs, strict=True)
+        ]
+        own.append(requests)
+        if rules.early != "off" or rules.shrink:
+            end = _EarlyEnd(group, requests, rules, limit, verifier)
+            ends.update(dict.fromkeys(requests, end))
+    if ends:
+
+        def ended_by(finished: Sequence[Request]) -> Sequence[Request]:
+            of_group: dict[_EarlyEnd, list[Request]] = {}
+            for request in finished:
+                of_group.setdefault(ends[request], []).append(request)
+            return [ended for end, theirs in of_group.items() for ended in end(theirs)]
+
+        simulator.ended_by = ended_by
+    tokens = sum(trace.tokens for group in groups for trace in group.traces)
+    simulator.run([request for requests in own for request in requests], max_steps=20 * tokens)
+    prompt = sum(group.prompt_tokens for group in groups) / len(groups)
+    return [
+        _outcome(group, requests, simulator.history, cost_model, prompt)
+        for group, requests in zip(groups, own, strict=True)
     ]
-    if rules.early != "off" or rules.shrink:
-        simulator.ended_by = _EarlyEnd(group, requests, rules, limit, verifier)
-    simulator.run(list(requests), max_steps=20 * sum(trace.tokens for trace in group.traces))
-    steps = len(simulator.history)
+
+
+def _outcome(
+    group: RecordedGroup,
+    requests: Sequence[Request],
+    history: Sequence[DecodeStep],
+    cost_model: Prices,
+    prompt_tokens: float,
+) -> ReplayOutcome:
+    steps = max(request.ended for request in requests)
     return ReplayOutcome(
         question=group.question,
         finished=tuple(
@@ -188,10 +249,18 @@ def simulate(
         retracted=sum(request.retractions for request in requests),
         tokens=sum(request.generated for request in requests),
         steps=steps,
-        seconds=cost_model.seconds(simulator.history, group.prompt_tokens),
+        seconds=cost_model.seconds(_until(history, steps), prompt_tokens),
         wait_share=sum(request.waited for request in requests) / len(requests) / max(1, steps),
         calibration=calibration_of(group.calibration),
     )
+
+
+def _until(history: Sequence[DecodeStep], steps: int) -> Iterator[DecodeStep]:
+    for moment in history:
+        if steps <= 0:
+            return
+        yield moment if moment.steps <= steps else moment._replace(steps=steps)
+        steps -= moment.steps
 
 
 def predict(
@@ -199,7 +268,7 @@ def predict(
     policies: Sequence[str],
     votes: Sequence[str],
     pools: Sequence[int],
-    cost_model: CostModel,
+    cost_model: Prices,
     page: int = 1,
     verifier: AnswerVerifier | None = None,
     early: Sequence[str] = ("off",),
@@ -314,14 +383,13 @@ class _EarlyEnd:
             return going
         if not rules.shrink:
             return ()
-        views = [TraceView(i, 0, r.generated, *_rank_key(r)) for i, r in enumerate(going)]
+        # By the scores, as a client sees them, whatever the engine prunes by.
+        views = [
+            TraceView(i, 0, r.generated, r.score_sum, r.num_steps) for i, r in enumerate(going)
+        ]
         ended = [going[i] for i in surplus(tallies, views, num_ended, rules.shrink, rules.vote)]
         self._ended += ended
         return ended
-
-
-def _rank_key(request: Request) -> tuple[float, int]:
-    return request.rank(request) if request.rank else (request.score_sum, request.num_steps)
 
 
 def is_right(fate: ReplayOutcome, vote: str, verifier: AnswerVerifier | None = None) -> bool:
@@ -337,7 +405,7 @@ def is_right(fate: ReplayOutcome, vote: str, verifier: AnswerVerifier | None = N
     return bool(tallies) and voters[tallies[0].members[0]].correct
 
 
-@lru_cache(maxsize=256)  # the same traces are evaluated many times
+@lru_cache(maxsize=4096)  # the same traces are evaluated many times
 def _score_events(
     positions: tuple[int, ...], step_scores: tuple[float, ...]
 ) -> tuple[ScoreEvent, ...]:

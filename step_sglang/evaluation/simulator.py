@@ -3,11 +3,16 @@
 It calls the real policy in the order of the engine's hooks: first it admits waiting requests, for
 which it makes room, then it makes room for the next decode step. Prompts are not shared here: the
 caller subtracts a shared one from the pool.
+
+Most steps are quiet: nobody arrives, starts, is pruned or ends. How many follow one another is
+known beforehand, so they are passed at once; the outcome is that of one after the other.
 """
 
 from __future__ import annotations
 
+import math
 import random
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,11 +50,18 @@ class ScoreEvent(NamedTuple):
 
 
 class DecodeStep(NamedTuple):
-    """One decode step."""
+    """A decode step, or several of the same requests one after the other."""
 
     running: int  # requests in the batch
-    tokens: int  # KV tokens that they hold
+    tokens: int  # KV tokens that they hold; in the first of several
     prefilled: int  # tokens computed for those who started just before
+    steps: int = 1
+
+    @property
+    def attended(self) -> int:
+        """KV tokens that the requests hold, summed over the steps."""
+        more = self.running * (self.steps - 1)  # of the last
+        return self.steps * self.tokens + self.steps * more // 2
 
 
 @dataclass(eq=False)
@@ -74,6 +86,7 @@ class Request:
     rank: Callable[[Request], tuple[float, int]] | None = None
     queued: int = 0  # step at which it began to wait
     waited: int = 0  # steps
+    ended: int = 0  # steps until then
 
     @property
     def tokens(self) -> int:
@@ -102,10 +115,47 @@ class Reserve:
         """Tokens that it may still generate, up to SGLang's limit for this estimate."""
         return min(max(self.max_new_tokens - request.generated, 0), _CLIP // self.unit)
 
-    def decay(self) -> None:
-        """One decode step passed."""
-        decay = self.unit * (_INIT_RATIO - _MIN_RATIO) / _DECAY_STEPS
-        self.ratio = max(self.ratio - decay, _MIN_RATIO)
+    @property
+    def _decay(self) -> float:
+        return self.unit * (_INIT_RATIO - _MIN_RATIO) / _DECAY_STEPS
+
+    def decay(self, steps: int = 1) -> None:
+        """Decode steps passed."""
+        self.ratio = max(self.ratio - steps * self._decay, _MIN_RATIO)
+
+    def refusals(self, running: Sequence[Request], free: int, needed: int) -> int:
+        """Decode steps before each of which a request that needs so much room is refused.
+
+        Right as long as the same requests run, and all of them are reserved for.
+
+        Args:
+            running: not empty.
+            free: KV tokens now.
+            needed: by the request that waits, now and later.
+        """
+        clip = _CLIP // self.unit
+        left = [self.max_new_tokens - r.generated for r in running]
+        falling = sum(tokens <= clip for tokens in left)  # whose reservation falls with each token
+        same = min((tokens - clip for tokens in left if tokens > clip), default=1 << 40)
+        future = sum(min(tokens, clip) for tokens in left)
+        decaying = max(0, math.ceil((self.ratio - _MIN_RATIO) / self._decay))
+
+        def room(steps: int) -> float:
+            ratio = max(self.ratio - steps * self._decay, _MIN_RATIO)
+            return free - steps * len(running) - ratio * (future - steps * falling)
+
+        # While the ratio falls, the room is concave in the steps; afterwards it shrinks.
+        most = 0
+        if falling:
+            slope = self.ratio * falling + self._decay * future - len(running)
+            most = math.ceil(slope / (2 * self._decay * falling))
+        elif self._decay * future > len(running):
+            most = decaying
+        most = min(max(0, most), decaying)
+        best = max((max(0, most - 1), most, min(most + 1, decaying)), key=room)
+        if room(best) < needed:
+            return same
+        return min(same, bisect_left(range(best), True, key=lambda steps: room(steps) >= needed))
 
     def retracted(self, running: Sequence[Request]) -> None:
         """A request was retracted; ``running`` are left."""
@@ -142,11 +192,16 @@ class Simulator:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self._fresh: list[Request] = []  # admitted in this step
+        self._held = 0  # KV tokens of the running, not in whole pages
+        self._foreseen = False  # all scores are known beforehand
+        self._grouped = False  # any request has a group
         self._kv_limit = watermark(self.pool, self.config.prune_at)
 
     def run(self, arrivals: list[Request], max_steps: int = 20_000) -> None:
         """Serve requests until all have ended."""
         queue = sorted(arrivals, key=lambda r: r.arrival)
+        self._foreseen = all(r.steps is not None for r in arrivals)
+        self._grouped = any(r.group is not None for r in arrivals)
         while queue or self.waiting or self.running:
             while queue and queue[0].arrival <= self.now:
                 request = queue.pop(0)
@@ -157,6 +212,7 @@ class Simulator:
             self._admit()
             self._decode()
             self.now += 1
+            self._pass(self._quiet(queue[0].arrival if queue else None))
             assert self.now < max_steps, "a request starves"
 
     def pages(self, tokens: int) -> int:
@@ -167,14 +223,30 @@ class Simulator:
     def free(self) -> int:
         """Free KV tokens."""
         if self.page == 1:
-            return self.pool - sum([r.prompt + r.generated for r in self.running])
+            return self.pool - self._held
         return self.pool - sum(self.pages(r.tokens) for r in self.running)
 
-    def _views(self) -> Candidates:
+    def _worst(self) -> TraceView | None:
+        """The next victim. Only the group that gives it is looked at closely."""
+        largest = None
+        if self.config.policy != "paper":
+            held: dict[Group, int] = {}
+            for r in self.running:
+                if r.group is not None:
+                    tokens = r.prompt + r.generated
+                    held[r.group] = held.get(r.group, 0) + self.pages(tokens)
+            able = [group for group in held if group.prunable]
+            if not able:
+                return None
+            largest = max(able, key=lambda g: (held[g] / g.weight, g.group_id))
+        return self._views(largest).take()
+
+    def _views(self, only: Group | None = None) -> Candidates:
         members: dict[str, list[TraceView]] = {}
         groups: dict[str, Group] = {}
         for i, r in enumerate(self.running):
-            if r.group is not None:
+            if r.group is not None and (only is None or r.group is only):
+                self._know(r)
                 groups[r.group.group_id] = r.group
                 members.setdefault(r.group.group_id, []).append(
                     TraceView(
@@ -199,9 +271,11 @@ class Simulator:
             self.pruned[reason] += 1
 
     def _end(self, request: Request, fate: str) -> None:
+        self._know(request)
         self.running.remove(request)
+        self._held -= request.tokens
         self.ended.append(request)
-        request.fate = fate
+        request.fate, request.ended = fate, self.now + (fate in ("finished", "cancelled"))
         if request.group is not None:
             request.group.live -= 1
             request.group.finished += fate == "finished"
@@ -221,6 +295,7 @@ class Simulator:
                 return
             self.turns.admitted([line])
             self.waiting.remove(request)
+            self._held += request.tokens
             request.started = self.now if request.started is None else request.started
             request.waited += self.now - request.queued
             if request.group is not None:
@@ -230,6 +305,8 @@ class Simulator:
 
     def _tried(self) -> list[tuple[Request, Line]]:
         """Who may start now, by turn, and the line of each."""
+        if not self._grouped:
+            return [(request, ORDINARY) for request in self.waiting]
         held: Counter[Group] = Counter()
         for r in self.running:
             if r.group is not None:
@@ -278,11 +355,12 @@ class Simulator:
 
     def _start(self, request: Request) -> bool:
         need = self.pages(request.tokens) + self.page
-        reserved = sum(self._reserved(r) for r in self.running if not r.prunable)
-        candidates = self._views()
         if not request.prunable:
+            reserved = self._reserved()
             future = self._future(request)
-            credit = candidates.reclaimable() if self.config.makes_room else 0
+            credit = 0
+            if self.config.makes_room and self._grouped:
+                credit = self._views().reclaimable()
             # A request that can never fit beside a reservation may still have an empty pool.
             if need + future > self.free + credit - reserved and self.running:
                 return False
@@ -290,7 +368,7 @@ class Simulator:
             return True
         if not self.config.makes_room:
             return False
-        mine = request.group
+        mine, candidates = request.group, self._views()
         kv_share = need + (candidates.held(mine.group_id) if mine else 0)
         victims = candidates.reclaim(kv_share / (mine.weight if mine else 1.0), need - self.free)
         self._prune(victims, "admission")
@@ -301,38 +379,88 @@ class Simulator:
             return request.length - request.generated
         return self.reserve.future(request)
 
-    def _reserved(self, request: Request) -> float:
-        if self.reserve is None or request in self._fresh:
-            return self._future(request)
-        return self.reserve.ratio * self._future(request)
+    def _reserved(self) -> float:
+        """For all running requests that cannot be pruned."""
+        running = self.running
+        if self._grouped:
+            running = [r for r in running if not r.prunable]
+        if self.reserve is None:
+            return sum([r.length - r.generated for r in running])
+        most, clip = self.reserve.max_new_tokens, _CLIP // self.reserve.unit
+        future = sum([min(most - r.generated, clip) for r in running])
+        # In full for those admitted in this step.
+        fresh = sum(self._future(r) for r in self._fresh if not r.prunable)
+        return self.reserve.ratio * (future - fresh) + fresh
 
     def _decode(self) -> None:
         prefilled = sum(r.tokens + 1 for r in self._fresh)
         while self._above():
-            victim = self._views().take()
+            victim = self._worst()
             if victim is None:
                 break
             self._prune([victim], "watermark")
         while self._needed() > self.free:
-            victim = self._views().take()
+            victim = self._worst()
             if victim is None:
                 self._retract()
                 continue
             self._prune([victim], "decode")
-        held = sum(r.tokens for r in self.running)
-        self.history.append(DecodeStep(len(self.running), held, prefilled))
+        self.history.append(DecodeStep(len(self.running), self._held, prefilled))
         if self.reserve is not None:
             self.reserve.decay()
         for request in self.running:
             request.generated += 1
-            self._score(request)
+            if not self._foreseen:
+                self._score(request)
+        self._held += len(self.running)
         finished = [r for r in self.running if r.generated >= r.length]
         for request in finished:
             self._end(request, "finished")
         if finished and self.ended_by is not None:
+            for request in self.running:
+                self._know(request)
             for request in self.ended_by(finished):
                 self._cancel(request)
         assert self.free >= 0
+
+    def _quiet(self, arrival: int | None) -> int:
+        """Decode steps to come in which nobody arrives, starts, is pruned or ends."""
+        running = self.running
+        if not running or not self._foreseen:
+            return 0
+        steps = min(r.length - r.generated for r in running) - 1
+        if arrival is not None:
+            steps = min(steps, arrival - self.now)
+        steps = min(steps, self._fitting(self.free, len(running)))
+        if self._kv_limit is not None:
+            held = [self.pages(r.tokens) for r in running if r.group is not None]
+            if held:
+                steps = min(steps, self._fitting(self._kv_limit - sum(held), len(held)))
+        if self.waiting and steps > 0:
+            if self.page > 1 or self._grouped:
+                return 0  # rare, or room that comes and goes with the pages
+            first = self.waiting[0]  # the others come after it
+            needed = self.pages(first.tokens) + self.page + self._future(first)
+            if self.reserve is not None:
+                steps = min(steps, self.reserve.refusals(running, self.free, needed))
+            elif needed <= self.free - sum(r.length - r.generated for r in running):
+                return 0
+        return max(0, steps)
+
+    def _fitting(self, tokens: int, requests: int) -> int:
+        """Steps for which so many KV tokens surely suffice."""
+        return tokens // (self.page * requests) * self.page
+
+    def _pass(self, steps: int) -> None:
+        if not steps:
+            return
+        self.history.append(DecodeStep(len(self.running), self._held, 0, steps))
+        if self.reserve is not None:
+            self.reserve.decay(steps)
+        for request in self.running:
+            request.generated += steps
+        self._held += steps * len(self.running)
+        self.now += steps
 
     def _above(self) -> int:
         if self._kv_limit is None:
@@ -347,9 +475,14 @@ class Simulator:
             self.waiting.remove(request)
             request.waited += self.now - request.queued
             self.ended.append(request)
-            request.fate = "cancelled"
+            request.fate, request.ended = "cancelled", self.now + 1
             if request.group is not None:
                 request.group.live -= 1
+
+    def _know(self, request: Request) -> None:
+        """Scores that are foreseen are added up only when somebody asks."""
+        if self._foreseen:
+            self._score(request)
 
     def _score(self, request: Request) -> None:
         if request.steps is not None:
@@ -365,6 +498,8 @@ class Simulator:
             request.score_sum += self.random.random()
 
     def _needed(self) -> int:
+        if self.page == 1:
+            return len(self.running)
         return sum(self.page for r in self.running if r.tokens % self.page == 0)
 
     def _retract(self) -> None:
@@ -372,6 +507,7 @@ class Simulator:
         assert len(self.running) > 1, "the pool is too small for one request"
         request = min(self.running, key=lambda r: r.generated)
         self.running.remove(request)
+        self._held -= request.tokens
         request.retractions += 1
         request.queued = self.now
         self.waiting.append(request)

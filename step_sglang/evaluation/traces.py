@@ -34,7 +34,7 @@ class RecordedTrace:
     answer: str | None
     correct: bool
     score: float | None
-    times: tuple[float, ...]  # [T] unix seconds when the scheduler saw each token
+    times: Sequence[float]  # [T] unix seconds when the scheduler saw each token
     confidences: tuple[float, ...]  # [T] token confidences, nats
     positions: tuple[int, ...]  # [S] output index of each scored boundary token
     step_scores: tuple[float, ...]  # [S]

@@ -152,7 +152,7 @@ class StepTime:
     experts_used: int = 0
     expert_weights: float = 0.0  # reading the weights of all experts
 
-    def decode(self, rows: int, attended: int) -> float:
+    def decode(self, rows: int, attended: float) -> float:
         """A decode step of ``rows`` traces, which attend to so many tokens together."""
         matrices = max(self._reading(rows), rows * self.compute)
         return self.base + matrices + rows * self.row + attended * self.attended

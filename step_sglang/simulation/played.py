@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-
-from step_sglang.simulation.errors import SimulationError
 
 TAIL = 3  # tokens at a trace's end: think-end, the answer, the end
 
@@ -37,11 +34,6 @@ class PlayedGroup:
     prompt_tokens: int
     traces: tuple[PlayedTrace, ...]
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest trace."""
-        return max(trace.tokens for trace in self.traces)
-
 
 def in_units(group: PlayedGroup, unit: int) -> PlayedGroup:
     """The group with every length divided by ``unit``.
@@ -66,21 +58,3 @@ def _in_units(trace: PlayedTrace, unit: int) -> PlayedTrace:
 
 def _divided(tokens: int, unit: int) -> int:
     return max(1, round(tokens / unit))
-
-
-def check_fit(groups: Sequence[PlayedGroup], pool: int) -> None:
-    """Refuse what can never run, before anything does.
-
-    Raises:
-        SimulationError: there is no group, or the pool cannot hold its longest trace.
-    """
-    if not groups:
-        raise SimulationError("there is nothing to simulate: no group of traces is left")
-    for group in groups:
-        needed = group.prompt_tokens + group.longest
-        if needed + 2 > pool:
-            raise SimulationError(
-                f"question {group.question}: its longest trace needs {needed:,} KV tokens with its "
-                f"prompt, but the pool has {pool:,}: take a larger --pool, or a GPU with more "
-                "memory"
-            )

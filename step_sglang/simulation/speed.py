@@ -21,7 +21,7 @@ class Speed:
     time: StepTime
     unit: int = 1
 
-    def decode(self, rows: int, attended: int) -> float:
+    def decode(self, rows: int, attended: float) -> float:
         """A decode step of so many rows, which attend to so many of the engine's tokens."""
         return self.unit * self.time.decode(rows, attended * self.unit)
 

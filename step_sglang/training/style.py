@@ -37,6 +37,8 @@ _COLOURS = {
     "Slim-SC (diversity)": _SLIM,
     "Slim-SC (random)": "#66C2A5",
     "random victim": "#56B4E9",
+    "random victim, effort balanced": "#8CD0F5",
+    "random victim, effort fast": "#B5E2FA",
     "longest victim": "#999933",
     # signals
     "running mean": _STEP,

@@ -32,8 +32,8 @@ ELSEWHERE = {
     ): "its file of traces is not ours; unit/test_shares.py runs it",
     (
         "results.md",
-        "bench/virtual_gpu.py",
-    ): "its file of traces is not ours; test_virtual_gpu.py plays others",
+        "step-sglang simulate",
+    ): "its file of traces is not ours; unit/test_simulate.py plays others",
 }
 HERE = {("training.md", "step-sglang inspect"), ("results.md", "taskset")}
 

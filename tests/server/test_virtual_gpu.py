@@ -8,16 +8,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from bench.virtual_gpu import environment
 from step_sglang import protocol
 from step_sglang.client.http import AsyncClient
 from step_sglang.client.sampling import Sampling
-from step_sglang.evaluation.cost_model import CostModel
+from step_sglang.evaluation.cost_model import Roofline
 from step_sglang.evaluation.methods import METHODS, MethodSettings, SampleResult
 from step_sglang.evaluation.replay import ReplayOutcome
 from step_sglang.evaluation.replay import simulate as replayed
 from step_sglang.evaluation.sampler import ServerSampler
-from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
+from step_sglang.evaluation.simulation_input import as_recorded
+from step_sglang.evaluation.virtual import environment
 from step_sglang.simulation.clock import Clock
 from step_sglang.simulation.gpu import GPUS, NETWORKS, step_time
 from step_sglang.simulation.model import CLOCK_FILE, SPEED_FILE, Player, write_player
@@ -91,22 +91,8 @@ def asked(server: Server, player: Player, method: str) -> SampleResult:
 
 def expected(group: PlayedGroup, policy: str) -> ReplayOutcome:
     """What the model of the scheduler makes of the same traces, pool and clock."""
-    traces = tuple(
-        RecordedTrace(
-            fate="finished", answer=t.answer, correct=t.answer == RIGHT, score=None,
-            times=(0.0,) * t.tokens, confidences=(), positions=tuple(t.positions.tolist()),
-            step_scores=tuple(t.scores.tolist()), text="",
-        )
-        for t in group.traces
-    )  # fmt: skip
-    clock = CostModel(
-        base=UNIT * (TIME.base + TIME.weights),
-        per_trace=UNIT * TIME.row,
-        per_token=UNIT**2 * TIME.attended,
-        overhead=0.0,
-    )
-    recorded = RecordedGroup("q", 0, RIGHT, group.prompt_tokens, LIMIT // UNIT, 0.0, traces)
-    return replayed(recorded, policy, POOL // UNIT, clock, unit=UNIT)
+    recorded = as_recorded(group, LIMIT // UNIT)
+    return replayed(recorded, policy, POOL // UNIT, Roofline(Speed(TIME, UNIT)), unit=UNIT)
 
 
 def test_traces_play_as_recorded_in_simulated_seconds(

@@ -84,6 +84,8 @@ def test_what_each_method_says_to_the_server() -> None:
             "baseline": {"name": "slim-sc", "variant": "diversity", "threshold": 0.95, "delay": 3}
         },
         "random": {"baseline": {"name": "random"}},
+        "random-balanced": {"prune_at": balanced.prune_at, "baseline": {"name": "random"}},
+        "random-fast": {"prune_at": fast.prune_at, "baseline": {"name": "random"}},
         "longest": {"baseline": {"name": "longest"}},
         "step": True,
         "step-paper": True,
@@ -105,6 +107,9 @@ def test_what_each_method_says_to_the_server() -> None:
         "step-exact": VoteRules("weighted", "exact"),
         "step-balanced": VoteRules("weighted", "posterior", balanced.threshold, balanced.shrink),
         "step-fast": VoteRules("weighted", "posterior", fast.threshold, fast.shrink),
+    }
+    rules |= {
+        name.replace("step", "random"): rules[name] for name in ("step-balanced", "step-fast")
     }
     assert {*expected, "deepconf-low", "deepconf-high"} == {*METHODS}
     for name, step in expected.items():

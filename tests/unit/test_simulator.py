@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_sglang.config import StepConfig
-from step_sglang.evaluation.simulator import Request, Simulator
+from step_sglang.evaluation.simulator import Request, Reserve, ScoreEvent, Simulator
 from step_sglang.pruning.admission import GroupLimit
 from step_sglang.pruning.groups import Group
 
@@ -67,6 +67,66 @@ def test_the_same_load_ends_the_same(seed: int) -> None:
         Simulator(1600, 1, FAIR, seed).run(requests)
         fates.append([(r.fate, r.generated, r.started) for r in requests])
     assert fates[0] == fates[1]
+
+
+class OneByOne(Simulator):
+    """Passes no steps at once."""
+
+    def _quiet(self, arrival: int | None) -> int:
+        return 0
+
+
+def scored_load(seed: int, groups: int, ordinary: int) -> list[Request]:
+    """Few requests, long ones, whose scores are known beforehand."""
+    draw = random.Random(seed)
+    requests = []
+    for number in range(groups):
+        group = Group(f"g{number}", min_survivors=draw.randint(1, 3))
+        arrival = draw.choice([0, 0, 300])
+        requests += [Request(arrival, 5, draw.randint(50, 700), group) for _ in range(12)]
+    requests += [
+        Request(draw.choice([0, 0, 200]), 5, draw.randint(50, 700)) for _ in range(ordinary)
+    ]
+    for request in requests:
+        ends = range(draw.randint(5, 30), request.length, 25)
+        request.steps = [ScoreEvent(end, draw.random()) for end in ends]
+    return requests
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([(3, 0), (0, 24), (2, 8)]),
+    st.sampled_from([1, 16]),
+    st.sampled_from([1.0, 0.4]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_quiet_steps_at_once_are_those_one_by_one(
+    seed, kinds, page, prune_at, reserving, ending
+) -> None:
+    found = []
+    for kind in (OneByOne, Simulator):
+        requests = scored_load(seed, *kinds)
+        simulator = kind(2400, page, StepConfig("s", prune_at=prune_at), seed)
+        if reserving:
+            simulator.reserve = Reserve(800)
+        if ending:
+
+            def ended_by(finished, simulator=simulator):
+                return simulator.running[::4] if finished[0].length % 3 == 0 else ()
+
+            simulator.ended_by = ended_by
+        simulator.run(requests)
+        fates = [
+            (r.fate, r.generated, r.started, r.ended, r.waited, r.retractions, r.score_sum)
+            for r in requests
+        ]
+        steps = sum(moment.steps for moment in simulator.history)
+        found.append((fates, steps, sum(moment.attended for moment in simulator.history)))
+        number = len(simulator.history)
+    assert found[0] == found[1]
+    assert number < found[1][1]  # some were quiet
 
 
 def in_turn() -> list[Request]:
