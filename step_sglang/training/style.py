@@ -23,6 +23,7 @@ _COLOURS = {
     "STEP (paper policy)": "#E69F00",
     "STEP, ends early": "#8A3B00",
     "STEP, ends when certain": "#B35900",
+    "STEP, calibrated vote": "#7F2704",
     "STEP, effort balanced": "#F28E2B",
     "STEP, effort fast": "#FFBE7D",
     "STEP, refilled": "#E15759",

@@ -152,7 +152,8 @@ def _start(
     entry: Sequence[str], argv: Sequence[str], log: Path, extra_env: dict[str, str]
 ) -> Process:
     if can_be_warm(**extra_env):
-        return start_warm(entry[-1], *argv, output=log, **extra_env)
+        target, *more = entry[1:] if entry[0] == "-m" else entry
+        return start_warm(target, *more, *argv, output=log, **extra_env)
     with log.open("wb") as sink:
         return subprocess.Popen(
             [*GUARD, sys.executable, "-W", "ignore", *entry, *argv],

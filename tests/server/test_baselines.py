@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import requests
 from step_sglang.baselines import DeepConf, Random
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
-from step_sglang.patches.tokenizer import _check_baseline
+from step_sglang.patches import tokenizer
 from step_sglang.pruning.request import StepRequest
 from step_sglang.reasoner import questions
 from step_sglang.reasoner.tokenizer import prompt_text
@@ -143,11 +142,16 @@ def test_bad_input_is_a_400(server: Server) -> None:
     ],
 )
 def test_servers_that_cannot(
-    config: StepConfig, tp_size: int, baseline: Any, message: str | None
+    config: StepConfig,
+    tp_size: int,
+    baseline: Any,
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tokenizer, "ranks_of_a_batch", lambda: tp_size)
     step_request = StepRequest(baseline=baseline)
     if message is None:
-        _check_baseline(step_request, config, SimpleNamespace(tp_size=tp_size))
+        tokenizer._check_baseline(step_request, config)
         return
     with pytest.raises(RequestError, match=message):
-        _check_baseline(step_request, config, SimpleNamespace(tp_size=tp_size))
+        tokenizer._check_baseline(step_request, config)

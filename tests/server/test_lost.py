@@ -53,7 +53,6 @@ def test_a_model_that_never_comes_to_the_hook(
         step = first["meta_info"]["step"]
         assert step["num_steps"] == 0 and step["score"] is None and step["step_scores"] == []
         assert "stopped" not in step
-        assert step_positions(models["qwen3"], first["output_ids"])  # there was what to score
         assert state(server)["passes_lost"] == MAX_LOST_PASSES // 2
 
         answers = sample(server, 24, 200)
@@ -65,6 +64,8 @@ def test_a_model_that_never_comes_to_the_hook(
             )
             assert step["num_steps"] == 0 and not step["pruned"]
             assert answer["meta_info"]["finish_reason"]["type"] == "length"
+        ends = [step_positions(models["qwen3"], answer["output_ids"]) for answer in answers]
+        assert any(ends)  # there was what to score
         # Once stopped, it serves as stock SGLang does: retraction in the place of pruning.
         assert sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
         (after,) = sample(server, 1, 5)

@@ -30,6 +30,7 @@ ELSEWHERE = {
         "results.md",
         "bench/shares.py",
     ): "its file of traces is not ours; unit/test_shares.py runs it",
+    ("results.md", "bench/refill_model.py"): "hours of a core",
     (
         "results.md",
         "step-sglang simulate",

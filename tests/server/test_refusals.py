@@ -39,7 +39,7 @@ import sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.managers.scheduler import Scheduler
-del Scheduler.send_abort_output
+del Scheduler.get_prefill_adder_class
 original = Scheduler.update_running_batch
 Scheduler.update_running_batch = lambda self, batch, more: original(self, batch)
 from sglang.srt.server_args import prepare_server_args
@@ -177,7 +177,7 @@ def test_another_sglang_is_refused(models: dict[str, Path], scorer: Path, tmp_pa
     status, said = run_to_end((str(script),), *flags, log=tmp_path / "log")
     assert status == 1
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
-    assert f"{scheduler}.send_abort_output" in said and "missing" in said
+    assert f"{scheduler}.get_prefill_adder_class" in said and "missing" in said
     assert f"{scheduler}.update_running_batch" in said
     assert "expected: (self, batch)" in said
     assert "found:    (self, batch, more)" in said

@@ -257,7 +257,7 @@ def test_the_command(tmp_path: Path) -> None:
         assert "2 of 2 questions have a result" in again.output and len(server.asked) == 2
         other = CliRunner().invoke(app, [*command, "--suffix", "", "--vote", "best"])
         assert isinstance(other.exception, ClientError)
-        assert "(vote 'weighted', now 'best')" in str(other.exception)
+        assert "(vote 'calibrated', now 'best')" in str(other.exception)
     assert [line["settings"]["model"] for line in lines(path)] == ["m", "m"]
     both = CliRunner().invoke(app, ["ask", "1+1?", "--file", "f.jsonl"])
     assert "either a question or --file" in str(both.exception)

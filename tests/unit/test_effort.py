@@ -64,7 +64,7 @@ def test_a_request_gets_the_point_and_its_own_options_win() -> None:
     said = voted(effort="fast", early="exact", threshold=0.2, shrink=0, prune_at=0.9)
     wish = parse_vote(said, CONFIG)
     assert wish is not None
-    assert wish.rules == VoteRules("weighted", "exact", 0.2, 0)
+    assert wish.rules == VoteRules("calibrated", "exact", 0.2, 0)
     assert trace_params(said, wish, CONFIG)["custom_params"]["step"] == {"prune_at": 0.9}
     unsaid = parse_vote(voted(), CONFIG)
     assert unsaid is not None and unsaid.rules == VoteRules() and unsaid.prune_at == 1

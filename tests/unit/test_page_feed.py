@@ -35,7 +35,7 @@ def scheduler_of(*reqs: SimpleNamespace, rank: int = 0) -> SimpleNamespace:
         max_total_num_tokens=100,
         tree_cache=SimpleNamespace(evictable_size=lambda: 20),
         token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 30),
-        tp_group=SimpleNamespace(rank=rank, ranks=[0, 1]),
+        attn_tp_group=SimpleNamespace(rank=rank, ranks=[0, 1]),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,18 @@ from tests.server.launch import Server
 pytestmark = pytest.mark.server
 
 SAMPLING = {"temperature": 1.0, "max_tokens": 900}
+
+
+@pytest.fixture(autouse=True)
+def _no_collector() -> Iterator[None]:
+    """SGLang's states join their threads when they are deleted, and thereby can lock up.
+
+    A collection while a thread begins or ends finds the lock taken that `Thread.is_alive` wants.
+    """
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
