@@ -37,7 +37,7 @@ def collect(
         str,
         typer.Argument(
             help="Questions: a JSON-lines file, a Hugging Face data set, or reasoner:SPLIT. "
-            "With --from-traces, the JSON-lines file of traces."
+            "With --from-traces, the JSON-lines file of traces, or a folder of such."
         ),
     ],
     store: Annotated[

@@ -116,17 +116,21 @@ def load_questions(
 def load_traces(file: Path, n: int | None = None, fields: Fields = Fields()) -> QuestionSet:
     """Existing traces: JSON lines of question, answer and text, n lines per question.
 
-    A line may also hold the trace's token ids, the prompt's not among them.
+    A line may also hold the trace's token ids, the prompt's not among them. Of a folder every
+    ``*.jsonl`` file is read, by name; a question's lines may lie in several of them.
 
     ``n`` None takes the most common count. A question with more traces keeps its first n; one with
     fewer is left out.
 
     Raises:
-        SourceError: the file is missing, or no question has n traces.
+        SourceError: the file is missing, the folder has none, or no question has n traces.
     """
     traces: dict[tuple[str, str], list[GivenTrace]] = {}
     problems: list[str] = []
-    for where, row in _lines(file):
+    files = sorted(file.glob("*.jsonl")) if file.is_dir() else [file]
+    if not files:
+        raise SourceError(f"the folder {file} holds no *.jsonl file of traces")
+    for where, row in (line for found_file in files for line in _lines(found_file)):
         pair, trace = _pair(row, fields), _given(row, fields)
         if pair is None or trace is None:
             problems.append(f"{where} has no question, answer or text, or unusable tokens")

@@ -229,6 +229,17 @@ def test_traces_that_exist_already(server: FakeServer, tmp_path: Path, prompter:
             assert not np.isnan(trace.steps.mean_logprob).any()
 
 
+def test_traces_in_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"holds no \*\.jsonl file"):
+        load_traces(tmp_path)
+    common = {"question": "0;A+1", "answer": "1"}
+    for name, texts in (("b.jsonl", ["three"]), ("a.jsonl", ["one", "two"]), ("c.txt", ["no"])):
+        lines = [json.dumps({**common, "text": text}) for text in texts]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    (job,) = load_traces(tmp_path).jobs
+    assert [trace.text for trace in job.traces] == ["one", "two", "three"]
+
+
 def test_the_tokens_of_a_trace_win_over_its_text(
     server: FakeServer, tmp_path: Path, prompter: Prompter
 ) -> None:
