@@ -12,6 +12,7 @@ from step_sglang.client.abort import abort_group
 from tests.server.expected import assert_scores
 from tests.server.launch import Server, one_core_each, serve
 from tests.server.traces import PROMPT, assert_same_victims, sample, victims
+from tests.server.viewer import assert_seen, looking
 
 pytestmark = pytest.mark.server
 
@@ -50,6 +51,13 @@ def test_two_ranks_stay_together_while_groups_come_and_go(two_ranks: Server) -> 
         abort_group(two_ranks.url, "doomed")
         doomed.result()
     assert_same_victims(two_ranks, at_least=before + 60)
+
+
+def test_a_viewer_sees_each_trace_once(two_ranks: Server) -> None:
+    with looking(two_ranks) as known:
+        answers = sample(two_ranks, 48, 200, group="watched")
+    assert any(answer["meta_info"]["step"]["pruned"] for answer in answers)
+    assert_seen(known, "watched", answers)
 
 
 @pytest.mark.slow
