@@ -74,6 +74,7 @@ class Rig:
         from step_sglang.patches import forward
         from step_sglang.patches.state import SchedulerStep, set_state, set_trace
         from step_sglang.pruning.groups import GroupRegistry
+        from step_sglang.pruning.log import PruningLog
 
         held = traces * (tokens + PROMPT)
         pool = held + (traces * 4000 if room is None else room)
@@ -83,7 +84,8 @@ class Rig:
         config = StepConfig("scorer")
         slots: Any = SimpleNamespace(think_end_id=7, captures=False)
         context = EngineContext(frozenset({5}), 7, lambda text: {})
-        self.state = SchedulerStep(config, slots, context, 8, torch.bfloat16, groups)
+        log = PruningLog(each=False)
+        self.state = SchedulerStep(config, slots, context, 8, torch.bfloat16, groups, log)
         params = SamplingParams(max_new_tokens=10**6)
         prompt = array("q", range(PROMPT))
         self.reqs = []
@@ -116,7 +118,7 @@ class Rig:
             grammar_manager=SimpleNamespace(has_waiting_grammars=lambda: False),
             enable_priority_preemption=False,
             is_hybrid_swa=False,
-            tp_group=SimpleNamespace(world_size=1),
+            attn_tp_group=SimpleNamespace(world_size=1),
             tree_cache=cache,
             max_total_num_tokens=pool,
             output_streamer=SimpleNamespace(stream_output=lambda reqs, *_: None),
