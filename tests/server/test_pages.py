@@ -23,7 +23,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 ELSEWHERE = {
     ("kernel.md", "step_score_(hidden"): "a signature; the op's tests call it",
     ("kernel.md", "ends_step ="): "the op's meaning; step_sglang/scoring/reference.py runs it",
-    ("scorers.md", "--calibrate"): "the paper's files are not ours; unit/test_calibration.py runs it",
+    ("scorers.md", "--calibrate"): "needs a checkpoint; unit/test_calibration.py runs it",
     ("scorers.md", "step-sglang push"): "needs an account on the Hub; unit/test_hub.py runs it",
     ("training.md", "Qwen/Qwen3-8B"): "GPU hours; the same commands run on the reasoner here",
     ("paper.md", "step-sglang bench"): "GPU hours; test_bench.py runs them with small models",
