@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,6 +66,10 @@ def test_what_comes_back_counts_in_the_room_that_pruning_makes(
     alone = {i: ask(server, prompt, 8)["output_ids"] for i, prompt in enumerate(LONG)}
     with ThreadPoolExecutor(8) as threads:
         group = threads.submit(sample, server, 32, 400, group="g")
+        before = time.monotonic()
+        while "STEP pruned" not in server.log_text():  # until the traces fill the pool
+            assert time.monotonic() < before + 120
+            time.sleep(0.05)
         others = [threads.submit(ask, server, LONG[i % 4], 8) for i in range(12)]
         answers = [future.result() for future in others]
         traces = group.result()
