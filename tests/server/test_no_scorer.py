@@ -108,7 +108,7 @@ def test_one_choice_is_voted_by_certainty(server: Server) -> None:
         "temperature": 1.0,
         "max_tokens": 400,
         "return_meta_info": True,
-        "custom_params": {"step": {"traces": 16, "early": "posterior"}},
+        "custom_params": {"step": {"traces": 16, "min_survivors": 4, "early": "posterior"}},
     }
     answer = server.post("/v1/chat/completions", body).json()
     (choice,) = answer["choices"]
