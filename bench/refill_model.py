@@ -36,6 +36,7 @@ from step_sglang.evaluation.replay import is_right, simulate
 from step_sglang.evaluation.stats import compare, mean_of
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
 from step_sglang.pruning.policy import Candidates, GroupView, TraceView
+from step_sglang.protocol import DEFAULT_VOTE
 from step_sglang.pruning.refill import (
     RULES,
     Boundary,
@@ -51,7 +52,7 @@ from step_sglang.reasoner.task import question_stream
 from step_sglang.voting.early_stopping import highest_weight, is_settled
 from step_sglang.voting.families import Lineage
 from step_sglang.voting.session import VoteRules
-from step_sglang.voting.tally import Ballot, Tally, tally
+from step_sglang.voting.tally import Ballot, Tally, tally, weight_of
 
 _LAG = 2  # a step's score is known when the trace has so many tokens more than its position
 _PASSES = CostModel(base=1.0, per_trace=0.0, per_token=0.0, overhead=0.0)
@@ -59,10 +60,10 @@ _READS = CostModel(base=0.0, per_trace=0.0, per_token=1.0, overhead=0.0)
 
 CONTROLS = {  # the policy, the vote and when it ends
     "sc": ("none", VoteRules("majority", "off")),
-    "random": ("random", VoteRules("weighted", "off")),
-    "longest": ("longest", VoteRules("weighted", "off")),
-    "step": ("fair", VoteRules("weighted", "off")),
-    "step-early": ("fair", VoteRules("weighted", "posterior")),
+    "random": ("random", VoteRules(DEFAULT_VOTE, "off")),
+    "longest": ("longest", VoteRules(DEFAULT_VOTE, "off")),
+    "step": ("fair", VoteRules(DEFAULT_VOTE, "off")),
+    "step-early": ("fair", VoteRules(DEFAULT_VOTE, "posterior")),
 }
 _BEST = RULES[protocol.REFILL_BEST]
 REFILLED: Mapping[str, tuple[str, RefillRules]] = {
@@ -111,9 +112,9 @@ class Growing:
         return sum(p + _LAG <= self.generated for p in self.whole.positions)
 
     @property
-    def score(self) -> float:
-        """At its end."""
-        return self.sums[-1] / len(self.sums) if self.sums else 0.5
+    def score(self) -> float | None:
+        """At its end; None before its first step."""
+        return self.sums[-1] / len(self.sums) if self.sums else None
 
     def view(self, handle: int, running: bool) -> SourceView:
         """For the rules of refill."""
@@ -142,13 +143,17 @@ def held(running: Sequence[Growing]) -> int:
 
 
 class Group:
-    """One group with refill in a pool of its own. ``families``: its vote knows them."""
+    """One group with refill in a pool of its own.
+
+    ``families``: its vote knows them, and is the server's; else it adds up trace scores.
+    """
 
     def __init__(
         self, question: Question, source: TraceSource, families: bool,
         first: Sequence[ScoredTrace], mode: str, rules: RefillRules, room: int, expected: float,
     ) -> None:  # fmt: skip
         self._question, self._source, self._families = question, source, families
+        self._vote = DEFAULT_VOTE if families else "weighted"
         self._name, self._mode, self._rules, self._room = question.question, mode, rules, room
         self._expected, self._began = expected, len(first)
         self.running = [Growing(t, t.sums, number=i) for i, t in enumerate(first)]
@@ -185,20 +190,28 @@ class Group:
 
     def _tallies(self) -> list[Tally]:
         ballots = [
-            Ballot(answer, trace.score, trace.lineage() if self._families else None)
+            Ballot(
+                answer,
+                weight_of(trace.score, self._vote, self._source.calibration),
+                trace.lineage() if self._families else None,
+            )
             for trace in self.finished
             if (answer := self._source.answer(trace.whole)) is not None
         ]
-        return tally(ballots, same=str.__eq__)
+        return tally(ballots, same=str.__eq__, vote=self._vote)
 
     def _settled(self) -> bool:
         spent = self.branched >= self._rules.branches * self._began
         free = 0 if spent or not self.running else self.places
         weights = [
-            highest_weight(t.sums[t.known - 1] if t.known else 0.0, t.known, MAX_NEW - t.generated)
+            highest_weight(
+                t.sums[t.known - 1] if t.known else 0.0, t.known, MAX_NEW - t.generated,
+                self._vote, self._source.calibration,
+            )
             for t in self.running
-        ]
-        return is_settled(self._tallies(), [*weights, *[1.0] * free], "weighted", "posterior")
+        ]  # fmt: skip
+        unborn = [highest_weight(0.0, 0, MAX_NEW, self._vote, self._source.calibration)] * free
+        return is_settled(self._tallies(), [*weights, *unborn], self._vote, "posterior")
 
     def _free(self) -> int:
         return self._room - held(self.running)
@@ -295,8 +308,9 @@ def recorded(
 
     prompt = len(source.prompt(question))
     return RecordedGroup(
-        question.question, repeat, question.answer, prompt, MAX_NEW, 0.0, tuple(map(one, traces))
-    )
+        question.question, repeat, question.answer, prompt, MAX_NEW, 0.0, tuple(map(one, traces)),
+        calibration=source.calibration.pair if source.calibration else None,
+    )  # fmt: skip
 
 
 def results(

@@ -55,6 +55,7 @@ class TraceSource:
         self._model = load(model_path(name)).eval()
         self._prompter = load_prompter(str(model_path(name)), ("\n\n",))
         self._scorer = load_scorer(scorer_path(name))
+        self.calibration = self._scorer.info.calibration
         self._generator = torch.Generator().manual_seed(seed)
         self._rows = rows
         self._eos = self._prompter.tokenizer.eos_token_id

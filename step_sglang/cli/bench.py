@@ -70,8 +70,8 @@ def bench(
         typer.Option(
             help="Comma-separated: cot, sc, sc-early, sc-exact, slim-sc (slim-sc-diversity), "
             "slim-sc-random, deepconf (deepconf-low), deepconf-high, random, random-balanced, "
-            "random-fast, longest, step-paper, step, step-calibrated, step-early, step-exact, "
-            "step-balanced, step-fast, step-refill, step-refill-random, gambit.",
+            "random-fast, longest, step-paper, step, step-early, step-exact, step-balanced, "
+            "step-fast, step-refill, step-refill-random, gambit.",
             rich_help_panel=METHODS,
         ),
     ] = "cot,sc,sc-early,slim-sc,deepconf,random,longest,step-paper,step,step-early",

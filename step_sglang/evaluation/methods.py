@@ -15,7 +15,7 @@ import numpy as np
 
 from step_sglang.errors import nearest
 from step_sglang.evaluation.errors import BenchError
-from step_sglang.protocol import VOTE_CALIBRATED
+from step_sglang.protocol import DEFAULT_VOTE
 from step_sglang.voting.effort import effort_point
 from step_sglang.voting.session import SampledTrace, VoteRules
 from step_sglang.voting.tally import weight_of
@@ -186,12 +186,12 @@ def _sc(rule: str) -> Ask:
 
 
 def _step(rule: str) -> Ask:
-    return _one_request(True, VoteRules("weighted", rule))
+    return _one_request(True, VoteRules(DEFAULT_VOTE, rule))
 
 
 def _effort(effort: str, control: str | None = None) -> Ask:
     point = effort_point(effort)
-    rules = VoteRules("weighted", point.early, point.threshold, point.shrink)
+    rules = VoteRules(DEFAULT_VOTE, point.early, point.threshold, point.shrink)
     step: dict[str, Any] = {"prune_at": point.prune_at}
     if control is not None:
         step["baseline"] = {"name": control}
@@ -211,7 +211,8 @@ def _by_score(trace: SampledTrace, threshold: float | None) -> float:
 
 
 def _by_odds(trace: SampledTrace, threshold: float | None) -> float:
-    return weight_of(trace.score, VOTE_CALIBRATED, trace.calibration)
+    """As a server votes unless a request says otherwise."""
+    return weight_of(trace.score, DEFAULT_VOTE, trace.calibration)
 
 
 def _by_confidence(trace: SampledTrace, threshold: float | None) -> float | None:
@@ -228,8 +229,8 @@ def _by_confidence(trace: SampledTrace, threshold: float | None) -> float | None
 # controls, `random-balanced` and `random-fast`, differ from them in the victims alone. The refilled
 # ones start branches where memory is free; `gambit`'s vote adds up the scores, as its paper's does,
 # the others' know families.
-# `step-paper` differs from `step` in the victims alone: both weigh the traces that finished, while
-# the reference's script also counts pruned traces whose text contains "boxed".
+# `step-paper` has the reference's policy, and its vote by trace score but for one thing: the
+# reference's script also counts pruned traces whose text contains "boxed".
 METHODS = {
     method.name: method
     for method in (
@@ -241,24 +242,23 @@ METHODS = {
         Method("slim-sc-diversity", "Slim-SC (diversity)", _slim_sc("diversity"), _majority),
         Method("deepconf-low", "DeepConf-low", _deepconf(10.0), _by_confidence),
         Method("deepconf-high", "DeepConf-high", _deepconf(90.0), _by_confidence),
-        Method("random", "random victim", _control("random"), _by_score),
+        Method("random", "random victim", _control("random"), _by_odds),
         Method(
             "random-balanced",
             "random victim, effort balanced",
             _effort("balanced", "random"),
-            _by_score,
+            _by_odds,
         ),
-        Method("random-fast", "random victim, effort fast", _effort("fast", "random"), _by_score),
-        Method("longest", "longest victim", _control("longest"), _by_score),
+        Method("random-fast", "random victim, effort fast", _effort("fast", "random"), _by_odds),
+        Method("longest", "longest victim", _control("longest"), _by_odds),
         Method("step-paper", "STEP (paper policy)", _one_request(True), _by_score, policy="paper"),
-        Method("step", "STEP", _one_request(True), _by_score),
-        Method("step-calibrated", "STEP, calibrated vote", _one_request(True), _by_odds),
-        Method("step-early", "STEP, ends early", _step("posterior"), _by_score),
-        Method("step-balanced", "STEP, effort balanced", _effort("balanced"), _by_score),
-        Method("step-fast", "STEP, effort fast", _effort("fast"), _by_score),
-        Method("step-exact", "STEP, ends when certain", _step("exact"), _by_score),
-        Method("step-refill", "STEP, refilled", _refill("best"), _by_score),
-        Method("step-refill-random", "STEP, refilled from any", _refill("random"), _by_score),
+        Method("step", "STEP", _one_request(True), _by_odds),
+        Method("step-early", "STEP, ends early", _step("posterior"), _by_odds),
+        Method("step-balanced", "STEP, effort balanced", _effort("balanced"), _by_odds),
+        Method("step-fast", "STEP, effort fast", _effort("fast"), _by_odds),
+        Method("step-exact", "STEP, ends when certain", _step("exact"), _by_odds),
+        Method("step-refill", "STEP, refilled", _refill("best"), _by_odds),
+        Method("step-refill-random", "STEP, refilled from any", _refill("random"), _by_odds),
         Method("gambit", "Gambit's rule", _refill("gambit"), _by_score, families=False),
     )
 }

@@ -10,6 +10,7 @@ from step_sglang.evaluation.replay import NEVER_EARLY, NO_PRUNING, is_right, sim
 from step_sglang.evaluation.simulated import SimulatedOutcome
 from step_sglang.evaluation.simulation_input import as_recorded
 from step_sglang.evaluation.traces import RecordedGroup
+from step_sglang.protocol import DEFAULT_VOTE
 from step_sglang.simulation.played import PlayedGroup, in_units
 from step_sglang.simulation.speed import Speed
 from step_sglang.voting.effort import effort_point
@@ -27,7 +28,7 @@ class ModelledMethod:
 
 def _dial(policy: str, effort: str) -> ModelledMethod:
     point = effort_point(effort)
-    rules = VoteRules("weighted", point.early, point.threshold, point.shrink)
+    rules = VoteRules(DEFAULT_VOTE, point.early, point.threshold, point.shrink)
     return ModelledMethod(policy, rules, point.prune_at)
 
 
@@ -42,8 +43,8 @@ MODELLED = {
     "random-fast": _dial("random", "fast"),
     "longest": ModelledMethod("longest", NEVER_EARLY),
     "step": ModelledMethod("fair", NEVER_EARLY),
-    "step-early": ModelledMethod("fair", VoteRules("weighted", "posterior")),
-    "step-exact": ModelledMethod("fair", VoteRules("weighted", "exact")),
+    "step-early": ModelledMethod("fair", VoteRules(DEFAULT_VOTE, "posterior")),
+    "step-exact": ModelledMethod("fair", VoteRules(DEFAULT_VOTE, "exact")),
     "step-balanced": _dial("fair", "balanced"),
     "step-fast": _dial("fair", "fast"),
 }

@@ -91,7 +91,6 @@ def test_what_each_method_says_to_the_server() -> None:
         "step-paper": True,
         "sc-early": False,
         "sc-exact": False,
-        "step-calibrated": True,
         "step-early": True,
         "step-exact": True,
         "step-balanced": {"prune_at": balanced.prune_at},
@@ -103,10 +102,10 @@ def test_what_each_method_says_to_the_server() -> None:
     rules = {
         "sc-early": VoteRules("majority", "posterior"),
         "sc-exact": VoteRules("majority", "exact"),
-        "step-early": VoteRules("weighted", "posterior"),
-        "step-exact": VoteRules("weighted", "exact"),
-        "step-balanced": VoteRules("weighted", "posterior", balanced.threshold, balanced.shrink),
-        "step-fast": VoteRules("weighted", "posterior", fast.threshold, fast.shrink),
+        "step-early": VoteRules("calibrated", "posterior"),
+        "step-exact": VoteRules("calibrated", "exact"),
+        "step-balanced": VoteRules("calibrated", "posterior", balanced.threshold, balanced.shrink),
+        "step-fast": VoteRules("calibrated", "posterior", fast.threshold, fast.shrink),
     }
     rules |= {
         name.replace("step", "random"): rules[name] for name in ("step-balanced", "step-fast")
