@@ -10,9 +10,7 @@ known beforehand, so they are passed at once; the outcome is that of one after t
 
 from __future__ import annotations
 
-import math
 import random
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -123,40 +121,6 @@ class Reserve:
         """Decode steps passed."""
         self.ratio = max(self.ratio - steps * self._decay, _MIN_RATIO)
 
-    def refusals(self, running: Sequence[Request], free: int, needed: int) -> int:
-        """Decode steps before each of which a request that needs so much room is refused.
-
-        Right as long as the same requests run, and all of them are reserved for.
-
-        Args:
-            running: not empty.
-            free: KV tokens now.
-            needed: by the request that waits, now and later.
-        """
-        clip = _CLIP // self.unit
-        left = [self.max_new_tokens - r.generated for r in running]
-        falling = sum(tokens <= clip for tokens in left)  # whose reservation falls with each token
-        same = min((tokens - clip for tokens in left if tokens > clip), default=1 << 40)
-        future = sum(min(tokens, clip) for tokens in left)
-        decaying = max(0, math.ceil((self.ratio - _MIN_RATIO) / self._decay))
-
-        def room(steps: int) -> float:
-            ratio = max(self.ratio - steps * self._decay, _MIN_RATIO)
-            return free - steps * len(running) - ratio * (future - steps * falling)
-
-        # While the ratio falls, the room is concave in the steps; afterwards it shrinks.
-        most = 0
-        if falling:
-            slope = self.ratio * falling + self._decay * future - len(running)
-            most = math.ceil(slope / (2 * self._decay * falling))
-        elif self._decay * future > len(running):
-            most = decaying
-        most = min(max(0, most), decaying)
-        best = max((max(0, most - 1), most, min(most + 1, decaying)), key=room)
-        if room(best) < needed:
-            return same
-        return min(same, bisect_left(range(best), True, key=lambda steps: room(steps) >= needed))
-
     def retracted(self, running: Sequence[Request]) -> None:
         """A request was retracted; ``running`` are left."""
         decoded = sum(r.generated + _RETRACT_STEPS / self.unit for r in running)
@@ -195,6 +159,8 @@ class Simulator:
         self._held = 0  # KV tokens of the running, not in whole pages
         self._foreseen = False  # all scores are known beforehand
         self._grouped = False  # any request has a group
+        # One was refused. SGLang then tries nobody until a request leaves (`batch_is_full`).
+        self._full = False
         self._kv_limit = watermark(self.pool, self.config.prune_at)
 
     def run(self, arrivals: list[Request], max_steps: int = 20_000) -> None:
@@ -207,13 +173,18 @@ class Simulator:
                 request = queue.pop(0)
                 if request.group is not None:
                     request.group.live += 1
-                request.queued = self.now
-                self.waiting.append(request)
+                self._wait(request)
             self._admit()
             self._decode()
             self.now += 1
             self._pass(self._quiet(queue[0].arrival if queue else None))
             assert self.now < max_steps, "a request starves"
+
+    def _wait(self, request: Request) -> None:
+        request.queued = self.now
+        self.waiting.append(request)
+        if self.config.makes_room and self._grouped:
+            self._full = False  # memory that a trace holds may be room for it
 
     def pages(self, tokens: int) -> int:
         """Tokens in whole pages."""
@@ -272,8 +243,7 @@ class Simulator:
 
     def _end(self, request: Request, fate: str) -> None:
         self._know(request)
-        self.running.remove(request)
-        self._held -= request.tokens
+        self._leave(request)
         self.ended.append(request)
         request.fate, request.ended = fate, self.now + (fate in ("finished", "cancelled"))
         if request.group is not None:
@@ -282,15 +252,24 @@ class Simulator:
         if fate == "finished":
             self.lengths.finished(request.generated)
 
+    def _leave(self, request: Request) -> None:
+        self.running.remove(request)
+        self._held -= request.tokens
+        self._full = False
+
     def _admit(self) -> None:
         self._fresh = []
         if not self.waiting:
             self.turns.order(())
             return
+        if self._full:
+            return
         tried = self._tried()
         for place, (request, line) in enumerate(tried):
             if not self._start(request):
-                if self.turns.refused(line) and not place:
+                if not self.turns.refused(line):
+                    self._full = bool(self.running)
+                elif not place:
                     self._admit()  # as in the next pass, in which another line comes first
                 return
             self.turns.admitted([line])
@@ -399,14 +378,16 @@ class Simulator:
             if victim is None:
                 break
             self._prune([victim], "watermark")
+        retracted = False
         while self._needed() > self.free:
             victim = self._worst()
             if victim is None:
                 self._retract()
+                retracted = True
                 continue
             self._prune([victim], "decode")
         self.history.append(DecodeStep(len(self.running), self._held, prefilled))
-        if self.reserve is not None:
+        if self.reserve is not None and not retracted:
             self.reserve.decay()
         for request in self.running:
             request.generated += 1
@@ -436,15 +417,8 @@ class Simulator:
             held = [self.pages(r.tokens) for r in running if r.group is not None]
             if held:
                 steps = min(steps, self._fitting(self._kv_limit - sum(held), len(held)))
-        if self.waiting and steps > 0:
-            if self.page > 1 or self._grouped:
-                return 0  # rare, or room that comes and goes with the pages
-            first = self.waiting[0]  # the others come after it
-            needed = self.pages(first.tokens) + self.page + self._future(first)
-            if self.reserve is not None:
-                steps = min(steps, self.reserve.refusals(running, self.free, needed))
-            elif needed <= self.free - sum(r.length - r.generated for r in running):
-                return 0
+        if self.waiting and not self._full:
+            return 0  # one may start
         return max(0, steps)
 
     def _fitting(self, tokens: int, requests: int) -> int:
@@ -506,10 +480,8 @@ class Simulator:
         """As SGLang does when nothing may be pruned: a request is queued again and starts over."""
         assert len(self.running) > 1, "the pool is too small for one request"
         request = min(self.running, key=lambda r: r.generated)
-        self.running.remove(request)
-        self._held -= request.tokens
+        self._leave(request)
         request.retractions += 1
-        request.queued = self.now
-        self.waiting.append(request)
+        self._wait(request)
         if self.reserve is not None:
             self.reserve.retracted(self.running)

@@ -129,6 +129,19 @@ def test_quiet_steps_at_once_are_those_one_by_one(
     assert number < found[1][1]  # some were quiet
 
 
+def test_a_refused_request_is_not_tried_again_before_one_leaves() -> None:
+    """SGLang's `batch_is_full`, though reservations fall and would soon let it in."""
+    first, second, third = [Request(0, 0, length) for length in (400, 100, 400)]
+    Simulator(2100, 1, FAIR, reserve=Reserve(900)).run([first, second, third])
+    assert first.started == second.started == 0
+    assert third.started == second.ended == third.waited
+    reserve = Reserve(900)
+    reserve.decay(99)
+    later = [Request(0, 0, 400, generated=99), Request(0, 0, 100, generated=99)]
+    left = sum(reserve.future(request) for request in later)
+    assert 900 + 2 * 99 + reserve.ratio * left < 2100  # it would have been let in before that
+
+
 def in_turn() -> list[Request]:
     """Eight equal groups, one after the other; two of them alone would fill the pool."""
     groups = [Group(f"g{i}") for i in range(8)]
