@@ -12,7 +12,6 @@ from rich.table import Table
 
 from step_sglang import files
 from step_sglang.cli.common import OUTPUT, out, warn
-from step_sglang.cli.evaluation import show_evaluation
 from step_sglang.errors import ScorerError
 
 
@@ -33,6 +32,7 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what a scorer was trained on, for which model, and its figures."""
+    from step_sglang.cli.evaluation import show_evaluation
     from step_sglang.scoring.locate import locate_scorer
     from step_sglang.scoring.scorer import load_scorer
     from step_sglang.training.card import card_text

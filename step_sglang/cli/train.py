@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from step_sglang.cli.common import OUTPUT, QUESTIONS, RECIPE, RUNNING, err, out, warn
-from step_sglang.cli.evaluation import show_evaluation
 
 
 def train(
@@ -82,6 +81,7 @@ def train(
     """Train a scorer on a store; write it with its figures and plots."""
     import torch
 
+    from step_sglang.cli.evaluation import show_evaluation
     from step_sglang.training.fit import Epoch, Recipe
     from step_sglang.training.train import Shares, train_scorer
     from step_sglang.training.voted import Labels

@@ -18,6 +18,8 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 step_sglang.solve, step_sglang.asolve
 late = {"scipy", "sglang", "torch"}
 assert not late & set(sys.modules), late & set(sys.modules)
+import step_sglang.cli.main  # whoever asks for help waits for none of them
+assert not late & set(sys.modules), late & set(sys.modules)
 """
 
 
