@@ -35,8 +35,8 @@ from step_sglang.evaluation.profiles import profile_of
 from step_sglang.evaluation.replay import is_right, simulate
 from step_sglang.evaluation.stats import compare, mean_of
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
-from step_sglang.pruning.policy import Candidates, GroupView, TraceView
 from step_sglang.protocol import DEFAULT_VOTE
+from step_sglang.pruning.policy import Candidates, GroupView, TraceView
 from step_sglang.pruning.refill import (
     RULES,
     Boundary,
