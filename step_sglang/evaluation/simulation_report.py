@@ -130,6 +130,37 @@ def table_of(rows: Sequence[Row], meta: Mapping[str, Any]) -> Table:
     return Table(_caption(rows, meta), _HEAD, tuple(_cells(row) for row in rows))
 
 
+def cells_of(rows: Sequence[Row], meta: Mapping[str, Any]) -> Table:
+    """A line per pool, number of traces and AUC: what each method has over SC, of whose time."""
+    methods = [m for m in dict.fromkeys(row.method for row in rows) if m != REFERENCE]
+    title = {row.method: row.title for row in rows}
+    cells: dict[tuple[int, int, float | None], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        cells[row.pool, row.n, row.auc][row.method] = row
+
+    def against(row: Row | None) -> str:
+        if row is None or row.right_gap is None or row.time_gap is None:
+            return ""
+        gap, ratio = row.right_gap.difference.value, row.time_gap.ratio.value
+        return f"{100 * gap:+.1f} / {ratio:.2f}"
+
+    lines = []
+    for (pool, n, auc), by_method in cells.items():
+        sc = by_method.get(REFERENCE)
+        lines.append((
+            "simulated", str(meta["at_once"]), f"{pool:,}", str(n), _auc(auc),
+            f"{100 * sc.right.value:.1f}, {sc.seconds.value:,.0f}" if sc else "",
+            *(against(by_method.get(method)) for method in methods),
+        ))  # fmt: skip
+    head = ("", "at once", "KV pool", "n", "AUC", "SC: right %, s", *(title[m] for m in methods))
+    caption = f"{_caption(rows, meta)}: right - SC in points / time over SC's"
+    return Table(caption, head, tuple(lines))
+
+
+def _auc(auc: float | None) -> str:
+    return "recorded" if auc is None else f"{auc:g}"
+
+
 def _caption(rows: Sequence[Row], meta: Mapping[str, Any]) -> str:
     questions = max(row.questions for row in rows)
     draws = max(row.draws for row in rows)
@@ -148,8 +179,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         gap = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
         ratio = f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]"
     return (
-        "simulated", f"{row.pool:,}", str(row.n), "recorded" if row.auc is None else f"{row.auc:g}",
-        row.title, f"{100 * row.right.value:.1f}", gap, f"{row.seconds.value:,.0f}"
+        "simulated", f"{row.pool:,}", str(row.n), _auc(row.auc), row.title, f"{100 * row.right.value:.1f}", gap, f"{row.seconds.value:,.0f}"
         if row.seconds.value >= 100 else f"{row.seconds.value:.2f}", ratio, f"{row.tokens:,.0f}",
         f"{row.wait:.0f}", f"{row.pruned:.1f}", f"{row.retracted:.1f}", f"{row.ended:.1f}",
     )  # fmt: skip
@@ -198,7 +228,11 @@ def write_report(folder: Path, target: Path | None = None) -> Reported:
             files += save(draw(rows, meta, auc), target / name)
         plots = [file.name for file in files if file.suffix == ".png"]
         shown = "\n".join(f"![simulated: accuracy against latency]({name})\n" for name in plots)
-        files[0].write_text(f"{markdown(table)}\n{_NOTE}\n\n{shown}", encoding="utf-8")
+        tables = [markdown(table)]
+        if len({(row.pool, row.n, row.auc) for row in rows}) > 1:
+            tables.append(markdown(cells_of(rows, meta)))
+        text = "\n".join([*tables, f"{_NOTE}\n", shown])
+        files[0].write_text(text, encoding="utf-8")
     except OSError as error:
         raise SimulationError(f"cannot write to {target}: {error.strerror}") from error
     return Reported(tuple(files), table, _NOTE)

@@ -184,8 +184,16 @@ def test_the_command_marks_every_line(lengths: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     text = (folder / "simulated.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
-    assert len(rows) == 6 and all(line.startswith("| simulated | 30,000 |") for line in rows)
+    rows = [line for line in text.splitlines() if line.startswith("| simulated")]
+    assert all(line.startswith("| simulated | 30,000 |") for line in rows[:6])
+    # And a line per cell: what each method has over SC, of whose time.
+    for line, n, of in zip(rows[6:], ("8", "16"), (rows[:3], rows[3:6]), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:5] == ["simulated", "1", "30,000", n, "0.7"]
+        for row, cell in zip(of[1:], cells[6:], strict=True):
+            gap, ratio = (row.split("|")[place].split()[0] for place in (7, 9))
+            assert cell == f"{gap} / {ratio}"
+    assert not [line for line in text.splitlines() if "|" in line and "simulated" not in line][4:]
     assert (folder / "simulated-auc-0.7.png").stat().st_size > 5000
     assert "3 questions, one at a time, 2 draws" in write_report(folder).table.caption
 
