@@ -33,7 +33,7 @@ pytestmark = pytest.mark.server
 
 UNIT, N, POOL, LIMIT = 64, 32, 180_000, 40_000  # real tokens
 TIME = step_time(GPUS["h100"], NETWORKS["qwen3-8b"])
-ALIKE = 0.1  # of the model of the scheduler in `step-sglang replay`, and the scheduler
+ALIKE = 0.03  # of the model of the scheduler in `step-sglang replay`, and the scheduler
 
 
 def played() -> PlayedGroup:
