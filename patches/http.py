@@ -10,6 +10,7 @@ from step_sglang.errors import RequestError
 from step_sglang.patches.choices import PROGRESS, add_usage, for_openai, leaves_out
 from step_sglang.patches.parsed import parse_prompts, takes_part
 from step_sglang.patches.server_args import config_of
+from step_sglang.pruning.request import unpacked
 from step_sglang.voting.one_choice import kept_alive
 from step_sglang.voting.request import parse_vote
 from step_sglang.voting.suffix import default_suffix, needs_suffix
@@ -24,8 +25,10 @@ def convert_chat(serving: Any, request: Any, raw_request: Any = None) -> None:
     config = config_of(server_args)
     if config is None or not request.messages:
         return
+    custom, session = unpacked(request.custom_params, request.session_params)
+    request.custom_params, request.session_params = custom, session
     try:
-        wish = parse_vote({"n": request.n, "custom_params": request.custom_params}, config)
+        wish = parse_vote({"n": request.n, "custom_params": custom}, config)
     except RequestError:
         return  # the request itself will be refused for it
     last = request.messages[-1]

@@ -14,7 +14,7 @@ from typing import Any
 from step_sglang.config import StepConfig
 from step_sglang.patches.server_args import config_of, replicas
 from step_sglang.pruning.affinity import GroupIds
-from step_sglang.pruning.request import StepRequest, as_sample, with_group
+from step_sglang.pruning.request import StepRequest, as_sample, unpacked, with_group
 from step_sglang.voting.request import ParsedRequest, parse
 
 _PARSED = "step_parsed"  # one for all prompts of the request, or one for each
@@ -29,12 +29,30 @@ def parse_prompts(obj: Any, config: StepConfig) -> tuple[ParsedRequest, ...]:
     """
     known: tuple[ParsedRequest, ...] | None = getattr(obj, _PARSED, None)
     if known is None:
+        _unpack(obj)
         params = obj.sampling_params
         every = params if isinstance(params, list) else [params]
         # SGLang says itself what is wrong with parameters that are no object.
         known = tuple(parse(one if isinstance(one, Mapping) else {}, config) for one in every)
         set_parsed(obj, *known)
     return known
+
+
+def _unpack(obj: Any) -> None:
+    """Put what came in ``session_params`` where every other request says it."""
+    said = obj.session_params
+    params = obj.sampling_params
+    every = params if isinstance(params, list) else [{} if params is None else params]
+    if not all(isinstance(one, Mapping) for one in every):
+        return
+    pairs = [unpacked(one.get("custom_params"), said) for one in every]
+    if all(session is said for _, session in pairs):
+        return
+    changed = [
+        {**one, "custom_params": custom} for one, (custom, _) in zip(every, pairs, strict=True)
+    ]
+    obj.sampling_params = changed if isinstance(params, list) else changed[0]
+    obj.session_params = pairs[0][1]
 
 
 def parsed_of(obj: Any) -> ParsedRequest:

@@ -1,6 +1,7 @@
 """Every name that crosses a process or the network, in one place."""
 
-# `custom_params: {"step": ...}` in a request; `meta_info["step"]` in its response.
+# `custom_params: {"step": ...}` in a request, or `session_params: {"step": ...}`, as sglang-router
+# drops the former; `meta_info["step"]` in its response.
 REQUEST_KEY = "step"
 META_KEY = "step"
 

@@ -26,9 +26,10 @@ API_KEY_VARIABLE = "STEP_SGLANG_API_KEY"  # read where no key is given
 CONNECT_TIMEOUT = 10.0  # seconds
 DEFAULT_TIMEOUT = 60.0  # seconds
 FLUSH_TIMEOUT = 60.0  # seconds that a server may need to become idle
-# SGLang's router keeps requests of one key on one server (`--policy consistent_hashing`).
+# SGLang's router keeps requests of one key on one server (`--policy consistent_hashing`, `manual`).
 ROUTING_KEY = "X-SMG-Routing-Key"
 WORKERS_PATH = "/workers"  # of the router: its servers
+MODEL_PATHS = ("/model_info", "/get_model_info")  # a router knows the older one alone
 
 
 def server_url(url: str) -> str:
@@ -107,13 +108,21 @@ class _Connection:
         return value
 
     def _workers(self, answer: httpx.Response) -> list[str]:
-        """The servers behind a router, which itself has no endpoint of STEP's; else none."""
+        """The servers behind a router, those first that it thinks well; of a server none."""
         if answer.status_code != 200:
             return []
         try:
-            return [str(worker["url"]) for worker in answer.json()["workers"]]
-        except (ValueError, KeyError, TypeError):
+            workers = sorted(answer.json()["workers"], key=lambda one: not one.get("is_healthy", 1))
+            return [str(worker["url"]) for worker in workers]
+        except (ValueError, KeyError, TypeError, AttributeError):
             return []
+
+    def _unreached(self, what: str, problems: Sequence[ServerError]) -> ServerError:
+        """What to raise when servers behind the router, which must be asked, do not answer."""
+        return ServerError(
+            f"{self.url} is SGLang's router, which {what}: its servers have to be reached from "
+            f"here too. {'; '.join(map(str, problems))}"
+        )
 
     def _unfit(self, why: str) -> ServerError:
         return ServerError(f"{self.url} is no SGLang server of this version: {why}")
@@ -143,7 +152,11 @@ class Client(_Connection):
 
     def model(self) -> str:
         """GET /model_info: the model path that it serves; raises ServerError."""
-        return str(self._member(self._send("GET", "/model_info"), "model_path"))
+        for path in MODEL_PATHS:
+            answer = self._send("GET", path)
+            if answer.status_code != 404:
+                break
+        return str(self._member(answer, "model_path"))
 
     def info(self) -> dict[str, Any]:
         """GET /server_info; raises ServerError."""
@@ -166,7 +179,7 @@ class Client(_Connection):
         """POST /step/abort_group: how many requests were aborted.
 
         Of SGLang's router all servers are asked: only one has the group, but which is the
-        router's affair.
+        router's affair. One that does not answer is no error where another had the group.
 
         Raises:
             RequestRefused: the group id is none.
@@ -177,7 +190,17 @@ class Client(_Connection):
             workers = self._workers(self._send("GET", WORKERS_PATH))
             if not workers:
                 raise ServerError(f"the server at {self.url} runs without STEP (HTTP 404)")
-            return sum(self._at(worker).abort_group(group) for worker in workers)
+            ended, problems = 0, []
+            for worker in workers:
+                try:
+                    ended += self._at(worker).abort_group(group)
+                except RequestRefused:
+                    raise
+                except ServerError as error:
+                    problems.append(error)
+            if problems and not ended:
+                raise self._unreached("ends no groups", problems)
+            return ended
         aborted = self._member(answer, protocol.ABORTED)
         if not isinstance(aborted, int):
             raise self._unfit(f"{protocol.ABORTED!r} is no number in its answer")
@@ -194,9 +217,13 @@ class Client(_Connection):
             self._http.stream("GET", self.url + protocol.EVENTS_PATH) as answer,
         ):
             if answer.status_code == 404:
+                workers = self._workers(self._send("GET", WORKERS_PATH))
                 raise ServerError(
-                    f"the server at {self.url} has no live page: it runs without STEP, or with "
-                    "--step-page off (HTTP 404)"
+                    f"{self.url} is SGLang's router, which has no live page: look at one of its "
+                    f"servers, {', '.join(workers)}"
+                    if workers
+                    else f"the server at {self.url} has no live page: it runs without STEP, or "
+                    "with --step-page off (HTTP 404)"
                 )
             if answer.status_code != 200:
                 self._check(answer, answer.read().decode(errors="replace"))
@@ -228,6 +255,7 @@ class AsyncClient(_Connection):
         """As :class:`Client`'s."""
         super().__init__(url, timeout, api_key)
         self._http = httpx.AsyncClient(**self._options)
+        self._routed: bool | None = None  # behind a router; None: not asked yet
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -246,6 +274,7 @@ class AsyncClient(_Connection):
             RequestRefused: the server refused this one request (4xx).
             ServerError: it does not answer, or failed.
         """
+        body = await self._packed(body)
         return self._json(await self._send("POST", "/generate", body, _routing(body)))
 
     async def stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
@@ -255,7 +284,7 @@ class AsyncClient(_Connection):
             RequestRefused: the server refused the request.
             ServerError: it does not answer, fails, or breaks off.
         """
-        body = {**body, "stream": True}
+        body = await self._packed({**body, "stream": True})
         headers = _routing(body)
         with self._reaching():
             async with self._http.stream(
@@ -277,17 +306,35 @@ class AsyncClient(_Connection):
 
     async def model(self) -> str:
         """GET /model_info: the model path that it serves; raises ServerError."""
-        return str(self._member(await self._send("GET", "/model_info"), "model_path"))
+        for path in MODEL_PATHS:
+            answer = await self._send("GET", path)
+            if answer.status_code != 404:
+                break
+        return str(self._member(answer, "model_path"))
 
     async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """POST /v1/tokenize: token ids of a chat under the model's own template.
+
+        SGLang's router knows no templates: one of its servers is asked.
 
         Raises:
             RequestRefused: the server refused the chat.
             ServerError: it does not answer, or failed.
         """
         body = {"messages": list(messages), "add_special_tokens": True}
-        tokens = self._member(await self._send("POST", "/v1/tokenize", body), "tokens")
+        answer = await self._send("POST", "/v1/tokenize", body)
+        if answer.status_code in (404, 422):  # a router wants other members, where it has it at all
+            problems = []
+            for worker in await self._servers():
+                try:
+                    return await self._at(worker).render(messages)
+                except RequestRefused:
+                    raise
+                except ServerError as error:
+                    problems.append(error)
+            if problems:
+                raise self._unreached("renders no chats", problems)
+        tokens = self._member(answer, "tokens")
         if not isinstance(tokens, list):
             raise self._unfit("its tokens are no list")
         return tokens
@@ -302,11 +349,17 @@ class AsyncClient(_Connection):
         """
         answer = await self._send("POST", protocol.END_TRACES_PATH, {protocol.TRACES: list(ids)})
         if answer.status_code == 404:
-            workers = self._workers(await self._send("GET", WORKERS_PATH))
+            workers = await self._servers()
             if not workers:
                 raise ServerError(f"the server at {self.url} ends no single traces (HTTP 404)")
+            problems = []
             for worker in workers:
-                await self._at(worker).end_traces(ids)
+                try:
+                    await self._at(worker).end_traces(ids)
+                except ServerError as error:
+                    problems.append(error)
+            if len(problems) == len(workers):
+                raise self._unreached("ends no single traces", problems)
             return
         self._member(answer, protocol.ENDED)
 
@@ -326,6 +379,23 @@ class AsyncClient(_Connection):
                     f"flushed: {answer.text.strip()[:200]}"
                 )
             await asyncio.sleep(0.1)
+
+    async def _servers(self) -> list[str]:
+        """The servers behind a router; of a server none."""
+        return self._workers(await self._send("GET", WORKERS_PATH))
+
+    async def _packed(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body, saying twice what it says of STEP where a router may drop one."""
+        try:
+            step = body["sampling_params"]["custom_params"][protocol.REQUEST_KEY]
+        except (KeyError, TypeError):
+            return body
+        if self._routed is None:
+            self._routed = bool(await self._servers())
+        if not self._routed:
+            return body
+        session = {**(body.get("session_params") or {}), protocol.REQUEST_KEY: step}
+        return {**body, "session_params": session}
 
     def _at(self, url: str) -> AsyncClient:
         """The same, of another server."""

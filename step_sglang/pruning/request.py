@@ -222,6 +222,21 @@ def declined(custom_params: Mapping[str, Any] | None) -> bool:
     )
 
 
+def unpacked(custom_params: Any, session_params: Any) -> tuple[Any, Any]:
+    """Both of a request, after what ``session_params.step`` says moved to ``custom_params``.
+
+    sglang-router forwards the fields that it knows; of these, session_params alone takes values of
+    any form on every endpoint. What ``custom_params.step`` says itself wins.
+    """
+    if not isinstance(session_params, Mapping) or protocol.REQUEST_KEY not in session_params:
+        return custom_params, session_params
+    rest = dict(session_params)
+    said = rest.pop(protocol.REQUEST_KEY)
+    if custom_params is None or isinstance(custom_params, Mapping):
+        custom_params = {protocol.REQUEST_KEY: said, **(custom_params or {})}
+    return custom_params, rest or None
+
+
 def as_sample(step_request: StepRequest | None, new_group: Callable[[], str]) -> StepRequest:
     """What each of several samples of a prompt is: in a new group, unless the request named one.
 

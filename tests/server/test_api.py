@@ -48,6 +48,26 @@ def test_requests_name_their_group(server: Server) -> None:
     assert sum(len(a["meta_info"]["step"]["step_scores"]) for a in answers) > 0
 
 
+def test_session_params_say_what_a_router_drops(server: Server) -> None:
+    """In /generate, also streamed, for several prompts, and in a chat."""
+    session = {"step": {"group": "routed", "step_scores": True}}
+    body = {"input_ids": PROMPT, "sampling_params": PARAMS, "session_params": session}
+    alone = server.generate(**body)["meta_info"]["step"]
+    assert alone["group"] == "routed" and alone["step_scores"]
+    last = server.post("/generate", {**body, "stream": True}).text.split("data: ")[-2]
+    assert json.loads(last)["meta_info"]["step"]["group"] == "routed"
+    both = server.generate(**{**body, "input_ids": [PROMPT, PROMPT[:9]]})
+    assert {answer["meta_info"]["step"]["group"] for answer in both} == {"routed"}
+    asked = {
+        "model": "m", "messages": [{"role": "user", "content": "how many?"}], "max_tokens": 30,
+        "temperature": 1.0, "return_meta_info": True, "session_params": {"step": {"traces": 3}},
+    }  # fmt: skip
+    (choice,) = server.post("/v1/chat/completions", asked).json()["choices"]
+    assert choice["meta_info"]["step"]["vote"]["traces"] == 3
+    refused = server.post("/generate", {**body, "session_params": {"step": {"group": 7}}})
+    assert refused.status_code == 400 and "custom_params.step.group" in refused.text
+
+
 def test_opting_out_and_ordinary_requests(server: Server) -> None:
     for answer in (*ask(server, False, n=3), ask(server), ask(server, False)):
         assert "step" not in answer["meta_info"]

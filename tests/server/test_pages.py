@@ -21,6 +21,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 # By page, a word of the snippet, and why it is not run here.
 ELSEWHERE = {
+    ("groups.md", "launch_router"): "needs a router; server/test_router.py starts the same",
     ("kernel.md", "step_score_(hidden"): "a signature; the op's tests call it",
     ("kernel.md", "ends_step ="): "the op's meaning; step_sglang/scoring/reference.py runs it",
     ("scorers.md", "--calibrate"): "needs a checkpoint; unit/test_calibration.py runs it",

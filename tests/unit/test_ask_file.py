@@ -34,6 +34,7 @@ class StandIn:
     url: str = ""
     asked: list[str] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    bodies: list[dict[str, Any]] = field(default_factory=list)  # of /generate
     open: int = 0
     most_open: int = 0
     down: bool = False
@@ -49,13 +50,16 @@ def stand_in(delay: float = 0.0, workers: list[str] | None = None) -> Iterator[S
             if self.path == "/workers" and workers is not None:
                 self.answer({"workers": [{"url": url} for url in workers], "total": len(workers)})
             else:
-                self.answer({"model_path": "m"}, 200 if self.path == "/model_info" else 404)
+                known = "/model_info" if workers is None else "/get_model_info"
+                self.answer({"model_path": "m"}, 200 if self.path == known else 404)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             state.keys.append(self.headers.get(ROUTING_KEY))
             if state.down:
                 self.answer({"message": "down"}, 503)
+            elif self.path == "/v1/tokenize" and workers is not None:
+                self.answer({"message": "missing field `prompt`"}, 422)
             elif self.path == "/v1/tokenize":
                 self.answer({"tokens": [len(body["messages"][0]["content"].split())]})
             elif self.path.startswith("/step/"):
@@ -65,6 +69,7 @@ def stand_in(delay: float = 0.0, workers: list[str] | None = None) -> Iterator[S
                 self.solved(body)
 
         def solved(self, body: dict[str, Any]) -> None:
+            state.bodies.append(body)
             words = body["input_ids"][0]
             with state.lock:
                 state.asked.append(str(words))
@@ -214,9 +219,38 @@ def test_behind_a_router_every_server_is_asked() -> None:
 
         asyncio.run(end())
         assert [len(worker.keys) for worker in workers] == [2, 2]
+        # One that is gone had none of the traces, where another had some.
+        workers[0].down = True
+        assert abort_group(router.url, "q7") == 2
+        asyncio.run(end())
+        workers[1].down = True
+        with pytest.raises(ServerError, match="SGLang's router, which ends no groups") as caught:
+            abort_group(router.url, "q7")
+        assert all(worker.url in str(caught.value) for worker in workers)
+        with pytest.raises(ServerError, match="which ends no single traces"):
+            asyncio.run(end())
         empty = stack.enter_context(stand_in(workers=[]))
         with pytest.raises(ServerError, match="without STEP"):
             abort_group(empty.url, "q7")
+
+
+def test_questions_go_through_a_router(tmp_path: Path) -> None:
+    """It has another path for the model, no chat templates, and drops custom_params."""
+    with stand_in() as worker, stand_in() as other:
+        with stand_in(workers=[other.url, worker.url]) as router:
+            other.down = True
+            missing, _ = ask(tmp_path / "r.jsonl", [job(w) for w in (3, 5)], router.url)
+            assert missing == 0 and sorted(router.asked) == ["3", "5"] and not worker.asked
+            for body in router.bodies:
+                step = body["sampling_params"]["custom_params"]["step"]
+                assert body["session_params"] == {"step": step} and step["step_scores"]
+            worker.down = True
+            with pytest.raises(ServerError, match="router, which renders no chats: its servers"):
+                solve("w w", 2, url=router.url, suffix="")
+            assert solve([4], 2, url=router.url).answer == "4"
+        worker.down = False
+        solve("w w", 2, url=worker.url, suffix="")
+        assert "session_params" not in worker.bodies[0]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from tests.training_samples import Generator, meta
 
 PATHS = {
     "/flush_cache", "/generate", "/health", "/metrics", "/model_info", "/server_info",
-    "/step/abort_group", "/step/events", "/v1/tokenize",
+    "/step/abort_group", "/step/events", "/v1/tokenize", "/workers",
 }  # fmt: skip
 SAMPLING = Sampling(1.0, 1.0, -1, 50)
 

@@ -16,6 +16,7 @@ from step_sglang.pruning.request import (
     check_group_size,
     declined,
     parse_request,
+    unpacked,
     with_group,
 )
 
@@ -134,3 +135,21 @@ def test_the_scheduler_reads_the_group() -> None:
 def test_declining() -> None:
     assert declined({"step": False})
     assert not declined({"step": None}) and not declined({}) and not declined(None)
+
+
+@pytest.mark.parametrize(
+    ("custom", "session", "expected"),
+    [
+        (None, None, (None, None)),
+        ({"step": True}, {"id": "s"}, ({"step": True}, {"id": "s"})),
+        (None, {"step": {"group": "g"}}, ({"step": {"group": "g"}}, None)),
+        ({"a": 1}, {"step": True, "id": "s"}, ({"step": True, "a": 1}, {"id": "s"})),
+        ({"step": False}, {"step": True}, ({"step": False}, None)),  # custom_params wins
+        ("text", {"step": True}, ("text", None)),  # which is refused for what it is
+        (None, "text", (None, "text")),
+    ],
+)
+def test_session_params_say_the_same(custom: Any, session: Any, expected: Any) -> None:
+    given = dict(session) if isinstance(session, dict) else session
+    assert unpacked(custom, session) == expected
+    assert session == given
