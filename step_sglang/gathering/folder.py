@@ -77,6 +77,8 @@ class Folder:
         Raises:
             OSError: the disk is full or fails, or the folder is gone.
         """
+        if len(data) > self._limit:
+            return False
         if self._file is not None and not self._fits_into_file(len(data)):
             self.close()
         if not self._make_room(len(data)):
