@@ -154,23 +154,25 @@ def test_a_vote_waits_for_all_of_a_chosen_group(server: Server, folder: Path) ->
 
 
 def test_groups_that_nobody_named_are_chosen_by_their_ids(server: Server, folder: Path) -> None:
-    fates = set()
-    for question in QUESTIONS:
-        step = generate(server, question, 4)[0]["meta_info"]["step"]
+    fates: set[bool] = set()
+    for _ in range(40):
+        step = generate(server, n=4)[0]["meta_info"]["step"]
         assert step.get("sampled", False) == is_chosen(step["group"], SHARE)
         fates.add(step.get("sampled", False))
+        if len(fates) == 2:
+            break
     assert fates == {True, False}
 
 
 def test_who_is_not_kept(server: Server, folder: Path) -> None:
-    out = generate(server, group=(declined := next(CHOSEN)), sample=False)
+    out = generate(server, n=4, group=(declined := next(CHOSEN)), sample=False)
     few = generate(server, group=(small := next(CHOSEN)), n=3)
     judged = generate(server, group=(other := next(CHOSEN)), baseline={"name": "random"})
     for answers in (out, few, judged):
         assert not any("sampled" in answer["meta_info"]["step"] for answer in answers)
     assert any(answer["meta_info"]["step"]["pruned"] for answer in judged)
     marker = next(CHOSEN)
-    generate(server, group=marker)
+    generate(server, n=4, group=marker)
     until(lambda: rows(folder, marker))
     assert not any(rows(folder, name) for name in (declined, small, other))
     text = "custom_params.step.sample must be true or false"
@@ -188,7 +190,7 @@ def test_a_group_whose_client_leaves_is_forgotten(server: Server, folder: Path) 
         next(answer.iter_lines())
     until(lambda: step_state(server)["live_traces"] == 0)
     marker = next(CHOSEN)
-    generate(server, group=marker)
+    generate(server, n=4, group=marker)
     until(lambda: rows(folder, marker))
     assert not rows(folder, name)
     begun = counted(server, "step_groups_sampled_total", 'fate="begun"')
@@ -197,8 +199,8 @@ def test_a_group_whose_client_leaves_is_forgotten(server: Server, folder: Path) 
 
 @pytest.mark.full
 def test_a_scorer_is_trained_on_what_was_kept(server: Server, folder: Path, tmp_path: Path) -> None:
-    for question in [q.question for q in questions("scorer-train", 24, seed=6)]:
-        generate(server, question, group=next(CHOSEN))
+    for question in [q.question for q in questions("scorer-train", 16, seed=6)]:
+        generate(server, question, 8, group=next(CHOSEN))
     store = tmp_path / "store"
     log = tmp_path / "capture.log"
     with serve(model_path(), "--enable-step", "--step-capture", log=log) as capturing:
@@ -215,7 +217,7 @@ def test_a_scorer_is_trained_on_what_was_kept(server: Server, folder: Path, tmp_
         for line in file.read_text().splitlines():
             row = json.loads(line)
             by_question.setdefault(row["question"], []).append(row)
-    assert len(reader.shards) >= 8
+    assert len(reader.shards) >= 5
     for shard in reader.stream():
         known = by_question[shard.traces[0].question]
         assert max(row["agreement"] for row in known) >= 0.3
@@ -242,15 +244,15 @@ def test_a_folder_that_cannot_be_written_costs_groups_and_nothing_else(
     shutil.move(folder, tmp_path / "elsewhere")
     folder.write_text("not a folder")
     for lost in (1, 2):
-        answers = generate(server, group=next(CHOSEN))
-        assert len(answers) == N
+        answers = generate(server, n=4, group=next(CHOSEN))
+        assert len(answers) == 4
         until(lambda lost=lost: counted(server, "step_failures_total", '"sampling"') == lost)
     assert server.log_text().count("STEP cannot keep a group in --step-sample") == 1
     assert "Traceback" not in server.log_text()
     folder.unlink()
     folder.mkdir()
     name = next(CHOSEN)
-    generate(server, group=name)
-    until(lambda: len(rows(folder, name)) == N)
+    generate(server, n=4, group=name)
+    until(lambda: len(rows(folder, name)) == 4)
     assert counted(server, "step_groups_sampled_total", 'fate="lost"') == 2
     assert step_state(server)["failures"] == {}
