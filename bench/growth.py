@@ -4,7 +4,8 @@
 
 TRAIN and TEST are stores of different questions (`bench/reasoner_store.py`). Scorers are trained on
 parts of TRAIN, with its true labels or labelled by the traces' vote, and ranked on TEST against
-the true labels: AUC of the running mean within the question, mean over the seeds.
+the true labels: AUC of the running mean within the question, mean over the seeds. After each share
+of agreement the same questions with their true labels.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ from step_sglang.training.metrics import running_means
 from step_sglang.training.reader import Reader
 from step_sglang.training.signals import auc_by_question, own_fraction
 from step_sglang.training.voted import VotedReader
+
+
+class Part(Reader):
+    """Some questions of a store, with their true labels."""
+
+    def __init__(self, folder: Path, shards: Sequence[int]) -> None:
+        super().__init__(folder)
+        self._shards = {shard: self._shards[shard] for shard in shards}
+
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
@@ -66,15 +76,21 @@ def main() -> None:
             show(f"{count} questions", reader, count)
     for agreement in options.agreement:
         voted = VotedReader(options.train, agreement)
-        agree = np.mean(
-            [
-                true.correct == label.correct
-                for shard in voted.shards
-                for true, label in zip(reader.traces(shard), voted.traces(shard), strict=True)
-            ]
+        pairs = [
+            (true, label)
+            for shard in voted.shards
+            for true, label in zip(reader.traces(shard), voted.traces(shard), strict=True)
+        ]
+        right = np.mean([true.correct == label.correct for true, label in pairs])
+        winners = {label.question_id: true.correct for true, label in pairs if label.correct}
+        kept = len(voted.shards)
+        print(
+            f"vote >= {agreement:.0%}: {kept} of {len(reader.shards)} questions "
+            f"({kept / len(reader.shards):.0%}), the vote is right in "
+            f"{np.mean(list(winners.values())):.0%}, {right:.1%} of the labels are"
         )
-        name = f"vote >= {agreement:.0%}: {len(voted.shards)} questions, {agree:.0%} labels true"
-        show(name, voted, len(voted.shards))
+        show("  its labels", voted, kept)
+        show("  true labels of the same", Part(options.train, voted.shards), kept)
 
 
 if __name__ == "__main__":

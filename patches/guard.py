@@ -65,10 +65,16 @@ def observe(observer: Callable[[str], None]) -> None:
     _observer = observer
 
 
-def _count(where: str, error: Exception) -> None:
+def count(where: str, error: Exception) -> bool:
+    """Count a failure that somebody else caught and tells; whether it is the first of its kind."""
     _counts[where] += 1
-    if (where, type(error)) not in _logged:
-        _logged.add((where, type(error)))
+    first = (where, type(error)) not in _logged
+    _logged.add((where, type(error)))
+    return first
+
+
+def _count(where: str, error: Exception) -> None:
+    if count(where, error):
         logger.error(
             "STEP failed in %s, and goes on without; failures of this kind are only counted "
             "from now on",

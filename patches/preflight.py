@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from step_sglang import protocol
 from step_sglang.config import DEFAULT_DELIMITERS, StepConfig
 from step_sglang.errors import ConfigError, ScorerError, StepError
+from step_sglang.gathering.folder import prepare
 from step_sglang.patches import adapters, workers
 from step_sglang.patches.endpoint import add_endpoints
 from step_sglang.patches.server_args import config_of, refuse
@@ -217,6 +219,8 @@ def _check(server_args: Any, config: StepConfig) -> None:
     scorer = load_config_scorer(config, width, str(cfg.model_path))
     _check_model(scorer, config, str(cfg.model_path), cfg.revision)
     step_boundaries(config, scorer, load_tokenizer(server_args))
+    if config.sample:
+        prepare(Path(config.sample), str(cfg.model_path))
 
 
 def _check_model(scorer: Scorer, config: StepConfig, model: str, revision: str | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from step_sglang import protocol
 from step_sglang.config import StepConfig
 from step_sglang.errors import RequestError
+from step_sglang.patches import sample
 from step_sglang.patches.guard import guard
 from step_sglang.patches.page import trace_finished
 from step_sglang.patches.parsed import parsed_of, pruned_mode
@@ -45,6 +46,7 @@ def create_tokenized_object(result: Any, manager: Any, obj: Any, *args: Any, **k
             f"only {tokens} tokens"
         )
     _decide_refill(result, step_request, parsed_of(obj).voted, config, manager.server_args)
+    sample.spare_if_chosen(result, manager, obj, step_request)
     number = replicas()
     if number > 1 and step_request.group is not None and result.routed_dp_rank is None:
         result.routed_dp_rank = replica_of(step_request.group, number)
@@ -139,6 +141,8 @@ def update_request_meta_info(
             return
         extra = step[index].pop(protocol.META_EXTRA_TOKENS, None)
         meta_info[protocol.META_KEY] = step[index]
+        if sample.is_kept(state.obj):
+            step[index][protocol.META_SAMPLED] = True
         if extra is not None:
             # Every generated token counts once: in the place in which it was generated.
             for name, more in zip(("completion_tokens", "reasoning_tokens"), extra, strict=True):
@@ -147,6 +151,7 @@ def update_request_meta_info(
             meta_info["finish_reason"] = _reported(manager, state.obj, meta_info, finish_reason)
         elif finish_reason is not None and finish_reason["type"] != "abort":
             trace_finished(meta_info, state)
+            sample.trace_finished(meta_info, state, finish_reason["type"])
 
 
 def _reported(

@@ -132,7 +132,8 @@ async def _answer(
     inner.regenerate_rid()
     inner.stream = True
     inner.sampling_params = trace_params(item.sampling_params, wish, config)
-    set_parsed(inner, ParsedRequest(parsed.trace or StepRequest(), voted=True))
+    trace = parsed.trace or StepRequest()
+    set_parsed(inner, ParsedRequest(trace, voted=True, extract=wish.extract))
     session = session_of(wish, _length_limit(wish, inner))
     comparison = _verifier.comparison()
     getattr(whole, PROGRESS).sessions.append(session)

@@ -196,6 +196,30 @@ class StepConfig:
         },
     )
 
+    sample: str = field(
+        default="",
+        metadata={
+            "metavar": "DIR",
+            "help": "Keep a share of the groups that are served, as traces that step-sglang "
+            "collect --from-traces reads, so that a scorer can be trained on them. They run to "
+            "their end: none of them is pruned.",
+        },
+    )
+    sample_share: float = field(
+        default=0.05,
+        metadata={
+            "metavar": "F",
+            "help": "With --step-sample: which share of the groups, above 0 and at most 1.",
+        },
+    )
+    sample_limit: int = field(
+        default=1000,
+        metadata={
+            "metavar": "MB",
+            "help": "With --step-sample: megabytes that DIR may hold; the oldest groups make room.",
+        },
+    )
+
     page: str = field(
         default="on",
         metadata={
@@ -260,6 +284,7 @@ class StepConfig:
         _check_choice("--step-vote", self.vote, VOTES)
         _check_choice("--step-extract", self.extract, EXTRACTORS)
         self._check_effort()
+        self._check_sample()
         _check_choice("--step-pruned", self.pruned, PRUNED_MODES)
         _check_choice("--step-page", self.page, PAGES)
         _check_choice("--step-log", self.log, LOGS)
@@ -309,6 +334,33 @@ class StepConfig:
             raise ConfigError(
                 f"{other}, so --step-refill {self.refill} contradicts it: leave one of them out"
             )
+
+    def _check_sample(self) -> None:
+        share, limit = self.sample_share, self.sample_limit
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not (number and 0 < share <= 1):
+            raise ConfigError(
+                "--step-sample-share must be a share of the groups, above 0 and at most 1, not "
+                f"{share!r}"
+            )
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise ConfigError(
+                f"--step-sample-limit must be a number of megabytes, at least 1, not {limit!r}"
+            )
+        if not isinstance(self.sample, str):
+            raise ConfigError(f"--step-sample must be a folder, not {self.sample!r}")
+        if not self.sample:
+            for name in ("sample_share", "sample_limit"):
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    flag = "--step-" + name.replace("_", "-")
+                    raise ConfigError(f"{flag} needs --step-sample DIR, where groups are kept")
+        elif self.capture or self.policy == "paper":
+            other = (
+                "--step-capture serves `collect`, which samples by itself"
+                if self.capture
+                else "--step-policy paper knows no groups, and so spares none"
+            )
+            raise ConfigError(f"{other}, so --step-sample contradicts it: leave one of them out")
 
     def _check_limits(self) -> None:
         if self.policy == "paper" and self.max_groups != OFF:

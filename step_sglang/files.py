@@ -123,14 +123,14 @@ class Lines:
     were removed.
     """
 
-    def __init__(self, file: Path, *, lock: bool = False) -> None:
+    def __init__(self, file: Path, *, lock: bool = False, mode: int = 0o644) -> None:
         """Open it, or make it.
 
         Raises:
             BlockingIOError: with ``lock``: another process writes to it.
             OSError: the disk fails.
         """
-        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode)
         try:
             if lock:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,9 +24,10 @@ PRUNED = "pruned"
 SHOW_TEXT = "show_text"
 PRUNE_AT = "prune_at"
 REFILL = "refill"
+SAMPLE = "sample"
 REQUEST_MEMBERS = (
     GROUP, TRACE, WEIGHT, MIN_SURVIVORS, STEP_SCORES, HIDDEN_STATES, PROMPT_TOKENS, BASELINE,
-    RECORD, PRUNED, SHOW_TEXT, PRUNE_AT, REFILL,
+    RECORD, PRUNED, SHOW_TEXT, PRUNE_AT, REFILL, SAMPLE,
 )  # fmt: skip
 
 # How a pruned trace is reported: the values of PRUNED.
@@ -76,6 +77,7 @@ META_HIDDEN_STATES = "hidden_states"
 META_CONFIDENCE = "confidence"
 META_RECORD = "record"
 META_CALIBRATION = "calibration"  # [slope, bias] of the scorer, where its file has one
+META_SAMPLED = "sampled"  # true: the group is kept for training, so none of it is pruned
 META_BRANCH = "branch"
 BRANCH_PARENT = "parent"  # request id
 BRANCH_POSITION = "position"  # of the parent's last token that the branch begins with
@@ -146,3 +148,4 @@ IN_REQUESTS = "requests"
 IN_RESPONSES = "responses"
 IN_METRICS = "metrics"
 IN_PAGE = "page"
+IN_SAMPLING = "sampling"

@@ -81,6 +81,21 @@ def collect(
             rich_help_panel=QUESTIONS,
         ),
     ] = False,
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="answers, or vote: with --from-traces, of the groups that a server with "
+            "--step-sample kept, a trace is right if it gave the answer that its group agreed on.",
+            rich_help_panel=QUESTIONS,
+        ),
+    ] = "answers",
+    agreement: Annotated[
+        float,
+        typer.Option(
+            help="With --labels vote: the least share of a group's traces that must agree.",
+            rich_help_panel=QUESTIONS,
+        ),
+    ] = 0.5,
     suffix: Annotated[str | None, typer.Option(help=SUFFIX_HELP, rich_help_panel=QUESTIONS)] = None,
     model: Annotated[
         str | None,
@@ -155,6 +170,7 @@ def collect(
     from step_sglang.data.questions import Fields
     from step_sglang.training.setup import REASONER_SAMPLING, CollectOptions, plan_collection
     from step_sglang.training.stored import DTYPES
+    from step_sglang.training.voted import Labels
     from step_sglang.voting.suffix import is_reasoner
 
     one_of("--dtype", dtype, tuple(DTYPES))
@@ -183,6 +199,7 @@ def collect(
         concurrency=concurrency,
         timeout=timeout,
         keep_text=keep_text,
+        labels=Labels(labels, agreement),
     )  # fmt: skip
     _run(plan_collection(options), options, store, url, server_flags or [])
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from step_sglang.data.benchmarks import BENCHMARKS, Benchmark, with_choices
 from step_sglang.errors import SourceError, first_line, nearest
+from step_sglang.gathering.record import (
+    AGREEMENT,
+    AGREES,
+    EXTRACTED,
+    FINISH,
+    GROUP,
+    PROMPT,
+    VOTED,
+)
 from step_sglang.voting.answers import extract_boxed
 
 REASONER = "reasoner"
@@ -19,11 +28,18 @@ REASONER = "reasoner"
 
 @dataclass(frozen=True)
 class GivenTrace:
-    """An existing trace. ``tokens`` None: its text is tokenized, which may give other tokens than
-    were sampled."""
+    """An existing trace.
+
+    ``tokens`` None: its text is tokenized, which may give other tokens than were sampled.
+    ``agrees``: whether it gave the answer that its group's vote chose, where that is its label; its
+    own answer is then ``extracted``.
+    """
 
     text: str
     tokens: tuple[int, ...] | None = None
+    finish: str = "stop"
+    extracted: str | None = None
+    agrees: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,7 @@ class Job:
     answer: str
     traces: tuple[GivenTrace, ...] = ()
     extract: str = "boxed"  # how a trace's answer is read, see `step_sglang.voting.answers`
+    prompt: tuple[int, ...] | None = None  # token ids; None: the question as one user message
 
 
 @dataclass(frozen=True)
@@ -113,44 +130,96 @@ def load_questions(
     return _source(name, jobs, problems, fields.wanted)
 
 
-def load_traces(file: Path, n: int | None = None, fields: Fields = Fields()) -> QuestionSet:
+def load_traces(
+    file: Path, n: int | None = None, fields: Fields = Fields(), agreement: float | None = None
+) -> QuestionSet:
     """Existing traces: JSON lines of question, answer and text, n lines per question.
 
     A line may also hold the trace's token ids, the prompt's not among them. Of a folder every
-    ``*.jsonl`` file is read, by name; a question's lines may lie in several of them.
+    ``*.jsonl`` file is read, by name; a question's lines may lie in several of them. The lines of a
+    server with ``--step-sample`` (`step_sglang.gathering.record`) also say which prompt it was, as
+    token ids, which group, and how that voted.
 
     ``n`` None takes the most common count. A question with more traces keeps its first n; one with
     fewer is left out.
 
+    Args:
+        file: or a folder.
+        n: traces of a question.
+        fields: the members' names.
+        agreement: the votes are the labels, of groups of which at least this share agrees; all
+            others are left out.
+
     Raises:
         SourceError: the file is missing, the folder has none, or no question has n traces.
     """
-    traces: dict[tuple[str, str], list[GivenTrace]] = {}
+    groups: dict[tuple[str, str, str], _GivenGroup] = {}
     problems: list[str] = []
     files = sorted(file.glob("*.jsonl")) if file.is_dir() else [file]
     if not files:
         raise SourceError(f"the folder {file} holds no *.jsonl file of traces")
+    voted = agreement is not None
     for where, row in (line for found_file in files for line in _lines(found_file)):
-        pair, trace = _pair(row, fields), _given(row, fields)
-        if pair is None or trace is None:
-            problems.append(f"{where} has no question, answer or text, or unusable tokens")
+        pair = _voted_pair(row, fields) if voted else _pair(row, fields)
+        trace = _given(row, fields, voted)
+        if pair is not None and trace is not None:
+            group, share = row.get(GROUP), row.get(AGREEMENT)
+            key = (*pair, group if isinstance(group, str) else "")
+            found = groups.setdefault(key, _GivenGroup(*pair, _tokens(row.get(PROMPT))))
+            found.agreement = share if isinstance(share, int | float) else 0.0
+            found.traces.append(trace)
+        elif voted:
+            problems.append(f"{where} has no recorded vote, or unusable tokens")
         else:
-            traces.setdefault(pair, []).append(trace)
-    counts = Counter(len(found) for found in traces.values())
-    wanted = n or counts.most_common(1)[0][0] if traces else 0
+            problems.append(f"{where} has no question, answer or text, or unusable tokens")
+    kept = list(groups.values())
+    if agreement is not None:
+        kept = [group for group in kept if group.agreement >= agreement]
+        if len(kept) < len(groups):
+            problems.append(
+                f"{len(groups) - len(kept)} of {len(groups)} groups, of which less than "
+                f"{agreement:g} agrees"
+            )
+    counts = Counter(len(group.traces) for group in kept)
+    wanted = n or counts.most_common(1)[0][0] if kept else 0
+    jobs = _jobs_of_groups(kept, wanted, problems)
+    members = f"{fields.wanted} and {fields.text!r}"
+    if voted:
+        members = f"a recorded vote of which at least {agreement:g} agrees"
+    return _source(str(file), jobs, problems, members)
+
+
+@dataclass
+class _GivenGroup:
+    """Traces that were read, of one question asked once."""
+
+    question: str
+    answer: str
+    prompt: tuple[int, ...] | None
+    agreement: float = 0.0
+    traces: list[GivenTrace] = field(default_factory=list)
+
+
+def _jobs_of_groups(groups: Sequence[_GivenGroup], wanted: int, problems: list[str]) -> list[Job]:
     jobs: dict[str, Job] = {}
-    for (question, answer), found in traces.items():
-        name = question_id(question)
+    repeated = 0
+    # A question that was asked again counts once: its parts would lie on both sides of a split.
+    for group in sorted(groups, key=lambda group: -group.agreement):
+        name, question, found = question_id(group.question), group.question, group.traces
         if len(found) < wanted:
             problems.append(f"a question has {len(found)} traces, not {wanted}: {question[:60]!r}")
-        elif name in jobs:
-            problems.append(f"a question has two different answers: {question[:60]!r}")
-        else:
-            if len(found) > wanted:
-                problems.append(f"{len(found) - wanted} traces too many of {question[:60]!r}")
-            jobs[name] = Job(name, question, answer, tuple(found[:wanted]))
-    members = f"{fields.wanted} and {fields.text!r}"
-    return _source(str(file), list(jobs.values()), problems, members)
+            continue
+        if name in jobs:
+            repeated += group.prompt is not None
+            if group.prompt is None:
+                problems.append(f"a question has two different answers: {question[:60]!r}")
+            continue
+        if len(found) > wanted:
+            problems.append(f"{len(found) - wanted} traces too many of {question[:60]!r}")
+        jobs[name] = Job(name, question, group.answer, tuple(found[:wanted]), prompt=group.prompt)
+    if repeated:
+        problems.append(f"{repeated} groups whose question another group asks too")
+    return list(jobs.values())
 
 
 def question_id(question: str) -> str:
@@ -254,17 +323,36 @@ def _pair(row: Any, fields: Fields) -> tuple[str, str] | None:
     return question, answer
 
 
-def _given(row: Any, fields: Fields) -> GivenTrace | None:
+def _voted_pair(row: Any, fields: Fields) -> tuple[str, str] | None:
+    """The question and the answer that its group chose."""
+    pair = _pair(row, replace(fields, answer=None))
+    voted = row.get(VOTED) if pair is not None else None
+    if pair is None or not isinstance(voted, str) or type(row.get(AGREES)) is not bool:
+        return None
+    return pair[0], voted
+
+
+def _given(row: Any, fields: Fields, voted: bool) -> GivenTrace | None:
     if not isinstance(row, Mapping):
         return None
     text, tokens = row.get(fields.text), row.get(fields.tokens)
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str) or not (text or tokens):
         return None
+    found = GivenTrace(text, finish="length" if row.get(FINISH) == "length" else "stop")
+    if voted:
+        extracted = row.get(EXTRACTED)
+        extracted = extracted if isinstance(extracted, str) else None
+        found = replace(found, extracted=extracted, agrees=row.get(AGREES) is True)
     if tokens is None:
-        return GivenTrace(text)
-    if not isinstance(tokens, list) or not tokens or not all(type(t) is int for t in tokens):
+        return found
+    ids = _tokens(tokens)
+    return None if ids is None else replace(found, tokens=ids)
+
+
+def _tokens(ids: Any) -> tuple[int, ...] | None:
+    if not isinstance(ids, list) or not ids or not all(type(t) is int for t in ids):
         return None
-    return GivenTrace(text, tuple(tokens))
+    return tuple(ids)
 
 
 def _jobs(

@@ -30,6 +30,7 @@ class StepRequest:
 
     ``pruned``: how a pruned trace is reported, one of ``protocol.PRUNED_MODES``; None: as the
     server does. ``show_text``: whoever looks at the live page may see the text of its steps.
+    ``sample`` false: its group is never kept for training.
 
     ``prompt_tokens`` P: the input already holds a trace from token P on, whose hidden states are
     wanted (only with ``hidden_states``, on a server that captures).
@@ -48,6 +49,7 @@ class StepRequest:
     pruned: str | None = None
     show_text: bool = False
     refill: str | None = None
+    sample: bool = True
 
 
 def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None:
@@ -104,6 +106,7 @@ def parse_request(custom_params: Mapping[str, Any] | None) -> StepRequest | None
         show_text=_flag(value, protocol.SHOW_TEXT),
         pruned=_word(value, protocol.PRUNED, protocol.PRUNED_MODES),
         refill=_word(value, protocol.REFILL, protocol.REFILL_MODES),
+        sample=_flag(value, protocol.SAMPLE, absent=True),
     )
     if prompt_tokens is not None and not step_request.hidden_states:
         raise RequestError("custom_params.step.prompt_tokens needs hidden_states: true beside it")
@@ -205,8 +208,8 @@ def _name(value: Mapping[str, Any], member: str) -> str | None:
     return None if name is None else check_group_id(name, f"custom_params.step.{member}")
 
 
-def _flag(value: Mapping[str, Any], name: str) -> bool:
-    flag = value.get(name, False)
+def _flag(value: Mapping[str, Any], name: str, absent: bool = False) -> bool:
+    flag = value.get(name, absent)
     if not isinstance(flag, bool):
         raise RequestError(
             f"custom_params.step.{name} must be true or false, not a {type(flag).__name__}"
@@ -256,6 +259,15 @@ def with_refill(custom_params: Mapping[str, Any], mode: str) -> dict[str, Any]:
     value = custom_params[protocol.REQUEST_KEY]
     members = value if isinstance(value, Mapping) else {}
     return {**custom_params, protocol.REQUEST_KEY: {**members, protocol.REFILL: mode}}
+
+
+def spared(custom_params: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """Copy of checked ``custom_params`` of a group's trace by which none of it is pruned."""
+    value = custom_params[protocol.REQUEST_KEY]
+    members = dict(value) if isinstance(value, Mapping) else {}
+    members.pop(protocol.PRUNE_AT, None)
+    members[protocol.REFILL] = protocol.REFILL_OFF  # there will be no places to fill
+    return {**custom_params, protocol.REQUEST_KEY: {**members, protocol.MIN_SURVIVORS: samples}}
 
 
 def refill_of(

@@ -151,12 +151,13 @@ class _Collector:
         ]
 
     async def _prefill(self, client: AsyncClient, job: Job) -> list[CapturedTrace]:
-        prompt, top = self._prompter.prompt(job.question), self._settings.top_logprobs
+        prompt: Sequence[int] = job.prompt or self._prompter.prompt(job.question)
+        top = self._settings.top_logprobs
 
         async def part(trace: GivenTrace) -> CapturedTrace:
             output = trace.tokens or self._prompter.output(job.question, trace.text)
             answer = await client.generate(prefill_body(prompt, output, top))
-            return read_prefilled(answer, trace.text, output, top)
+            return read_prefilled(answer, trace.text, output, top, trace.finish)
 
         return await _together(part(trace) for trace in job.traces)
 
@@ -179,7 +180,7 @@ def assemble(
         keep = prompter.keep(capture.tokens, capture.positions)
         positions = capture.positions[keep]
         signals = token_signals(capture.logprobs, capture.confidences, meta.confidence_window)
-        extracted, correct = graded(capture.text, capture.finish, job.answer)
+        extracted, correct = _judged(job, sample, capture)
         lowest = signals.lowest_confidence
         traces.append(
             StoredTrace(
@@ -212,6 +213,14 @@ def assemble(
             f"{meta.model}'s are {meta.hidden_size}: it serves another model"
         )
     return StoredQuestion(tuple(traces), torch.cat(hidden))
+
+
+def _judged(job: Job, sample: int, capture: CapturedTrace) -> tuple[str | None, bool]:
+    """A trace's answer and label: by the vote that was recorded with it, or by the gold answer."""
+    given = job.traces[sample] if job.traces else None
+    if given is not None and given.agrees is not None:
+        return given.extracted, given.agrees
+    return graded(capture.text, capture.finish, job.answer)
 
 
 def _last(values: NDArray[np.float64]) -> float | None:

@@ -10,13 +10,17 @@ from pathlib import Path
 
 from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import Fields, Job, load_questions, load_traces
+from step_sglang.errors import SourceError
+from step_sglang.gathering.folder import model_of
 from step_sglang.scoring.locate import model_revision
 from step_sglang.training import collect as work
 from step_sglang.training.prompts import Prompter, load_prompter
 from step_sglang.training.stored import StoreMeta
+from step_sglang.training.voted import Labels
 from step_sglang.voting.suffix import default_suffix, is_reasoner
 
 DEFAULT_TRACES = 64
+LABELS_BY = "labels"  # in a store's settings, where they are not by true answers
 REASONER_SAMPLING = Sampling(1.0, 1.0, -1, 900)
 
 
@@ -43,6 +47,7 @@ class CollectOptions:
     concurrency: int = 4
     timeout: float = 3600.0
     keep_text: bool = False
+    labels: Labels = field(default_factory=Labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +69,14 @@ def plan_collection(options: CollectOptions) -> CollectPlan:
         BoundaryError: no token contains a delimiter.
     """
     ours = is_reasoner(options.model)
+    voted = options.labels.agreement if options.labels.source == "vote" else None
+    if voted is not None and not options.from_traces:
+        raise SourceError(
+            "--labels vote needs --from-traces, and the traces that a server with --step-sample "
+            "kept; labels of freshly collected traces are voted by `train --labels vote`"
+        )
     found = (
-        load_traces(Path(options.source), options.n, options.fields)
+        load_traces(Path(options.source), options.n, options.fields, voted)
         if options.from_traces
         else load_questions(
             options.source, options.limit, options.split, options.config, options.fields
@@ -75,6 +86,8 @@ def plan_collection(options: CollectOptions) -> CollectPlan:
     suffix = default_suffix(options.model) if options.suffix is None else options.suffix
     prompter = load_prompter(options.path, options.delimiters, options.scope_all, suffix)
     measured = {} if options.from_traces else asdict(options.sampling)
+    if voted is not None:
+        measured = {LABELS_BY: "vote", "agreement": voted}
     meta = StoreMeta(
         model=options.model,
         hidden_size=prompter.hidden_size,
@@ -92,4 +105,15 @@ def plan_collection(options: CollectOptions) -> CollectPlan:
         options.keep_text,
     )  # fmt: skip
     problems = tuple(f"{found.name}: left out: {problem}" for problem in found.problems)
-    return CollectPlan(jobs, problems, prompter, meta, settings)
+    return CollectPlan(jobs, (*problems, *_of_another_model(options)), prompter, meta, settings)
+
+
+def _of_another_model(options: CollectOptions) -> tuple[str, ...]:
+    """A warning where a server of another model kept the traces, as far as names tell."""
+    theirs = model_of(Path(options.source)) if options.from_traces else None
+    if theirs in (None, options.model, options.path):
+        return ()
+    return (
+        f"the traces in {options.source} are {theirs}'s: they train a scorer for {options.model} "
+        "only if that is the same model",
+    )

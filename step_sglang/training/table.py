@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from step_sglang.training.stored import StoredTrace
-from step_sglang.voting.classes import AnswerClasses
+from step_sglang.voting.classes import numbered
 from step_sglang.voting.verifier import AnswerVerifier
 
 Floats = NDArray[np.float64]
@@ -78,14 +78,7 @@ def answer_classes(answers: Sequence[str | None]) -> Ints:
 
     What takes longer than a vote's limits allow compares as text, as it does in a vote.
     """
-    comparison, classes = _verifier.comparison(), AnswerClasses()
-    numbers: dict[str, int] = {}
-    found = np.full(len(answers), -1, np.int64)
-    for place, answer in enumerate(answers):
-        if answer is not None:
-            name = comparison.run(classes.find(answer.strip()))
-            found[place] = numbers.setdefault(name, len(numbers))
-    return found
+    return np.asarray(_verifier.comparison().run(numbered(answers)), np.int64)
 
 
 def _nan(value: float | None) -> float:

@@ -103,9 +103,9 @@ def read_generated(answer: Any, n: int, top_logprobs: int) -> list[CapturedTrace
 
 
 def read_prefilled(
-    answer: Any, text: str, output: Sequence[int], top_logprobs: int
+    answer: Any, text: str, output: Sequence[int], top_logprobs: int, finish: str = "stop"
 ) -> CapturedTrace:
-    """The trace of an answer to :func:`prefill_body`.
+    """The trace of an answer to :func:`prefill_body`; ``finish`` is how it had ended.
 
     Raises:
         ServerError: the answer lacks something.
@@ -118,7 +118,7 @@ def read_prefilled(
         return _capture(
             text,
             list(output),
-            "stop",
+            finish,
             info["input_token_logprobs"][-size:],
             tops[-size:] if tops else None,
             info,

@@ -6,7 +6,7 @@ this process, in a thread that waits for a child process, and on an event loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -125,6 +125,20 @@ class AnswerClasses:
             return reply
         self._text_only.add(answer)
         return Form()
+
+
+def numbered(answers: Sequence[str | None]) -> Steps[list[int]]:
+    """Number equal answers alike, from 0 in order of first appearance; -1 for none."""
+    classes = AnswerClasses()
+    numbers: dict[str, int] = {}
+    found = []
+    for answer in answers:
+        if answer is None:
+            found.append(-1)
+            continue
+        name = yield from classes.find(answer.strip())
+        found.append(numbers.setdefault(name, len(numbers)))
+    return found
 
 
 class PairwiseClasses:

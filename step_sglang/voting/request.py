@@ -51,7 +51,7 @@ def parse_vote(params: Mapping[str, Any], config: StepConfig) -> VoteRequest | N
             and params.get("n", 1) in (1, None)
             and (params.get("beam_width") or 1) == 1
             and params.get("max_new_tokens", 1) != 0
-            and set(step or ()) <= {*protocol.VOTE_MEMBERS, protocol.PRUNED}
+            and set(step or ()) <= {*protocol.VOTE_MEMBERS, protocol.PRUNED, protocol.SAMPLE}
             and (_value(params) is None or step is not None)
         )
         if not ordinary:
@@ -102,12 +102,14 @@ class ParsedRequest:
     ``trace``: what it, or each of its samples, is as a trace; None where it said nothing of that.
     ``vote``: it gets one voted answer. ``declined``: it opted out with ``{"step": false}``.
     ``voted``: it is the group of such a request, whose traces nobody reads before their end.
+    ``extract``: how its answers are read, where that is not as the server does.
     """
 
     trace: StepRequest | None = None
     vote: VoteRequest | None = None
     declined: bool = False
     voted: bool = False
+    extract: str | None = None
 
 
 def parse(params: Mapping[str, Any], config: StepConfig) -> ParsedRequest:

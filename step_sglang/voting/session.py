@@ -131,6 +131,7 @@ class VoteSession:
         self._dismissed: set[int] = (
             set()
         )  # traces that were told to end, as the vote needs them not
+        self.sampled = False  # kept for training: no trace of it may be missing
         self.started = time.perf_counter()
 
     def feed(self, chunk: Mapping[str, Any]) -> bool:
@@ -153,6 +154,7 @@ class VoteSession:
             trace.num_steps = step[protocol.META_NUM_STEPS]
             if trace.calibration is None:
                 trace.calibration = calibration_of(step.get(protocol.META_CALIBRATION))
+            self.sampled = self.sampled or step.get(protocol.META_SAMPLED) is True
         if trace.first_chunk is None:
             trace.first_chunk = now
         reason = info.get("finish_reason")
@@ -193,10 +195,14 @@ class VoteSession:
         run_here(self.counting())
 
     def decided(self) -> bool:
-        """Whether the group may end now by its early-finish rule. Only after :meth:`counting`."""
+        """Whether the group may end now by its early-finish rule. Only after :meth:`counting`.
+
+        A group that the server keeps for training ends with its last trace: those that end first
+        are not like the others.
+        """
         going = self._going()
-        if not going:
-            return True
+        if not going or self.sampled:
+            return not going
         rules, weights = self.rules, [self._highest(t) for t in going]
         return is_settled(
             self._poll.tallies(), weights, rules.vote, rules.early, rules.threshold,
@@ -208,7 +214,7 @@ class VoteSession:
 
         Only after :meth:`counting`. A trace of which nothing came yet has no known id, and goes on.
         """
-        if not self.rules.shrink:
+        if not self.rules.shrink or self.sampled:
             return []
         views = [
             TraceView(t.index, 0, t.tokens, (t.score or 0.0) * t.num_steps, t.num_steps)

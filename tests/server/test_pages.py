@@ -26,6 +26,7 @@ ELSEWHERE = {
     ("kernel.md", "ends_step ="): "the op's meaning; step_sglang/scoring/reference.py runs it",
     ("scorers.md", "--calibrate"): "needs a checkpoint; unit/test_calibration.py runs it",
     ("scorers.md", "step-sglang push"): "needs an account on the Hub; unit/test_hub.py runs it",
+    ("training.md", "--step-sample"): "a server that serves on; test_sample.py runs the commands",
     ("training.md", "Qwen/Qwen3-8B"): "GPU hours; the same commands run on the reasoner here",
     ("paper.md", "step-sglang bench"): "GPU hours; test_bench.py runs them with small models",
     (

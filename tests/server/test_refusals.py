@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from step_sglang.client.launch import free_port
+from step_sglang.gathering.folder import prepare
 from tests.hub import running_hub
 from tests.models import build_scorer
 from tests.server.launch import LAUNCH_SERVER, SGLANG_SERVE, arguments, run_to_end
@@ -60,6 +61,8 @@ def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None
     noise.write_bytes(b"not a scorer at all")
     wide = build_scorer(tmp_path / "wide.safetensors", hidden=128)
 
+    prepare(theirs := tmp_path / "theirs", "another")
+
     base = ["--model-path", str(models["qwen3"]), "--device", "cpu", "--dtype", "float32"]
     step = [*base, "--enable-step", "--step-scorer"]
     good = [*step, str(scorer)]
@@ -97,6 +100,14 @@ def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None
         "survivors": [*good, "--step-min-survivors", "0"],
         "contradiction": [*good, "--step-policy", "paper", "--step-scope", "thinking"],
         "policy": [*good, "--step-policy", "papper"],
+        "kept groups": [*good, "--step-sample", str(tmp_path / "kept")],
+        "kept groups of another": [*good, "--step-sample", str(theirs)],
+        "no folder for groups": [*good, "--step-sample", str(noise)],
+        "share": [*good, "--step-sample", str(tmp_path / "kept"), "--step-sample-share", "1.5"],
+        "share alone": [*good, "--step-sample-share", "0.5"],
+        "kept by the paper's policy": [
+            *(*good, "--step-policy", "paper", "--step-sample", str(tmp_path / "kept")),
+        ],
         "hub": [*step, "org/fits"],
         "hub width": [*step, "org/wide"],
         "hub two": [*step, "org/two"],
@@ -132,6 +143,12 @@ def test_refusals(models: dict[str, Path], scorer: Path, tmp_path: Path) -> None
         "survivors": "--step-min-survivors must be an integer of at least 1, not 0",
         "contradiction": "--step-scope thinking contradicts it",
         "policy": "--step-policy must be one of fair, paper, not 'papper' (did you mean 'paper'?)",
+        "kept groups": "started",
+        "kept groups of another": "holds groups of another, and this server serves",
+        "no folder for groups": "cannot write there",
+        "share": "--step-sample-share must be a share of the groups, above 0 and at most 1",
+        "share alone": "--step-sample-share needs --step-sample DIR",
+        "kept by the paper's policy": "so --step-sample contradicts it",
         "hub": "started",
         "hub width": "size 128, but",
         "hub two": "org/two holds 2 scorers",

@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
+from step_sglang.gathering.choice import is_chosen
 from step_sglang.reasoner import model_path, questions, scorer_path
+from step_sglang.reasoner.tokenizer import prompt_text
 from tests.server.idle import free_tokens, step_state
 from tests.server.launch import Server, serve
 
@@ -86,12 +89,23 @@ def each(server: Server, seconds: float = 60) -> list[Worker]:
     return list(found.values())
 
 
+# So few that no other group of these tests is kept.
+SHARE = 1e-5
+CHOSEN = [name for name in map(str, range(300_000)) if is_chosen(name, SHARE)]
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def server(kept: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serve(
         model_path(),
         *("--enable-step", "--step-scorer", str(scorer_path()), "--max-total-tokens", str(POOL)),
         *("--tokenizer-worker-num", str(WORKERS), "--enable-metrics"),
+        *("--step-sample", str(kept), "--step-sample-share", str(SHARE)),
         log=tmp_path_factory.mktemp("log") / "workers.log",
         SGLANG_TIMEOUT_KEEP_ALIVE="600",
         # A worker says nothing while it imports, which takes long on a loaded machine.
@@ -237,6 +251,20 @@ def test_a_sessions_turn_is_answered_without_a_vote(workers: list[Worker]) -> No
         vote = answer["meta_info"]["step"]["vote"]
         assert vote["status"] == "not_voted" and "tokenizer workers" in vote["message"]
     assert workers[1].post("/close_session", {"session_id": session})[0] == 200
+
+
+def test_each_worker_keeps_groups_in_a_file_of_its_own(workers: list[Worker], kept: Path) -> None:
+    for worker, name in zip(workers, CHOSEN, strict=False):
+        wanted = body(TRACES, 300, group=name)
+        wanted["text"] = prompt_text(wanted["text"])
+        del wanted["sampling_params"]["ignore_eos"]
+        answers = worker.generate(wanted)
+        assert all(answer["meta_info"]["step"]["sampled"] for answer in answers)
+    until(lambda: len(list(kept.glob("*.jsonl"))) == WORKERS)
+    pids = {file.stem.rsplit("-", 1)[1] for file in kept.glob("*.jsonl")}
+    assert pids == {str(worker.pid) for worker in workers}
+    rows = [json.loads(line) for file in kept.glob("*.jsonl") for line in file.open()]
+    assert Counter(row["group"] for row in rows) == {name: TRACES for name in CHOSEN[:WORKERS]}
 
 
 def test_metrics_are_the_same_from_every_worker(server: Server, workers: list[Worker]) -> None:
