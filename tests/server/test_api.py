@@ -52,6 +52,9 @@ def test_session_params_say_what_a_router_drops(server: Server) -> None:
     """In /generate, also streamed, for several prompts, and in a chat."""
     session = {"step": {"group": "routed", "step_scores": True}}
     body = {"input_ids": PROMPT, "sampling_params": PARAMS, "session_params": session}
+    sampling = {"max_new_tokens": 7}
+    short = server.generate(**{**body, "session_params": {**session, "step_sampling": sampling}})
+    assert short["meta_info"]["completion_tokens"] == 7
     alone = server.generate(**body)["meta_info"]["step"]
     assert alone["group"] == "routed" and alone["step_scores"]
     last = server.post("/generate", {**body, "stream": True}).text.split("data: ")[-2]
