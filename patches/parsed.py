@@ -13,6 +13,7 @@ from typing import Any
 
 from step_sglang import protocol
 from step_sglang.config import StepConfig
+from step_sglang.errors import RequestError
 from step_sglang.patches.server_args import config_of, replicas
 from step_sglang.pruning.affinity import GroupIds
 from step_sglang.pruning.request import StepRequest, as_sample, unpacked, with_group
@@ -49,11 +50,15 @@ def _unpack(obj: Any) -> None:
     if not all(isinstance(one, Mapping) for one in every):
         return
     rest = {key: value for key, value in session.items() if key != protocol.SAMPLING_KEY}
-    sampling = session.get(protocol.SAMPLING_KEY)
+    more = session.get(protocol.SAMPLING_KEY, {})
+    if not isinstance(more, Mapping):
+        raise RequestError(
+            f"session_params.{protocol.SAMPLING_KEY} must be an object of sampling parameters, not "
+            f"a {type(more).__name__}"
+        )
     changed = []
     for one in every:
         custom, left = unpacked(one.get("custom_params"), rest)
-        more = sampling if isinstance(sampling, Mapping) else {}
         changed.append({**one, **more, "custom_params": custom})
     obj.sampling_params = changed if isinstance(params, list) else changed[0]
     obj.session_params = left or None

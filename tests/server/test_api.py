@@ -69,6 +69,8 @@ def test_session_params_say_what_a_router_drops(server: Server) -> None:
     assert choice["meta_info"]["step"]["vote"]["traces"] == 3
     refused = server.post("/generate", {**body, "session_params": {"step": {"group": 7}}})
     assert refused.status_code == 400 and "custom_params.step.group" in refused.text
+    refused = server.post("/generate", {**body, "session_params": {"step_sampling": 7}})
+    assert refused.status_code == 400 and "must be an object of sampling" in refused.text
 
 
 def test_opting_out_and_ordinary_requests(server: Server) -> None:
