@@ -11,7 +11,9 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from step_sglang import protocol
 from step_sglang.config import StepConfig
+from step_sglang.errors import RequestError
 from step_sglang.patches.server_args import config_of, replicas
 from step_sglang.pruning.affinity import GroupIds
 from step_sglang.pruning.request import StepRequest, as_sample, unpacked, with_group
@@ -19,6 +21,7 @@ from step_sglang.voting.request import ParsedRequest, parse
 
 _PARSED = "step_parsed"  # one for all prompts of the request, or one for each
 _NOTHING = ParsedRequest()
+_CARRIED = {protocol.REQUEST_KEY, protocol.SAMPLING_KEY}
 
 
 def parse_prompts(obj: Any, config: StepConfig) -> tuple[ParsedRequest, ...]:
@@ -40,19 +43,25 @@ def parse_prompts(obj: Any, config: StepConfig) -> tuple[ParsedRequest, ...]:
 
 def _unpack(obj: Any) -> None:
     """Put what came in ``session_params`` where every other request says it."""
-    said = obj.session_params
-    params = obj.sampling_params
+    session, params = obj.session_params, obj.sampling_params
+    if not isinstance(session, Mapping) or not {*session} & _CARRIED:
+        return
     every = params if isinstance(params, list) else [{} if params is None else params]
     if not all(isinstance(one, Mapping) for one in every):
         return
-    pairs = [unpacked(one.get("custom_params"), said) for one in every]
-    if all(session is said for _, session in pairs):
-        return
-    changed = [
-        {**one, "custom_params": custom} for one, (custom, _) in zip(every, pairs, strict=True)
-    ]
+    rest = {key: value for key, value in session.items() if key != protocol.SAMPLING_KEY}
+    more = session.get(protocol.SAMPLING_KEY, {})
+    if not isinstance(more, Mapping):
+        raise RequestError(
+            f"session_params.{protocol.SAMPLING_KEY} must be an object of sampling parameters, not "
+            f"a {type(more).__name__}"
+        )
+    changed = []
+    for one in every:
+        custom, left = unpacked(one.get("custom_params"), rest)
+        changed.append({**one, **more, "custom_params": custom})
     obj.sampling_params = changed if isinstance(params, list) else changed[0]
-    obj.session_params = pairs[0][1]
+    obj.session_params = left or None
 
 
 def parsed_of(obj: Any) -> ParsedRequest:

@@ -3,6 +3,8 @@
 # `custom_params: {"step": ...}` in a request, or `session_params: {"step": ...}`, as sglang-router
 # drops the former; `meta_info["step"]` in its response.
 REQUEST_KEY = "step"
+# `session_params: {"step_sampling": {...}}`: sampling parameters that routers drop, such as nulls.
+SAMPLING_KEY = "step_sampling"
 META_KEY = "step"
 
 # `custom_params: {"play": [question, asked]}` of a simulation: whose traces the request plays.

@@ -385,16 +385,21 @@ class AsyncClient(_Connection):
         return self._workers(await self._send("GET", WORKERS_PATH))
 
     async def _packed(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body, saying twice what it says of STEP where a router may drop one."""
-        try:
-            step = body["sampling_params"]["custom_params"][protocol.REQUEST_KEY]
-        except (KeyError, TypeError):
+        """The body, saying twice what a router would drop: what it says of STEP, and nulls."""
+        params = body.get("sampling_params")
+        if not isinstance(params, dict):
             return body
         if self._routed is None:
             self._routed = bool(await self._servers())
-        if not self._routed:
+        step = (params.get("custom_params") or {}).get(protocol.REQUEST_KEY)
+        if not self._routed or step is None:  # without STEP a server would refuse them
             return body
-        session = {**(body.get("session_params") or {}), protocol.REQUEST_KEY: step}
+        sampling = {key: params[key] for key in params if key not in ("custom_params", "n")}
+        session = {
+            **(body.get("session_params") or {}),
+            protocol.REQUEST_KEY: step,
+            protocol.SAMPLING_KEY: sampling,
+        }
         return {**body, "session_params": session}
 
     def _at(self, url: str) -> AsyncClient:

@@ -56,7 +56,7 @@ def route(kind: str, workers: Sequence[Server], log: Path, *flags: str) -> Itera
         sys.executable, "-W", "ignore", "-m", f"{kind}.launch_router", "--host", "127.0.0.1",
         "--port", str(port), "--prometheus-host", "127.0.0.1", "--prometheus-port",
         str(free_port()), "--worker-startup-check-interval", "1", "--policy", POLICIES[kind],
-        "--log-level", "info", "--worker-urls", *urls, *flags,
+        "--log-level", "warn", "--worker-urls", *urls, *flags,
     ]  # fmt: skip
     with log.open("wb") as sink:
         process = subprocess.Popen([*GUARD, *command], stdout=sink, stderr=subprocess.STDOUT)

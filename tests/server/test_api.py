@@ -52,6 +52,9 @@ def test_session_params_say_what_a_router_drops(server: Server) -> None:
     """In /generate, also streamed, for several prompts, and in a chat."""
     session = {"step": {"group": "routed", "step_scores": True}}
     body = {"input_ids": PROMPT, "sampling_params": PARAMS, "session_params": session}
+    sampling = {"max_new_tokens": 7}
+    short = server.generate(**{**body, "session_params": {**session, "step_sampling": sampling}})
+    assert short["meta_info"]["completion_tokens"] == 7
     alone = server.generate(**body)["meta_info"]["step"]
     assert alone["group"] == "routed" and alone["step_scores"]
     last = server.post("/generate", {**body, "stream": True}).text.split("data: ")[-2]
@@ -66,6 +69,8 @@ def test_session_params_say_what_a_router_drops(server: Server) -> None:
     assert choice["meta_info"]["step"]["vote"]["traces"] == 3
     refused = server.post("/generate", {**body, "session_params": {"step": {"group": 7}}})
     assert refused.status_code == 400 and "custom_params.step.group" in refused.text
+    refused = server.post("/generate", {**body, "session_params": {"step_sampling": 7}})
+    assert refused.status_code == 400 and "must be an object of sampling" in refused.text
 
 
 def test_opting_out_and_ordinary_requests(server: Server) -> None:

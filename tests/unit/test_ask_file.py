@@ -243,7 +243,9 @@ def test_questions_go_through_a_router(tmp_path: Path) -> None:
             assert missing == 0 and sorted(router.asked) == ["3", "5"] and not worker.asked
             for body in router.bodies:
                 step = body["sampling_params"]["custom_params"]["step"]
-                assert body["session_params"] == {"step": step} and step["step_scores"]
+                assert body["session_params"]["step"] == step and step["step_scores"]
+                # A router drops nulls, which would leave SGLang's default of 128 tokens.
+                assert body["session_params"]["step_sampling"]["max_new_tokens"] is None
             worker.down = True
             with pytest.raises(ServerError, match="router, which renders no chats: its servers"):
                 solve("w w", 2, url=router.url, suffix="")
