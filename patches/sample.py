@@ -76,14 +76,14 @@ def spare_if_chosen(result: Any, manager: Any, obj: Any, step_request: StepReque
     config, params = config_of(manager.server_args), result.sampling_params
     if config is None or not config.sample or not _can_be_kept(result, step_request):
         return
-    assert step_request.group is not None
-    if manager.tokenizer is None or not is_chosen(step_request.group, config.sample_share):
+    group = step_request.group
+    if group is None or manager.tokenizer is None or not is_chosen(group, config.sample_share):
         return
     with guard.guard(protocol.IN_SAMPLING):
         keeper = _the_keeper(manager, config)
         extract = extractor_named(parsed_of(obj).extract or config.extract)
         prompt = array("i", result.input_ids)
-        setattr(obj, _GROUP, GroupInProgress(step_request.group, params.n, prompt, extract))
+        setattr(obj, _GROUP, GroupInProgress(group, params.n, prompt, extract))
         params.custom_params = spared(params.custom_params, params.n)
         keeper.count(BEGUN)
 
