@@ -64,8 +64,8 @@ class _Keeper:
 _keeper: _Keeper | None = None  # one tokenizer manager per process
 
 
-def spare_if_chosen(result: Any, manager: Any, obj: Any, step_request: StepRequest) -> bool:
-    """Whether this group is kept; if so, nothing of it will be pruned.
+def spare_if_chosen(result: Any, manager: Any, obj: Any, step_request: StepRequest) -> None:
+    """Keep this group if it is chosen; nothing of it will be pruned then.
 
     Args:
         result: what goes to the scheduler, of which the samples are copies.
@@ -75,19 +75,17 @@ def spare_if_chosen(result: Any, manager: Any, obj: Any, step_request: StepReque
     """
     config, params = config_of(manager.server_args), result.sampling_params
     if config is None or not config.sample or not _can_be_kept(result, step_request):
-        return False
-    assert step_request.group is not None
-    if manager.tokenizer is None or not is_chosen(step_request.group, config.sample_share):
-        return False
+        return
+    group = step_request.group
+    if group is None or manager.tokenizer is None or not is_chosen(group, config.sample_share):
+        return
     with guard.guard(protocol.IN_SAMPLING):
         keeper = _the_keeper(manager, config)
         extract = extractor_named(parsed_of(obj).extract or config.extract)
         prompt = array("i", result.input_ids)
-        setattr(obj, _GROUP, GroupInProgress(step_request.group, params.n, prompt, extract))
+        setattr(obj, _GROUP, GroupInProgress(group, params.n, prompt, extract))
         params.custom_params = spared(params.custom_params, params.n)
         keeper.count(BEGUN)
-        return True
-    return False
 
 
 def _can_be_kept(result: Any, step_request: StepRequest) -> bool:
