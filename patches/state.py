@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from step_sglang.pruning.groups import GroupRegistry, Trace
 from step_sglang.pruning.log import PruningLog
 from step_sglang.pruning.metrics import StepMetrics
 from step_sglang.scoring.slots import SlotState
+
+if TYPE_CHECKING:
+    from step_sglang.patches.spans import TraceEvents
 
 _STATE = "step_state"
 TRACE = "step_trace"
@@ -31,6 +34,7 @@ class SchedulerStep:
     groups: GroupRegistry
     log: PruningLog
     metrics: StepMetrics | None = None  # with --enable-metrics, on the rank that SGLang measures
+    events: TraceEvents | None = None  # with --enable-trace
     turns: Turns = field(default_factory=Turns)
     lengths: TraceLengths = field(default_factory=TraceLengths)
     group_limit: GroupLimit | None = None
@@ -56,6 +60,11 @@ def state_of(scheduler: Any) -> SchedulerStep | None:
 def set_state(scheduler: Any, state: SchedulerStep) -> None:
     """Turn STEP on for a scheduler."""
     setattr(scheduler, _STATE, state)
+
+
+def is_traced(holder: Any) -> bool:
+    """Whether SGLang's tracing follows a request of the scheduler, or a tokenizer manager's."""
+    return bool(holder.time_stats.trace_ctx.tracing_enable)
 
 
 def trace_of(req: Any) -> Trace | None:
