@@ -1,7 +1,7 @@
-"""What clients make of pruned choices; ``PYTHON client_programs.py CLIENT URL MODE`` says so in JSON.
+"""What clients make of pruned choices: ``PYTHON client_programs.py URL PROGRAM...`` prints JSON.
 
-Runs in an environment of the client's own, so it imports nothing of ours. MODE is what
-`custom_params.step.pruned` says; every program asks for 24 choices, of which some are pruned.
+Runs in an environment of the client's own, so it imports nothing of ours. Every program asks for 24
+choices, of which some are pruned, with each value of `custom_params.step.pruned`.
 """
 
 from __future__ import annotations
@@ -170,12 +170,15 @@ PROGRAMS: dict[str, Callable[[str, str], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Run one."""
-    name, url, mode = sys.argv[1:]
-    try:
-        said = PROGRAMS[name](url, mode)
-    except Exception as error:  # what a client raises is the answer
-        said = {"raises": type(error).__name__, "text": str(error)[:300]}
+    """Run some, and say of each and of each mode what came."""
+    url, *names = sys.argv[1:]
+    said: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for name in names:
+        for mode in ("abort", "length", "omit"):
+            try:
+                said[name][mode] = PROGRAMS[name](url, mode)
+            except Exception as error:  # what a client raises is the answer
+                said[name][mode] = {"raises": type(error).__name__, "text": str(error)[:300]}
     print(json.dumps(said))
 
 
