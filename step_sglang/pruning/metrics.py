@@ -73,7 +73,9 @@ class StepMetrics:
             return Counter(name, text, names).labels(**values)
 
         def gauge(name: str, text: str) -> Gauge:
-            return Gauge(name, text, names, multiprocess_mode="mostrecent").labels(**values)
+            found = Gauge(name, text, names, multiprocess_mode="mostrecent").labels(**values)
+            found.set(0)  # one that was never set is not shown
+            return found
 
         self._traces = counter("step_traces_scored_total", "Traces ended with at least one score.")
         self._steps = counter("step_steps_scored_total", "Steps scored.")
@@ -109,12 +111,10 @@ class StepMetrics:
         self._stale = gauge(
             "step_scorer_stale", "1 after an update of the weights that the scorer was trained for."
         )
-        self._stale.set(0)
         self._lost = counter(
             "step_passes_lost_total", "Forward passes with live traces that were not scored."
         )
         self._stopped = gauge("step_stopped", "1 after STEP gave up, because passes were lost.")
-        self._stopped.set(0)
         self._scores = Histogram("step_score", "Step scores.", names, buckets=SCORE_BUCKETS).labels(
             **values
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 CHAT = [{"role": "user", "content": "What is 12 + 30?"}]
-LETTERS, N = 120, 24
+LETTERS, N = 240, 24
 PATTERN = f"[a-z]{{{LETTERS}}}"
 FORMAT = {
     "type": "json_schema",

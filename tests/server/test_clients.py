@@ -110,7 +110,7 @@ def test_lm_eval(server: Server, tmp_path: Path) -> None:
     assert accuracy in (0.0, 0.5, 1.0)
 
 
-N, LETTERS = 24, 120
+N = 24
 
 
 @pytest.mark.parametrize("package", ["openai", "litellm", "langchain_openai"])

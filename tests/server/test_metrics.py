@@ -53,7 +53,9 @@ def test_every_query_finds_its_metrics_and_labels(reasoner: Server) -> None:
         assert len(votes) < 5, votes
         votes.append(vote(reasoner))
     pruned += sum(one["pruned"] for one in votes)
-    found = scrape(reasoner)
+    until = time.monotonic() + 30
+    while value(found := scrape(reasoner), "step_traces_alive"):  # what a vote cancelled ends soon
+        assert time.monotonic() < until
 
     for query in queries():
         for name, labels in asked_of(query).items():
@@ -72,11 +74,11 @@ def test_every_query_finds_its_metrics_and_labels(reasoner: Server) -> None:
     def more(name: str, **labels: str) -> float:
         return value(found, name, **labels) - value(before, name, **labels)
 
-    assert more("step_traces_pruned_total") == pruned > 0
+    # A cancelled trace may be pruned before it ends.
+    assert more("step_traces_pruned_total") >= pruned > 0
     assert more("step_votes_total", status="voted") == more("step_votes_total") == len(votes)
     assert more("step_votes_ended_early_total", rule="posterior") == 1
     assert more("step_votes_ended_early_total", rule="exact") == 0
-    assert value(found, "step_traces_alive") == 0
     # Nothing failed, and yet every place is there: in the scheduler and in the HTTP server.
     places = [known["where"] for known, _ in found["step_failures_total"]]
     assert places.count("scoring") == places.count("page") == 2
