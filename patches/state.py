@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,6 @@ from step_sglang.pruning.groups import GroupRegistry, Trace
 from step_sglang.pruning.log import PruningLog
 from step_sglang.pruning.metrics import StepMetrics
 from step_sglang.scoring.slots import SlotState
-
-if TYPE_CHECKING:
-    from step_sglang.patches.spans import TraceEvents
 
 _STATE = "step_state"
 TRACE = "step_trace"
@@ -34,7 +31,7 @@ class SchedulerStep:
     groups: GroupRegistry
     log: PruningLog
     metrics: StepMetrics | None = None  # with --enable-metrics, on the rank that SGLang measures
-    events: TraceEvents | None = None  # with --enable-trace
+    events: Any = None  # of `spans`, with --enable-trace
     turns: Turns = field(default_factory=Turns)
     lengths: TraceLengths = field(default_factory=TraceLengths)
     group_limit: GroupLimit | None = None

@@ -69,11 +69,13 @@ def block(language: str, words: str) -> str:
     return found
 
 
+ALONE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it asks the network for prices
+
+
 def run(command: list[str], folder: Path, **environment: str) -> str:
-    # Names of services that clients would ask, and caches, stay out.
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=500, check=False,
-        env={**os.environ, "HOME": str(folder), **environment},
+        env={**os.environ, **ALONE, "HOME": str(folder), **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
