@@ -48,7 +48,7 @@ def interpreter(package: str) -> str:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serve(
         model_path(),
-        *("--enable-step", "--step-scorer", str(scorer_path()), "--max-total-tokens", "1500"),
+        *("--enable-step", "--step-scorer", str(scorer_path()), "--max-total-tokens", "700"),
         *("--step-traces", "4", "--max-running-requests", "64"),
         # It would fill its limit with the white space that JSON allows.
         "--constrained-json-disable-any-whitespace",
