@@ -12,6 +12,8 @@ import yaml  # type: ignore[import-untyped]
 DEPLOY = Path(__file__).parents[1] / "deploy"
 # Words of PromQL that stand where a metric could.
 WORDS = {"and", "or", "unless", "by", "without", "on", "ignoring", "bool", "offset", "group_left"}
+# For one of several names; SGLang's change with the version of Prometheus that scrapes them.
+_NAMED = re.compile(r"\{__name__=~\"([^\"]+)\"\}")
 _GROUPING = re.compile(r"\bby\s*\(([^)]*)\)")
 _METRIC = re.compile(r"(?<![\w:\[.$])([a-zA-Z_][\w:]*)\s*(\{[^}]*\})?(?!\s*\(|[\w:])")
 _MATCHER = re.compile(r"(\w+)\s*(=~|!~|!=|=)\s*\"([^\"]*)\"")
@@ -47,15 +49,15 @@ def shown() -> list[tuple[str, set[str]]]:
 
 
 def asked_of(query: str) -> dict[str, dict[str, str | None]]:
-    """The metrics of an expression, and of each the labels that it must have.
+    """The metrics of an expression, by name or pattern, and of each the labels that it must have.
 
     With the value where a matcher wants one, else with None.
     """
     grouped = [
         label.strip() for text in _GROUPING.findall(query) for label in text.split(",") if label
     ]
-    found: dict[str, dict[str, str | None]] = {}
-    for name, matchers in _METRIC.findall(_GROUPING.sub("", query)):
+    found: dict[str, dict[str, str | None]] = {name: {} for name in _NAMED.findall(query)}
+    for name, matchers in _METRIC.findall(_NAMED.sub("", _GROUPING.sub("", query))):
         if name in WORDS:
             continue
         labels = found.setdefault(name, {})

@@ -81,6 +81,7 @@ def test_what_a_query_asks_for() -> None:
     assert asked_of("min_over_time(a[10m]) > 0 and sglang:b == 0 or max(c offset 5m)") == {
         "a": {}, "sglang:b": {}, "c": {},
     }  # fmt: skip
+    assert asked_of('{__name__=~"x[:_]y"} > d') == {"x[:_]y": {}, "d": {}}
 
 
 def test_promtool_accepts_the_rules_and_queries(tmp_path: Path) -> None:
