@@ -111,6 +111,12 @@ ABORT_REQUEST = Target(
     why="ends the group of a voted request with that request",
     until="parallel samples end with the id of their request",
 )
+INIT_METRICS = Target(
+    f"{_TOKENIZER}.init_metric_collector_watchdog",
+    ("self",),
+    why="counts votes beside SGLang's own metrics, from 0 on",
+    until="plugins may have metrics of their own",
+)
 OPEN_SESSION = Target(
     f"{_TOKENIZER}.open_session",
     ("self", "obj", "request"),
@@ -335,6 +341,7 @@ HOOKED = (
     LAUNCH_SUBPROCESSES,
     INIT_REQ_STATE,
     ABORT_REQUEST,
+    INIT_METRICS,
     OPEN_SESSION,
     CLOSE_SESSION,
     CREATE_TOKENIZED_OBJECT,
@@ -477,6 +484,16 @@ USED = (
     Target(f"{_TIME_STATS}.SchedulerReqTimeStats.queue_duration_s"),
     Target(f"{_TIME_STATS}.SchedulerReqTimeStats.set_completion_time", ("self", "ts")),
     Target(f"{_TIME_STATS}.APIServerReqTimeStats.set_finished_time", ("self", "ts", "span_attrs")),
+    Target("sglang.srt.observability.trace.get_global_tracing_enabled", ()),
+    *(
+        Target(f"sglang.srt.observability.{context}.{method}", parameters)
+        for context in ("trace.TraceReqContext", "trace_async.TraceReqContextAsync")
+        for method, parameters in (
+            ("trace_event", ("self", "name", "level", "ts", "attrs")),
+            ("trace_set_thread_attrs", ("self", "attrs")),
+            ("trace_set_root_attrs", ("self", "attrs")),
+        )
+    ),
     Target(f"{_CONTROL}.init_communicators", ("self",)),
     Target(f"{_TOKENIZER}.auto_create_handle_loop", ("self",)),
     Target("sglang.srt.managers.communicator.FanOutCommunicator.__call__", ("self", "obj")),

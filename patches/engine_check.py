@@ -88,12 +88,20 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.schedule_policy.SchedulePolicy": ("priority_sign",),
     f"{_TOKENIZER}.TokenizerManager": (
         "rid_to_state", "server_args", "gracefully_exit", "incremental_streaming_output",
-        "tokenizer",
+        "tokenizer", "enable_metrics", "metrics_collector",
     ),
     f"{_TOKENIZER}.ReqState": ("obj", "out_list", "time_stats", "lora_released"),
     "sglang.srt.managers.io_struct.GenerateReqInput": (
         "rid", "stream", "sampling_params", "is_single", "batch_size", "parallel_sample_num",
-        "session_params", "return_logprob", "background",
+        "session_params", "return_logprob", "background", "external_trace_header",
+    ),
+    "sglang.srt.observability.req_time_stats.ReqTimeStatsBase": ("trace_ctx",),
+    "sglang.srt.observability.trace.TraceNullContext": ("tracing_enable",),
+    "sglang.srt.observability.trace.TraceReqContext": (
+        "tracing_enable", "root_span", "root_span_context",
+    ),
+    "sglang.srt.observability.trace_async.TraceReqContextAsync": (
+        "tracing_enable", "root_span", "root_span_context",
     ),
 }  # fmt: skip
 

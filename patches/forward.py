@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from step_sglang.scoring.capture import Capture
 from step_sglang.scoring.certainty import CANDIDATES
 from step_sglang.scoring.confidence import token_confidences
 from step_sglang.scoring.slots import SlotReset, SlotState
+
+if TYPE_CHECKING:
+    from step_sglang.patches.spans import TraceEvents
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ class _Active:
     slots: SlotState
     groups: GroupRegistry
     metrics: StepMetrics | None = None
+    events: TraceEvents | None = None
     alone: bool = True  # no other rank could see a failure that this one does not
     prefilled: _PrefilledRows | None = None  # of the pass that is being enqueued
     asked: bool = False  # that pass came to the scoring hook
@@ -69,6 +73,7 @@ def activate(
     metrics: StepMetrics | None,
     *,
     alone: bool,
+    events: TraceEvents | None = None,
     heads: frozenset[int] = frozenset(),
 ) -> None:
     """Score every forward pass of this process from now on.
@@ -78,11 +83,12 @@ def activate(
         groups: the traces of this process.
         metrics: counts what happens; None without metrics.
         alone: whether no other tensor-parallel rank runs the same passes.
+        events: tells of traces where SGLang's tracing is on.
         heads: ids of the served model's own LogitsProcessors, where a draft model's are in the same
             process; empty: all are the model's.
     """
     global _active  # noqa: PLW0603
-    _active = _Active(slots, groups, metrics, alone, heads=heads)
+    _active = _Active(slots, groups, metrics, events, alone, heads=heads)
 
 
 def active() -> _Active | None:
@@ -125,6 +131,8 @@ def _begin(active: _Active, batch: Any) -> None:
     slots.reset([_slot_reset(req, slots) for req in starting])
     for req in starting:
         setattr(req, _UNSURE, False)
+    if active.events is not None:
+        active.events.admitted(starting)
     if slots.captures:
         active.prefilled = _prefilled_rows(batch, slots)
 
@@ -455,6 +463,8 @@ class StepHostOutput:
         if _active is not None and _active.metrics is not None:
             with guard(protocol.IN_METRICS):
                 _active.metrics.step_scored(score)
+        if _active is not None and _active.events is not None:
+            _active.events.scored(req, trace)
         if trace.capture is not None and self.hidden is not None:
             trace.capture.rows.append(self.hidden[row].clone())
 

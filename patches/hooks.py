@@ -19,6 +19,7 @@ TOKENIZER = (
     Hook(contract.LAUNCH_SUBPROCESSES, HookType.BEFORE, "preflight:launch_subprocesses"),
     Hook(contract.INIT_REQ_STATE, HookType.BEFORE, "parsed:init_req_state"),
     Hook(contract.ABORT_REQUEST, HookType.AFTER, "aborts:abort_request"),
+    Hook(contract.INIT_METRICS, HookType.AFTER, "votes:init_metric_collector_watchdog"),
     Hook(contract.OPEN_SESSION, HookType.AROUND, "sessions:open_session"),
     Hook(contract.CLOSE_SESSION, HookType.BEFORE, "sessions:close_session"),
     Hook(contract.CREATE_TOKENIZED_OBJECT, HookType.AFTER, "tokenizer:create_tokenized_object"),

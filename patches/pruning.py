@@ -371,6 +371,8 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
     state.groups.end(trace, TraceStatus.PRUNED)
     score = "none" if trace.score is None else f"{trace.score:.4f}"
     message = f"{protocol.PRUNED_MESSAGE}: trace score {score} after {trace.num_steps} steps"
+    if state.events is not None:
+        state.events.pruned(req, trace)
     if not keeps_place:
         # Before the release: a session keeps the row of a request that did not abort.
         req.finished_reason = FINISH_ABORT(message)

@@ -229,6 +229,8 @@ def _start(
     if state.metrics is not None:
         with guard(protocol.IN_METRICS):
             state.metrics.trace_branched(reason, child.depth)
+    if state.events is not None:
+        state.events.branched(req, child, reason)
     state.log.branched(
         safe_repr(req.rid, 80),
         safe_repr(group.group_id, 300),

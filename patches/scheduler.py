@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,6 +35,9 @@ from step_sglang.scoring.capture import Capture, boundary_positions
 from step_sglang.scoring.op import MAX_ROWS
 from step_sglang.scoring.self_check import check_op, describe_op
 from step_sglang.scoring.slots import SlotState
+
+if TYPE_CHECKING:
+    from step_sglang.patches.spans import TraceEvents
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +115,7 @@ def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
         # Fitted on the scores of the thinking alone.
         calibration=None if config.scores_all else scorer.info.calibration,
     )
-    metrics = _metrics(scheduler, groups)
+    metrics, events = _metrics(scheduler, groups), _events()
     embedding = load_embedding(config.embedding, tokenizer.decode)
     state = SchedulerStep(
         replace(config, delimiters=step_delimiters(config, scorer)),
@@ -123,6 +126,7 @@ def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
         groups,
         PruningLog(each=config.log == "each"),
         metrics,
+        events,
     )
     set_state(scheduler, state)
     forward.activate(
@@ -130,6 +134,7 @@ def _begin(scheduler: Any, config: StepConfig) -> SchedulerStep:
         groups,
         metrics,
         alone=get_parallel().attn_tp_size == 1,
+        events=events,
         heads=_heads(runner.model) if drafted else frozenset(),
     )
     logger.info("STEP: %d boundary tokens, think-end %s, %s", len(ids), think_end, config)
@@ -161,6 +166,17 @@ def _metrics(scheduler: Any, groups: GroupRegistry) -> StepMetrics | None:
     groups.observer = guard.guard(protocol.IN_METRICS)(partial(metrics.trace_changed, groups))
     guard.observe(metrics.failed)
     return metrics
+
+
+@guard.guard(protocol.IN_TRACING)
+def _events() -> TraceEvents | None:
+    from sglang.srt.observability.trace import get_global_tracing_enabled
+
+    if not get_global_tracing_enabled():
+        return None
+    from step_sglang.patches.spans import TraceEvents
+
+    return TraceEvents()
 
 
 @guard.guard(protocol.IN_REQUESTS)

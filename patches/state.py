@@ -31,6 +31,7 @@ class SchedulerStep:
     groups: GroupRegistry
     log: PruningLog
     metrics: StepMetrics | None = None  # with --enable-metrics, on the rank that SGLang measures
+    events: Any = None  # of `spans`, with --enable-trace
     turns: Turns = field(default_factory=Turns)
     lengths: TraceLengths = field(default_factory=TraceLengths)
     group_limit: GroupLimit | None = None
@@ -56,6 +57,11 @@ def state_of(scheduler: Any) -> SchedulerStep | None:
 def set_state(scheduler: Any, state: SchedulerStep) -> None:
     """Turn STEP on for a scheduler."""
     setattr(scheduler, _STATE, state)
+
+
+def is_traced(holder: Any) -> bool:
+    """Whether SGLang's tracing follows a request of the scheduler, or a tokenizer manager's."""
+    return bool(holder.time_stats.trace_ctx.tracing_enable)
 
 
 def trace_of(req: Any) -> Trace | None:

@@ -13,6 +13,7 @@ from step_sglang.patches.guard import guard
 from step_sglang.patches.page import trace_finished
 from step_sglang.patches.parsed import parsed_of, pruned_mode
 from step_sglang.patches.server_args import config_of, ranks_of_a_batch, replicas
+from step_sglang.patches.state import is_traced
 from step_sglang.pruning.affinity import replica_of
 from step_sglang.pruning.request import (
     StepRequest,
@@ -147,6 +148,10 @@ def update_request_meta_info(
             # Every generated token counts once: in the place in which it was generated.
             for name, more in zip(("completion_tokens", "reasoning_tokens"), extra, strict=True):
                 meta_info[name] += more
+        if finish_reason is not None and is_traced(state):
+            from step_sglang.patches import spans
+
+            spans.trace_ended(state, step[index], finish_reason)
         if step[index][protocol.META_PRUNED] and finish_reason is not None:
             meta_info["finish_reason"] = _reported(manager, state.obj, meta_info, finish_reason)
         elif finish_reason is not None and finish_reason["type"] != "abort":

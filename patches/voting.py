@@ -17,6 +17,7 @@ from step_sglang.patches.choices import PROGRESS, leaves_out, without_pruned
 from step_sglang.patches.page import following
 from step_sglang.patches.parsed import hand_out, parse_prompts, parsed_of, set_parsed, takes_part
 from step_sglang.patches.server_args import config_of
+from step_sglang.patches.votes import vote_begins, vote_ended
 from step_sglang.pruning.request import StepRequest
 from step_sglang.voting.one_choice import VoteProgress, not_voted, one_choice, run, session_of
 from step_sglang.voting.request import ParsedRequest, VoteRequest, trace_params, without_vote
@@ -135,6 +136,7 @@ async def _answer(
     trace = parsed.trace or StepRequest()
     set_parsed(inner, ParsedRequest(trace, voted=True, extract=wish.extract))
     session = session_of(wish, _length_limit(wish, inner))
+    vote_begins(live, inner)
     comparison = _verifier.comparison()
     getattr(whole, PROGRESS).sessions.append(session)
     chunks = original(manager, inner, request)
@@ -151,6 +153,8 @@ async def _answer(
         if best is not None:
             await sessions.answered(manager, item, session.traces[best])
     aborted = abort_reason() if live.aborted else None
+    if aborted is None:
+        vote_ended(manager, live, session)
     return one_choice(
         session, last, item.rid, aborted=aborted, before_start=live.answer_before_start
     )

@@ -61,7 +61,8 @@ VOTE_MEMBERS = (TRACES, VOTE, EARLY, THRESHOLD, SHRINK, EFFORT, EXTRACT, SUFFIX)
 VOTE_CALIBRATED = "calibrated"
 VOTES = (VOTE_CALIBRATED, "weighted", "majority", "best")
 DEFAULT_VOTE = VOTE_CALIBRATED
-EARLY_RULES = ("exact", "posterior", "off")
+EARLY_ENDS = ("exact", "posterior")  # that can end a vote before its last trace
+EARLY_RULES = (*EARLY_ENDS, "off")
 EFFORTS = ("fast", "balanced", "thorough")  # from the cheapest vote to the safest
 EXTRACTORS = ("boxed", "choice", "number")  # who reads a trace's answer
 NGRAMS = "ngrams"  # the embedding of a step that needs no model
@@ -119,10 +120,15 @@ PRUNED_FOR_VOTE = "shrink"  # fewer traces settle the vote
 PRUNED_FOR_CONFIDENCE = "confidence"  # DeepConf
 PRUNED_FOR_SIMILARITY = "similarity"  # Slim-SC
 PRUNED_FOR_REFILL = "refill"  # gave way to a branch of a better trace
+PRUNING_REASONS = (
+    PRUNED_FOR_DECODE, PRUNED_FOR_WATERMARK, PRUNED_FOR_ADMISSION, PRUNED_FOR_VOTE,
+    PRUNED_FOR_CONFIDENCE, PRUNED_FOR_SIMILARITY, PRUNED_FOR_REFILL,
+)  # fmt: skip
 
 # Why a branch was started, in the log line and the metrics.
 BRANCHED_FOR_ROOM = "room"  # memory was free
 BRANCHED_FOR_SWAP = "swap"  # in the place of a trace that gave way
+BRANCHING_REASONS = (BRANCHED_FOR_ROOM, BRANCHED_FOR_SWAP)
 
 # The endpoint that ends a group, and its answer's member.
 ABORT_GROUP_PATH = "/step/abort_group"
@@ -151,3 +157,8 @@ IN_RESPONSES = "responses"
 IN_METRICS = "metrics"
 IN_PAGE = "page"
 IN_SAMPLING = "sampling"
+IN_TRACING = "tracing"
+FAILURE_PLACES = (
+    IN_SCORING, IN_PRUNING, IN_ADMISSION, IN_REFILL, IN_REQUESTS, IN_RESPONSES, IN_METRICS, IN_PAGE,
+    IN_TRACING, IN_SAMPLING,
+)  # fmt: skip

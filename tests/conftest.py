@@ -24,6 +24,7 @@ SHARED = {
     "test_pruned_choices.py": "crowded",
     "test_baselines.py": "reasoner",
     "test_bench.py": "reasoner",
+    "test_metrics.py": "reasoner",
     "test_page.py": "reasoner",
     "test_refill.py": "reasoner",
 }

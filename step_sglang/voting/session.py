@@ -242,6 +242,11 @@ class VoteSession:
                 trace.fate = TraceFate.SHRUNK if dismissed else TraceFate.CANCELLED
                 trace.ended = now
 
+    @property
+    def ended_by(self) -> str | None:
+        """The rule that ended the vote before its last trace did; None: no rule had to."""
+        return self.rules.early if self.num(TraceFate.CANCELLED) else None
+
     def _going(self) -> list[SampledTrace]:
         """Traces that run or wait, and were not told to end."""
         return [

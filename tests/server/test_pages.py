@@ -39,6 +39,15 @@ ELSEWHERE = {
         "step-sglang simulate",
     ): "its file of traces is not ours; unit/test_simulate.py plays others",
 }
+BY_CLIENTS = "wants packages of its own; server/test_clients.py runs it"
+ELSEWHERE |= {
+    ("clients.md", words): BY_CLIENTS
+    for words in (
+        "cat > questions.jsonl", "task: reasoner", "lm_eval --model", "inspect_ai",
+        "import litellm", "import ChatOpenAI",
+    )
+}  # fmt: skip
+ELSEWHERE["clients.md", "step-sglang serve"] = "the README's server, with a flag more"
 HERE = {("training.md", "step-sglang inspect"), ("results.md", "taskset")}
 
 

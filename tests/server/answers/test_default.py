@@ -23,6 +23,7 @@ pytestmark = pytest.mark.server
 
 TRACES = 4
 HARNESS = "lm-eval[api]==0.4.13"
+PAGE = Path(__file__).parents[3] / "docs" / "clients.md"
 
 
 @pytest.fixture(scope="module")
@@ -103,25 +104,6 @@ def test_sessions_of_unmodified_clients(voting: Server, streaming: bool) -> None
     wait_until_empty(voting)
 
 
-TASK = """
-task: reasoner
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["<none>"], do_sample: false, temperature: 0, max_gen_toks: 900}
-filter_list:
-  - name: boxed
-    filter:
-      - {function: regex, regex_pattern: 'boxed\\{(\\d+)\\}', group_select: -1}
-      - {function: take_first}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-"""
-
-
 def harness(folder: Path) -> Path:
     """The harness in an environment of its own, on top of this one; skips without a network."""
     ready = os.environ.get("STEP_TEST_HARNESS")
@@ -145,7 +127,8 @@ def test_lm_eval_harness_unmodified(voting: Server, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(q.as_dict()) + "\n" for q in asked))
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    (tasks / "reasoner.yaml").write_text(TASK.replace("DATA", str(data)))
+    task = PAGE.read_text().partition("```yaml\n")[2].partition("```")[0]
+    (tasks / "reasoner.yaml").write_text(task.replace("questions.jsonl", str(data)))
     arguments = f"model=default,base_url={voting.url}/v1/chat/completions,num_concurrent=2"
     before = voting.log_text().count("POST /v1/chat/completions")
     done = subprocess.run(
