@@ -70,6 +70,11 @@ def count(where: str, error: Exception) -> bool:
     _counts[where] += 1
     first = (where, type(error)) not in _logged
     _logged.add((where, type(error)))
+    if _observer is not None:
+        try:
+            _observer(where)
+        except Exception:  # what counts failures may itself be what fails
+            logger.debug("STEP could not count a failure", exc_info=True)
     return first
 
 
@@ -81,11 +86,6 @@ def _count(where: str, error: Exception) -> None:
             where,
             exc_info=error,
         )
-    if _observer is not None:
-        try:
-            _observer(where)
-        except Exception:  # what counts failures may itself be what fails
-            logger.debug("STEP could not count a failure", exc_info=True)
 
 
 def _capturing() -> bool:

@@ -37,16 +37,13 @@ class _Keeper:
 
     def __init__(self, manager: Any, config: StepConfig) -> None:
         self.manager = manager
-        self._metrics: GatheringMetrics | None = None
-        if manager.enable_metrics:
-            self._metrics = GatheringMetrics(manager.metrics_collector.labels)
         self._folder = config.sample
         self.writer = Writer(Path(config.sample), config.sample_limit, self.count, self._failed)
         atexit.register(self.writer.close)
 
     def count(self, fate: str) -> None:
-        if self._metrics is not None:
-            self._metrics.group(fate)
+        if _metrics is not None:
+            _metrics.group(fate)
 
     def _failed(self, error: Exception) -> None:
         if guard.count(protocol.IN_SAMPLING, error):
@@ -57,11 +54,16 @@ class _Keeper:
                 type(error).__name__,
                 error,
             )
-        if self._metrics is not None:
-            self._metrics.failed(protocol.IN_SAMPLING)
 
 
 _keeper: _Keeper | None = None  # one tokenizer manager per process
+_metrics: GatheringMetrics | None = None
+
+
+def count_with(metrics: GatheringMetrics) -> None:
+    """Count kept groups of this process in these metrics."""
+    global _metrics  # noqa: PLW0603
+    _metrics = metrics
 
 
 def spare_if_chosen(result: Any, manager: Any, obj: Any, step_request: StepRequest) -> None:

@@ -1,11 +1,12 @@
-"""What a tokenizer manager reports of the votes that it takes, in metrics and in spans."""
+"""What a tokenizer manager reports in metrics and spans: of votes, and of groups that it keeps."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from step_sglang import protocol
-from step_sglang.patches import guard
+from step_sglang.gathering.metrics import GatheringMetrics
+from step_sglang.patches import guard, sample
 from step_sglang.patches.aborts import LiveVote
 from step_sglang.patches.server_args import config_of
 from step_sglang.patches.state import is_traced
@@ -18,13 +19,16 @@ _METRICS = "step_vote_metrics"  # on the tokenizer manager, with --enable-metric
 @guard.guard(protocol.IN_METRICS)
 def init_metric_collector_watchdog(result: None, manager: Any) -> None:
     """AFTER ``TokenizerManager.init_metric_collector_watchdog``."""
-    if not manager.enable_metrics or config_of(manager.server_args) is None:
+    config = config_of(manager.server_args)
+    if not manager.enable_metrics or config is None:
         return
     # What requests fill in themselves is empty, and a vote has none of it.
     labels = {name: value for name, value in manager.metrics_collector.labels.items() if value}
     metrics = VoteMetrics(labels)
     setattr(manager, _METRICS, metrics)
     guard.observe(metrics.failed)
+    if config.sample:
+        sample.count_with(GatheringMetrics(labels))
 
 
 def vote_begins(live: LiveVote, inner: Any) -> None:

@@ -178,10 +178,12 @@ def _cells(row: Row) -> tuple[str, ...]:
         d, r = row.right_gap.difference, row.time_gap.ratio
         gap = f"{100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
         ratio = f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]"
+    seconds = row.seconds.value
     return (
-        "simulated", f"{row.pool:,}", str(row.n), _auc(row.auc), row.title, f"{100 * row.right.value:.1f}", gap, f"{row.seconds.value:,.0f}"
-        if row.seconds.value >= 100 else f"{row.seconds.value:.2f}", ratio, f"{row.tokens:,.0f}",
-        f"{row.wait:.0f}", f"{row.pruned:.1f}", f"{row.retracted:.1f}", f"{row.ended:.1f}",
+        "simulated", f"{row.pool:,}", str(row.n), _auc(row.auc), row.title,
+        f"{100 * row.right.value:.1f}", gap, f"{seconds:,.0f}" if seconds >= 100
+        else f"{seconds:.2f}", ratio, f"{row.tokens:,.0f}", f"{row.wait:.0f}",
+        f"{row.pruned:.1f}", f"{row.retracted:.1f}", f"{row.ended:.1f}",
     )  # fmt: skip
 
 

@@ -61,11 +61,13 @@ def test_every_series_begins_at_0() -> None:
     """One that appears with its first event is no increase to anybody."""
     found = exported("pruning.metrics", "StepMetrics")[1]
     found = found + exported("voting.metrics", "VoteMetrics")[1]
+    found = found + exported("gathering.metrics", "GatheringMetrics")[1]
     for name, label, values in (
         ("step_failures_total", "where", words("IN_")),
         ("step_traces_pruned_total", "reason", words("PRUNED_FOR_")),
         ("step_branches_total", "reason", words("BRANCHED_FOR_")),
         ("step_waiting_seconds_count", "kind", {"step", "other"}),
+        ("step_groups_sampled_total", "fate", {"begun", "stored", "unvoted", "lost"}),
         ("step_votes_total", "status", {"voted", "no_answer", "no_finished_trace"}),
         ("step_votes_ended_early_total", "rule", set(protocol.EARLY_RULES) - {"off"}),
     ):
