@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any
 from uuid import uuid4
@@ -29,6 +29,7 @@ FLUSH_TIMEOUT = 60.0  # seconds that a server may need to become idle
 # SGLang's router keeps requests of one key on one server (`--policy consistent_hashing`, `manual`).
 ROUTING_KEY = "X-SMG-Routing-Key"
 WORKERS_PATH = "/workers"  # of the router: its servers
+STREAM_ERROR = "stream_error"  # what a router's last chunk says when its server went away
 MODEL_PATHS = ("/model_info", "/get_model_info")  # a router knows the older one alone
 
 
@@ -156,6 +157,10 @@ class Client(_Connection):
             answer = self._send("GET", path)
             if answer.status_code != 404:
                 break
+        if answer.status_code >= 500:  # a router asks any of its servers, also one that is gone
+            for worker in self._workers(self._send("GET", WORKERS_PATH)):
+                with suppress(ServerError):
+                    return self._at(worker).model()
         return str(self._member(answer, "model_path"))
 
     def info(self) -> dict[str, Any]:
@@ -310,6 +315,10 @@ class AsyncClient(_Connection):
             answer = await self._send("GET", path)
             if answer.status_code != 404:
                 break
+        if answer.status_code >= 500:  # a router asks any of its servers, also one that is gone
+            for worker in await self._servers():
+                with suppress(ServerError):
+                    return await self._at(worker).model()
         return str(self._member(answer, "model_path"))
 
     async def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -460,5 +469,7 @@ def _chunk(line: bytes) -> dict[str, Any]:
     if "error" in chunk:
         value = chunk["error"]
         message = value.get("message", value) if isinstance(value, dict) else value
+        if isinstance(value, dict) and value.get("type") == STREAM_ERROR:
+            raise ServerError(f"the router lost its server: {str(message)[:500]}")
         raise RequestRefused(f"the server refused the request: {str(message)[:500]}")
     return chunk

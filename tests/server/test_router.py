@@ -272,6 +272,6 @@ def outcome(router: Router, number: int) -> tuple[str, Any]:
         return "broken off", error
     if answer.status_code != 200:
         return f"HTTP {answer.status_code}", answer.text
-    if stream and not re.search(r"data: \[DONE\]\s*$", answer.text):
+    if stream and ('"error"' in answer.text or not re.search(r"\[DONE\]\s*$", answer.text)):
         return "cut", answer.text[-300:]
     return "answer", None

@@ -20,7 +20,7 @@ from step_sglang.client import servers
 from step_sglang.client.abort import abort_group
 from step_sglang.client.batch import Progress, ResultFile, ask_all
 from step_sglang.client.errors import ClientError
-from step_sglang.client.http import ROUTING_KEY, AsyncClient
+from step_sglang.client.http import ROUTING_KEY, AsyncClient, served_model
 from step_sglang.client.solve import solve
 from step_sglang.data.questions import Job
 from step_sglang.errors import ServerError
@@ -38,6 +38,8 @@ class StandIn:
     open: int = 0
     most_open: int = 0
     down: bool = False
+    model_down: bool = False
+    lost: int = 0  # answers that break off
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -51,7 +53,8 @@ def stand_in(delay: float = 0.0, workers: list[str] | None = None) -> Iterator[S
                 self.answer({"workers": [{"url": url} for url in workers], "total": len(workers)})
             else:
                 known = "/model_info" if workers is None else "/get_model_info"
-                self.answer({"model_path": "m"}, 200 if self.path == known else 404)
+                status = 500 if state.model_down else 200
+                self.answer({"model_path": "m"}, status if self.path == known else 404)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -70,6 +73,15 @@ def stand_in(delay: float = 0.0, workers: list[str] | None = None) -> Iterator[S
 
         def solved(self, body: dict[str, Any]) -> None:
             state.bodies.append(body)
+            if state.lost > 0:
+                state.lost -= 1
+                error = {"message": "Stream error: body", "type": "stream_error"}
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(
+                    f"data: {json.dumps({'error': error})}\n\ndata: [DONE]\n\n".encode()
+                )
+                return
             words = body["input_ids"][0]
             with state.lock:
                 state.asked.append(str(words))
@@ -250,9 +262,24 @@ def test_questions_go_through_a_router(tmp_path: Path) -> None:
             with pytest.raises(ServerError, match="router, which renders no chats: its servers"):
                 solve("w w", 2, url=router.url, suffix="")
             assert solve([4], 2, url=router.url).answer == "4"
-        worker.down = False
+            worker.down = False
+            router.model_down = True  # it asked a server that is gone
+            assert solve("w w", 2, url=router.url).answer is not None
+            assert served_model(router.url) == "m"
         solve("w w", 2, url=worker.url, suffix="")
         assert "session_params" not in worker.bodies[0]
+
+
+def test_a_router_that_lost_its_server_refuses_nothing(tmp_path: Path) -> None:
+    """It says so in the stream, where SGLang says what it refuses: the question is asked again."""
+    with stand_in() as worker, stand_in(workers=[worker.url]) as router:
+        router.lost = 1
+        missing, told = ask(tmp_path / "r.jsonl", [job(4)], router.url)
+        assert missing == 0 and told[0].result is not None and router.asked == ["4"]
+        router.lost = 9
+        with pytest.raises(ServerError, match="the router lost its server: Stream error"):
+            ask(tmp_path / "s.jsonl", [job(4)], router.url)
+        assert lines(tmp_path / "s.jsonl") == []
 
 
 @pytest.mark.parametrize(
