@@ -91,7 +91,7 @@ def here(text: str, server: Server) -> str:
 def test_recipes(server: Server, tmp_path: Path, package: str) -> None:
     python = interpreter(package)
     run(["bash", "-c", block("bash", "questions.jsonl")], tmp_path)
-    program = here(block("python", f" {package} "), server)
+    program = here(block("python", f" {package}"), server)
     shown = run([python, "-c", program], tmp_path)
     if package == "inspect_ai":
         assert re.fullmatch(r"success [01]\.[05]*", shown.splitlines()[-1]), shown
