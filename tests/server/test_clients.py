@@ -91,7 +91,7 @@ def here(text: str, server: Server) -> str:
 def test_recipes(server: Server, tmp_path: Path, package: str) -> None:
     python = interpreter(package)
     run(["bash", "-c", block("bash", "questions.jsonl")], tmp_path)
-    program = here(block("python", f" {package} "), server)
+    program = here(block("python", f" {package}"), server)
     shown = run([python, "-c", program], tmp_path)
     if package == "inspect_ai":
         assert re.fullmatch(r"success [01]\.[05]*", shown.splitlines()[-1]), shown
@@ -123,7 +123,8 @@ def test_what_clients_make_of_pruned_choices(server: Server, tmp_path: Path, pac
         "litellm": ("litellm_completion", "litellm_text", "litellm_stream", "litellm_parse"),
         "langchain_openai": ("langchain_generate", "langchain_structured"),
     }[package]
-    python = interpreter(package)
+    # Strict, newer versions than SGLang's refuse what SGLang says of its weights in every answer.
+    python = sys.executable if package == "openai" else interpreter(package)
     shown = run([python, str(PROGRAMS), f"{server.url}/v1", *programs], tmp_path)
     said: dict[str, dict[str, dict[str, Any]]] = json.loads(shown.splitlines()[-1])
     print(json.dumps(said, indent=1))
