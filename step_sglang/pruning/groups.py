@@ -112,6 +112,19 @@ class BranchOrigin:
         }
 
 
+class Standing(Protocol):
+    """A running trace's rank and tokens, where they are kept."""
+
+    def rescored(self) -> None:
+        """A step of the trace was scored."""
+
+    def changed(self) -> None:
+        """What it shares with others may be another."""
+
+    def left(self) -> None:
+        """It ended."""
+
+
 @dataclass(slots=True, eq=False)
 class Trace:
     """One sampled continuation. Its score is mirrored from the device after every step."""
@@ -143,6 +156,7 @@ class Trace:
     since: int = 0  # steps: its last branch, or its own begin
     branches: int = 0  # of it
     common: int = 0  # output tokens that it shares with its branches, or with its parent
+    standing: Standing | None = None  # while it runs, in `standings`
 
     @property
     def refills(self) -> bool:
@@ -218,6 +232,8 @@ class Trace:
             self.positions.append(position)
         if self.boundaries is not None:
             self.boundaries.append(Boundary(position, self.score_sum, self.num_steps))
+        if self.standing is not None:
+            self.standing.rescored()
 
     def rank_key(self, length: int) -> tuple[float, int]:
         """(score sum, number of steps) by which it ranks when memory is short.
@@ -459,6 +475,8 @@ class GroupRegistry:
                 trace.timeline = parent.timeline.up_to(position + 1)
         trace.common, parent.common = position + 1, max(parent.common, position + 1)
         parent.since, parent.branches = ends, parent.branches + 1
+        if parent.standing is not None:
+            parent.standing.changed()
         group.live += 1
         group.branched += 1
         self.num_live += 1
@@ -510,6 +528,8 @@ class GroupRegistry:
             return
         trace.fate = fate
         self.changes += 1
+        if trace.standing is not None:
+            trace.standing.left()
         group = trace.group
         group.live -= 1
         self.num_live -= 1
