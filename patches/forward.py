@@ -430,11 +430,16 @@ class StepHostOutput:
         scores = self.values.numpy()[:, :, 0]
         rows, tokens = (scores == scores).nonzero()  # noqa: PLR0124  # NaN is unequal to itself
         # As numbers of Python: positions travel in answers.
-        for i, j in zip(rows.tolist(), tokens.tolist(), strict=True):
-            # A request that ended within the pass did not consume what it drafted beyond.
-            if commits[i] is not None and j < len(commits[i].token_ids):
-                with guard(protocol.IN_SCORING):  # one that fails costs the others nothing
-                    self._record_step(i, j, float(scores[i, j]), batch.reqs[i], commits[i])
+        steps = zip(rows.tolist(), tokens.tolist(), scores[rows, tokens].tolist(), strict=True)
+        failed = True
+        while failed:  # one that fails costs the others nothing: the iterator goes on after it
+            with guard(protocol.IN_SCORING) as recording:
+                for i, j, score in steps:
+                    commit = commits[i]
+                    # A request that ended within the pass did not consume what it drafted beyond.
+                    if commit is not None and j < len(commit.token_ids):
+                        self._record_step(i, j, score, batch.reqs[i], commit)
+            failed = recording.failed
         for row, (capture, position) in enumerate(self.owners):
             assert self.kept is not None
             capture.keep_prefilled(position, self.kept[row].clone())

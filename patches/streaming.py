@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +31,18 @@ def _status(req: Any) -> TraceStatus:
     )
 
 
-@guard(protocol.IN_RESPONSES)
+def metas(traces: Sequence[Trace | None], groups: GroupRegistry) -> list[dict[str, Any] | None]:
+    """``meta_info["step"]`` of each; None of an ordinary request, and where it failed."""
+    infos: list[dict[str, Any] | None] = []
+    left = iter(traces)
+    while len(infos) < len(traces):  # one that fails costs the others nothing
+        with guard(protocol.IN_RESPONSES) as failing:
+            infos.extend(None if trace is None else _meta(trace, groups) for trace in left)
+        if failing.failed:
+            infos.append(None)
+    return infos
+
+
 def _meta(trace: Trace, groups: GroupRegistry) -> dict[str, Any]:
     info = trace.meta()
     if groups.calibration is not None:
@@ -73,9 +85,7 @@ def _step_streamer(base: Any, state: SchedulerStep) -> type:
                         waited = req.time_stats.queue_duration_s
                         metrics.request_waited(waited, is_trace=trace is not None)
             if any(traces):
-                fields[protocol.META_KEY] = [
-                    None if t is None else _meta(t, groups) for t in traces
-                ]
+                fields[protocol.META_KEY] = metas(traces, groups)
             return fields
 
         def is_request_level_customized_info_key(self, key: str) -> bool:

@@ -249,7 +249,7 @@ class Trace:
         """The response's ``meta_info["step"]``; what grows with the trace only at the end."""
         info: dict[str, Any] = {
             protocol.META_GROUP: self.group.group_id,
-            protocol.META_SCORE: self.score,
+            protocol.META_SCORE: self.score_sum / self.num_steps if self.num_steps else None,
             protocol.META_NUM_STEPS: self.num_steps,
             protocol.META_PRUNED: self.fate is TraceStatus.PRUNED,
         }
