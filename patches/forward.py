@@ -445,23 +445,27 @@ class StepHostOutput:
             capture.keep_prefilled(position, self.kept[row].clone())
 
     def _record_step(self, row: int, token: int, score: float, req: Any, commit: Any) -> None:
-        trace = trace_of(req)
+        trace, active = trace_of(req), _active
+        if trace is None or getattr(req, _UNSURE, False):
+            return
         # The pass consumed the token before each one that it made visible.
         position = commit.output_index - 1 + token
-        if trace is None or getattr(req, _UNSURE, False) or _thought_before(req, trace, position):
+        if active is not None and active.missed_any and _thought_before(req, trace, position):
             return
-        if math.isinf(score):
+        if score in (math.inf, -math.inf):
             _step_unscored()
             return
         # Summed here: the device's sum would hold steps whose results were lost.
         trace.add_step(score, trace.score_sum + score, position)
-        if _active is not None and _active.groups.watcher is not None:
-            _active.groups.watcher.scored(trace, position, score, req.output_ids)
-        if _active is not None and _active.metrics is not None:
-            with guard(protocol.IN_METRICS):
-                _active.metrics.step_scored(score)
         if trace.capture is not None and self.hidden is not None:
             trace.capture.rows.append(self.hidden[row].clone())
+        if active is None:
+            return
+        if active.groups.watcher is not None:
+            active.groups.watcher.scored(trace, position, score, req.output_ids)
+        if active.metrics is not None:
+            with guard(protocol.IN_METRICS):
+                active.metrics.step_scored(score)
 
     def _judge_by_certainty(self, batch: Any, commits: Sequence[Any]) -> None:
         """Put certainties in place of the scores of a blank scorer, which only found the steps.
@@ -508,8 +512,7 @@ def _thought_before(req: Any, trace: Trace, position: int) -> bool:
 
     Each token is looked at once, however often it is asked.
     """
-    if _active is None or not _active.missed_any:
-        return False
+    assert _active is not None
     if trace.think_end is None and trace.looked < position:
         new = req.output_ids[trace.looked : position]
         end = _active.slots.think_end_id

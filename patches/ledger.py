@@ -45,6 +45,7 @@ class Ledger:
         self.standings = Standings(self.page, state.config.min_steps)
         self._batch: Any = None
         self._reqs: list[Any] = []
+        self._orders: list[int] = []  # of these
         self._entries: dict[Any, Entry] = {}  # by request, in the batch's order
         self._phases: dict[int, int] = {}  # requests by what they hold in their last page
         self._others: dict[Any, None] = {}  # requests that are no live trace of the standings
@@ -64,7 +65,7 @@ class Ledger:
         reqs = batch.reqs
         self._batch = batch
         steps = self._steps(reqs)
-        if steps is None:
+        if steps is None or not self.standings.sound:
             self._clear()
         else:
             self.standings.tick(steps)
@@ -126,12 +127,13 @@ class Ledger:
         reqs = self._batch.reqs
         if len(reqs) == len(self._reqs) - len(gone):
             for req in gone:
-                self._drop(req, self._entries.pop(req))
+                entry = self._entries.pop(req)
+                del self._orders[bisect_left(self._orders, entry.order)]
+                self._drop(req, entry)
             self._reqs = reqs
 
     def _look(self, req: Any) -> Look:
-        order = self._entries[req].order
-        place = bisect_left(self._reqs, order, key=lambda other: self._entries[other].order)
+        place = bisect_left(self._orders, self._entries[req].order)
         own = -(-req.kv.kv_allocated_len // self.page) * self.page - shared_tokens(req, self.page)
         return Look(place, own, len(req.output_ids))
 
@@ -167,7 +169,7 @@ class Ledger:
             self._clear()
             for req in reqs:
                 self._add(req)
-        self._reqs = reqs
+        self._reqs, self._orders = reqs, [entry.order for entry in self._entries.values()]
 
     def close(self) -> None:
         """It is not to be asked any more."""

@@ -58,9 +58,11 @@ def _ledger(state: SchedulerStep, batch: Any) -> Ledger | None:
 
     Ranks that come to different answers decide the same: a ledger tells what a look would.
     """
-    if state.unfit is batch.reqs or not fits_ledger(state.config, batch):
-        return None
-    ledger: Ledger = state.ledger or Ledger(state, batch)
+    ledger: Ledger | None = state.ledger
+    if ledger is None:
+        if state.unfit is batch.reqs or not fits_ledger(state.config, batch):
+            return None
+        ledger = Ledger(state, batch)
     state.ledger, state.unfit = ledger, None
     with guard(protocol.IN_PRUNING) as syncing:
         try:
@@ -285,11 +287,13 @@ class PruningRound:
             else:
                 ledger.end_aborted()
             _end_aborted(state, scheduler.waiting_queue)
+        self.candidates = Candidates((), state.config)
         self._look()
 
     def _look(self) -> None:
-        self.candidates = Candidates((), self._state.config)
         self._standings: StandingRound | None = None
+        if self._ledger is None:
+            self.candidates = Candidates((), self._state.config)
         with guard(protocol.IN_PRUNING):
             if self._ledger is not None:
                 self._standings = self._ledger.round()

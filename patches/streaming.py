@@ -37,19 +37,25 @@ def metas(traces: Sequence[Trace | None], groups: GroupRegistry) -> list[dict[st
     left = iter(traces)
     while len(infos) < len(traces):  # one that fails costs the others nothing
         with guard(protocol.IN_RESPONSES) as failing:
-            infos.extend(None if trace is None else _meta(trace, groups) for trace in left)
+            common = _common_meta(groups)
+            for trace in left:
+                info = None if trace is None else trace.meta()
+                if info is not None and common:
+                    info.update(common)
+                infos.append(info)
         if failing.failed:
             infos.append(None)
     return infos
 
 
-def _meta(trace: Trace, groups: GroupRegistry) -> dict[str, Any]:
-    info = trace.meta()
+def _common_meta(groups: GroupRegistry) -> dict[str, Any]:
+    """What is said of every trace."""
+    common: dict[str, Any] = {}
     if groups.calibration is not None:
-        info[protocol.META_CALIBRATION] = groups.calibration.pair
+        common[protocol.META_CALIBRATION] = groups.calibration.pair
     if groups.stopped is not None:
-        info[protocol.META_STOPPED] = groups.stopped
-    return info
+        common[protocol.META_STOPPED] = groups.stopped
+    return common
 
 
 @lru_cache(maxsize=4)

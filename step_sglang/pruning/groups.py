@@ -34,6 +34,10 @@ class TraceStatus(Enum):
     ABORTED = "aborted"
 
 
+# Looked up thousands of times a second.
+_LIVE, _PRUNED = TraceStatus.LIVE, TraceStatus.PRUNED
+
+
 @dataclass(slots=True, eq=False)
 class Group:
     """All traces of one question."""
@@ -181,7 +185,7 @@ class Trace:
     @property
     def is_live(self) -> bool:
         """Whether it is running or waiting."""
-        return self.fate is TraceStatus.LIVE
+        return self.fate is _LIVE
 
     @property
     def is_active(self) -> bool:
@@ -247,11 +251,12 @@ class Trace:
 
     def meta(self) -> dict[str, Any]:
         """The response's ``meta_info["step"]``; what grows with the trace only at the end."""
+        steps, fate = self.num_steps, self.fate
         info: dict[str, Any] = {
             protocol.META_GROUP: self.group.group_id,
-            protocol.META_SCORE: self.score_sum / self.num_steps if self.num_steps else None,
-            protocol.META_NUM_STEPS: self.num_steps,
-            protocol.META_PRUNED: self.fate is TraceStatus.PRUNED,
+            protocol.META_SCORE: self.score_sum / steps if steps else None,
+            protocol.META_NUM_STEPS: steps,
+            protocol.META_PRUNED: fate is _PRUNED,
         }
         if self.signal is not None:
             info.update(self.signal.meta())
@@ -259,9 +264,9 @@ class Trace:
             info[protocol.META_BRANCH] = self.origin.as_json(self.label)
             extra = (self.origin.tokens, self.origin.reasoning_tokens)
             info[protocol.META_EXTRA_TOKENS] = extra
-        if self.fate is TraceStatus.LIVE:
+        if fate is _LIVE:
             return info
-        if self.fate is TraceStatus.PRUNED:
+        if fate is _PRUNED:
             info[protocol.META_REASON] = self.reason
         if self.timeline is not None:
             info[protocol.META_RECORD] = self.timeline.as_json()
@@ -528,8 +533,6 @@ class GroupRegistry:
             return
         trace.fate = fate
         self.changes += 1
-        if trace.standing is not None:
-            trace.standing.left()
         group = trace.group
         group.live -= 1
         self.num_live -= 1
@@ -557,6 +560,8 @@ class GroupRegistry:
             self.num_finished -= group.finished
             self.num_held -= group.is_held
             group.method_state = None
+        if trace.standing is not None:
+            trace.standing.left()
         if self.observer is not None:
             self.observer(trace)
         if self.watcher is not None:

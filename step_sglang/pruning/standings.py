@@ -45,7 +45,10 @@ class Standing:
 
     def rescored(self) -> None:
         """A step of the trace was scored."""
+        standings = self.group.standings
+        standings.sound, sound = False, standings.sound
         self.group.rank(self)
+        standings.sound = sound
 
     def changed(self) -> None:
         """What it shares may be another."""
@@ -235,6 +238,7 @@ class Standings:
         # Whose tokens are not settled yet, and since when.
         self.unsure: dict[Standing, int] = {}
         self.gone: list[Standing] = []  # who runs no more, until somebody takes them
+        self.sound = True  # no score was lost on the way here
         self.ranked = 0  # scores taken over so far, and means of a group added up
         self.summed = 0
 
@@ -271,6 +275,7 @@ class Standings:
                 group.remove(one)
         self.unsure.clear()
         self.gone.clear()
+        self.sound = True
 
     def held_next(self) -> dict[Group, int]:
         """KV tokens that pruning would free of each group after the next step."""
