@@ -181,12 +181,9 @@ class Rig:
 def _stream(state: Any, reqs: list[Any]) -> None:
     """What STEP adds where every trace is streamed, every 16 tokens."""
     from step_sglang.patches.state import trace_of
-    from step_sglang.patches.streaming import _meta
+    from step_sglang.patches.streaming import metas
 
-    for req in reqs:
-        trace = trace_of(req)
-        assert trace is not None
-        _meta(trace, state.groups)
+    metas([trace_of(req) for req in reqs], state.groups)
 
 
 def measure(

@@ -155,7 +155,8 @@ class PrefillReclaimer:
             return int(need - adder.cur_rem_tokens)
 
         # What comes free by itself in this step is not taken from anybody.
-        self._round.prune_until(lambda: short() <= coming_free, short)
+        if short() > coming_free:
+            self._round.prune_until(lambda: short() <= coming_free, short)
         return short() <= 0
 
     def make(self, req: Any) -> bool:

@@ -55,9 +55,11 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "rid", "kv", "output_ids", "origin_input_ids", "sampling_params", "finished_reason",
         "to_finish", "prefix_len", "host_hit_length", "extend_len", "full_untruncated_fill_ids",
         "last_node", "extra_key", "skip_radix_cache_insert", "return_logprob", "time_stats",
-        "priority",
+        "priority", "grammar", "session", "beam_group",
     ),
-    f"{_BATCH}.ReqKvInfo": ("req_pool_idx", "cache_protected_len", "kv_allocated_len"),
+    f"{_BATCH}.ReqKvInfo": (
+        "req_pool_idx", "cache_protected_len", "kv_allocated_len", "kv_committed_len",
+    ),
     f"{_BATCH}.ScheduleBatch": (
         "reqs", "forward_mode", "batch_is_full", "decoding_reqs", "extend_lens",
         "token_to_kv_pool_allocator",
@@ -120,6 +122,31 @@ BODIES: tuple[Body, ...] = (
         f"{_SCHEDULER}.update_running_batch",
         ("76674da3b22d550d", "9ff5c16dec73f8cf"),
         "memory is checked there, and retracts there",
+    ),
+    Body(
+        f"{_BATCH}.ScheduleBatch.filter_batch",
+        ("2c50ee4bc908b0b0",),
+        "reqs is another list when requests leave, in the same order",
+    ),
+    Body(
+        f"{_BATCH}.ScheduleBatch.merge_batch",
+        ("af365fb4c698cd86",),
+        "reqs is another list when requests come",
+    ),
+    Body(
+        f"{_BATCH}.ScheduleBatch.check_decode_mem",
+        ("89b2fc954145d6f5",),
+        "it asks the allocator's check_decode_capacity",
+    ),
+    Body(
+        f"{_BATCH}.ScheduleBatch.new_tokens_required_next_decode",
+        ("15740580f6e89d58",),
+        "a request needs a page when its last one is full",
+    ),
+    Body(
+        "sglang.srt.mem_cache.allocation.alloc_for_decode_default",
+        ("952fe66952e1c1b0",),
+        "a decode step gives each request of the batch a token",
     ),
     Body(
         f"{_SCHEDULER}._get_new_batch_prefill_raw",

@@ -438,35 +438,44 @@ class StepHostOutput:
         scores = self.values.numpy()[:, :, 0]
         rows, tokens = (scores == scores).nonzero()  # noqa: PLR0124  # NaN is unequal to itself
         # As numbers of Python: positions travel in answers.
-        for i, j in zip(rows.tolist(), tokens.tolist(), strict=True):
-            # A request that ended within the pass did not consume what it drafted beyond.
-            if commits[i] is not None and j < len(commits[i].token_ids):
-                with guard(protocol.IN_SCORING):  # one that fails costs the others nothing
-                    self._record_step(i, j, float(scores[i, j]), batch.reqs[i], commits[i])
+        steps = zip(rows.tolist(), tokens.tolist(), scores[rows, tokens].tolist(), strict=True)
+        failed = True
+        while failed:  # one that fails costs the others nothing: the iterator goes on after it
+            with guard(protocol.IN_SCORING) as recording:
+                for i, j, score in steps:
+                    commit = commits[i]
+                    # A request that ended within the pass did not consume what it drafted beyond.
+                    if commit is not None and j < len(commit.token_ids):
+                        self._record_step(i, j, score, batch.reqs[i], commit)
+            failed = recording.failed
         for row, (capture, position) in enumerate(self.owners):
             assert self.kept is not None
             capture.keep_prefilled(position, self.kept[row].clone())
 
     def _record_step(self, row: int, token: int, score: float, req: Any, commit: Any) -> None:
-        trace = trace_of(req)
+        trace, active = trace_of(req), _active
+        if trace is None or getattr(req, _UNSURE, False):
+            return
         # The pass consumed the token before each one that it made visible.
         position = commit.output_index - 1 + token
-        if trace is None or getattr(req, _UNSURE, False) or _thought_before(req, trace, position):
+        if active is not None and active.missed_any and _thought_before(req, trace, position):
             return
-        if math.isinf(score):
+        if score in (math.inf, -math.inf):
             _step_unscored()
             return
         # Summed here: the device's sum would hold steps whose results were lost.
         trace.add_step(score, trace.score_sum + score, position)
-        if _active is not None and _active.groups.watcher is not None:
-            _active.groups.watcher.scored(trace, position, score, req.output_ids)
-        if _active is not None and _active.metrics is not None:
-            with guard(protocol.IN_METRICS):
-                _active.metrics.step_scored(score)
-        if _active is not None and _active.events is not None:
-            _active.events.scored(req, trace)
         if trace.capture is not None and self.hidden is not None:
             trace.capture.rows.append(self.hidden[row].clone())
+        if active is None:
+            return
+        if active.groups.watcher is not None:
+            active.groups.watcher.scored(trace, position, score, req.output_ids)
+        if active.metrics is not None:
+            with guard(protocol.IN_METRICS):
+                active.metrics.step_scored(score)
+        if active.events is not None:
+            active.events.scored(req, trace)
 
     def _judge_by_certainty(self, batch: Any, commits: Sequence[Any]) -> None:
         """Put certainties in place of the scores of a blank scorer, which only found the steps.
@@ -513,8 +522,7 @@ def _thought_before(req: Any, trace: Trace, position: int) -> bool:
 
     Each token is looked at once, however often it is asked.
     """
-    if _active is None or not _active.missed_any:
-        return False
+    assert _active is not None
     if trace.think_end is None and trace.looked < position:
         new = req.output_ids[trace.looked : position]
         end = _active.slots.think_end_id

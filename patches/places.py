@@ -93,7 +93,10 @@ def keep_source(state: SchedulerStep, req: Any, trace: Trace) -> None:
 def abort_request(result: None, scheduler: Any, recv_req: Any) -> None:
     """AFTER ``Scheduler.abort_request``, which knows no request that neither waits nor runs."""
     state = state_of(scheduler)
-    if state is None or state.places is None:
+    if state is None:
+        return
+    state.aborts = True
+    if state.places is None:
         return
     from sglang.srt.managers.scheduler import _make_abort_req
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from step_sglang import protocol
 from step_sglang.errors import safe_repr
 from step_sglang.patches.guard import guard
+from step_sglang.patches.ledger import Ledger, UnfitError, fits_ledger, shared_tokens
 from step_sglang.patches.places import keep_place, may_be_taken
 from step_sglang.patches.state import TRACE, SchedulerStep, state_of, trace_of
 from step_sglang.pruning.groups import Group, TraceStatus
 from step_sglang.pruning.policy import Candidates, GroupView, TraceView, above_watermark
+from step_sglang.pruning.standings import StandingRound
 
 logger = logging.getLogger(__name__)
 
@@ -25,24 +27,70 @@ def update_running_batch(scheduler: Any, batch: Any) -> None:
     """BEFORE ``Scheduler.update_running_batch``, which retracts when memory is still short."""
     state = state_of(scheduler)
     if state is None or state.config.capture or not state.groups.num_live:
+        if state is not None:
+            _close(state)
         return
     if not state.groups.num_ending and _has_room(state, batch):
         return
-    finishing = scheduler._reqs_finishing_inflight(batch)
+    ledger = _ledger(state, batch)
+    finishing = _finishing(scheduler, batch, ledger)
     if state.groups.num_ending:
         _prune_ending(scheduler, state, batch, finishing)
+        ledger = _ledger(state, batch)
 
     def fits() -> bool:
-        return _fits(batch, finishing)
+        return _fits(batch, finishing, ledger)
 
     # Where some finish, SGLang skips one decode step: their memory comes free by itself.
     if finishing:
         fits()
         return
     if state.kv_limit is not None or state.groups.num_held:
-        _prune_to_shares(scheduler, state, batch)
+        _prune_to_shares(scheduler, state, batch, ledger)
     if not fits():
-        PruningRound(scheduler, state, batch).prune_until(fits, partial(_short, batch))
+        PruningRound(scheduler, state, batch, ledger=ledger).prune_until(
+            fits, partial(_short, batch, ledger)
+        )
+
+
+def _ledger(state: SchedulerStep, batch: Any) -> Ledger | None:
+    """What is known of the batch, up to date; None where it has to be looked at request by request.
+
+    Ranks that come to different answers decide the same: a ledger tells what a look would.
+    """
+    ledger: Ledger | None = state.ledger
+    if ledger is None:
+        if state.unfit is batch.reqs or not fits_ledger(state.config, batch):
+            return None
+        ledger = Ledger(state, batch)
+    state.ledger, state.unfit = ledger, None
+    with guard(protocol.IN_PRUNING) as syncing:
+        try:
+            ledger.sync(batch)
+        except UnfitError:
+            state.unfit = batch.reqs
+    if syncing.failed or state.unfit is not None:
+        _close(state)
+        return None
+    return ledger
+
+
+def _close(state: SchedulerStep) -> None:
+    """Look at every request from now on, until a ledger is begun anew in another step."""
+    ledger, state.ledger = state.ledger, None
+    if ledger is not None:
+        with guard(protocol.IN_PRUNING):
+            ledger.close()
+
+
+def _finishing(scheduler: Any, batch: Any, ledger: Ledger | None) -> Sequence[Any]:
+    """Requests whose result in flight is their last one by its length."""
+    may = True
+    if ledger is not None:
+        with guard(protocol.IN_PRUNING):
+            may = ledger.may_finish()
+    found: Sequence[Any] = scheduler._reqs_finishing_inflight(batch) if may else ()
+    return found
 
 
 def _has_room(state: SchedulerStep, batch: Any) -> bool:
@@ -63,19 +111,15 @@ def _has_room(state: SchedulerStep, batch: Any) -> bool:
     return bool(allocator.available_size() >= most)
 
 
-def _prune_to_shares(scheduler: Any, state: SchedulerStep, batch: Any) -> None:
+def _prune_to_shares(
+    scheduler: Any, state: SchedulerStep, batch: Any, ledger: Ledger | None
+) -> None:
     """Prune until all groups together, and each by itself, hold no more than they may."""
     if state.groups.num_held:
-        _prune_held(scheduler, state, batch)
+        _prune_held(scheduler, state, batch, ledger)
     if state.kv_limit is not None:
-        _prune_to(scheduler, state, batch, state.kv_limit)
-    # The tokens of the next step are in the sums.
-    page = batch.token_to_kv_pool_allocator.page_size
-    held: Counter[Group] = Counter()
-    for req in batch.reqs:
-        trace = trace_of(req)
-        if trace is not None and _gives_memory(req):
-            held[trace.group] += own_tokens(req, page, _grows(batch, req))
+        _prune_to(scheduler, state, batch, state.kv_limit, ledger)
+    held = _held_next(batch, ledger)
     pool, below = scheduler.max_total_num_tokens, []
     if state.kv_limit is not None:
         below.append(state.kv_limit - sum(held.values()))
@@ -84,18 +128,34 @@ def _prune_to_shares(scheduler: Any, state: SchedulerStep, batch: Any) -> None:
     state.shares_seen = (state.groups.changes, len(batch.reqs))
 
 
-def _prune_to(scheduler: Any, state: SchedulerStep, batch: Any, limit: int) -> None:
-    """Prune until groups hold at most ``limit`` KV tokens after the next decode step."""
+def _held_next(batch: Any, ledger: Ledger | None) -> Mapping[Group, int]:
+    """KV tokens that groups hold after the next decode step."""
+    if ledger is not None and not ledger.closed:
+        known: Mapping[Group, int] | None = None
+        with guard(protocol.IN_PRUNING):
+            known = ledger.standings.held_next()
+        if known is not None:
+            return known
     page = batch.token_to_kv_pool_allocator.page_size
+    held: Counter[Group] = Counter()
+    for req in batch.reqs:
+        trace = trace_of(req)
+        if trace is not None and _gives_memory(req):
+            held[trace.group] += own_tokens(req, page, _grows(batch, req))
+    return held
+
+
+def _prune_to(
+    scheduler: Any, state: SchedulerStep, batch: Any, limit: int, ledger: Ledger | None
+) -> None:
+    """Prune until groups hold at most ``limit`` KV tokens after the next decode step."""
 
     def above() -> int:
         # Ranks agree on it: their memory is the same.
-        return above_watermark(
-            (own_tokens(r, page, _grows(batch, r)) for r in batch.reqs if _gives_memory(r)), limit
-        )
+        return above_watermark(_held_next(batch, ledger).values(), limit)
 
     if above():
-        PruningRound(scheduler, state, batch).prune_until(
+        PruningRound(scheduler, state, batch, ledger=ledger).prune_until(
             lambda: not above(), above, protocol.PRUNED_FOR_WATERMARK
         )
 
@@ -111,25 +171,21 @@ def _grows(batch: Any, req: Any) -> int:
     return max(0, int(get_alloc_reserve_per_decode()) - held)
 
 
-def _prune_held(scheduler: Any, state: SchedulerStep, batch: Any) -> None:
+def _prune_held(scheduler: Any, state: SchedulerStep, batch: Any, ledger: Ledger | None) -> None:
     """Prune groups that would hold more than the share of the pool that they asked for."""
-    page = batch.token_to_kv_pool_allocator.page_size
 
     def above() -> dict[str, int]:
         """KV tokens by which groups would exceed their shares, as `_prune_to` counts."""
-        held: Counter[Group] = Counter()
-        for req in batch.reqs:
-            trace = trace_of(req)
-            if trace is not None and trace.group.is_held and _gives_memory(req):
-                held[trace.group] += own_tokens(req, page, _grows(batch, req))
-        pool = scheduler.max_total_num_tokens
-        excess = {g.group_id: tokens - int(pool * g.prune_at) for g, tokens in held.items()}
+        pool, held = scheduler.max_total_num_tokens, _held_next(batch, ledger)
+        excess = {
+            g.group_id: tokens - int(pool * g.prune_at) for g, tokens in held.items() if g.is_held
+        }
         return {name: tokens for name, tokens in excess.items() if tokens > 0}
 
     excess = above()
     if not excess:
         return
-    pruning = PruningRound(scheduler, state, batch)
+    pruning = PruningRound(scheduler, state, batch, ledger=ledger)
     for name in sorted(excess):  # ranks agree on it: their memory is the same
 
         def short(name: str = name) -> int:
@@ -138,7 +194,8 @@ def _prune_held(scheduler: Any, state: SchedulerStep, batch: Any) -> None:
         def enough(name: str = name) -> bool:
             return name not in above()
 
-        pruning.prune_until(enough, short, protocol.PRUNED_FOR_WATERMARK, name)
+        if not enough():
+            pruning.prune_until(enough, short, protocol.PRUNED_FOR_WATERMARK, name)
 
 
 def _gives_memory(req: Any) -> bool:
@@ -153,15 +210,35 @@ def _staying(batch: Any, finishing: Sequence[Any] = ()) -> list[int]:
     return [i for i, req in enumerate(batch.reqs) if not req.finished() and req not in leaving]
 
 
-def _fits(batch: Any, finishing: Sequence[Any]) -> bool:
+def _fits(batch: Any, finishing: Sequence[Any], ledger: Ledger | None) -> bool:
     """Whether the next decode step fits; evicts unreferenced radix-cache nodes to find out."""
+    need = None if finishing else _needed(ledger)
+    if need is not None:  # as `check_decode_mem` asks
+        fits: bool = batch.token_to_kv_pool_allocator.check_decode_capacity(
+            num_tokens=need,
+            tree_cache=batch.tree_cache,
+            requests=None,
+            spec_algorithm=batch.spec_algorithm,
+        )
+        return fits
     staying = _staying(batch, finishing)
     return not staying or bool(batch.check_decode_mem(selected_indices=staying))
 
 
-def _short(batch: Any) -> int:
+def _needed(ledger: Ledger | None) -> int | None:
+    """KV tokens that the next decode step allocates, if the ledger knows."""
+    need = None
+    if ledger is not None and not ledger.closed:
+        with guard(protocol.IN_PRUNING):
+            need = ledger.need()
+    return need
+
+
+def _short(batch: Any, ledger: Ledger | None) -> int:
     """KV tokens that the next decode step lacks, once what can be evicted is."""
-    need = batch.new_tokens_required_next_decode(_staying(batch))
+    need = _needed(ledger)
+    if need is None:
+        need = batch.new_tokens_required_next_decode(_staying(batch))
     return int(need - batch.token_to_kv_pool_allocator.available_size())
 
 
@@ -187,27 +264,43 @@ class PruningRound:
         scheduler: SGLang's scheduler.
         state: STEP's part of it.
         batch: the running batch; requests leave it here only.
-        spared: requests of the batch that end by themselves in this step.
+        spared: requests of the batch that end by themselves in this step; without a ledger.
+        ledger: of the batch; None: every request is looked at.
     """
 
     def __init__(
-        self, scheduler: Any, state: SchedulerStep, batch: Any, spared: Sequence[Any] = ()
+        self,
+        scheduler: Any,
+        state: SchedulerStep,
+        batch: Any,
+        spared: Sequence[Any] = (),
+        ledger: Ledger | None = None,
     ) -> None:
         self._scheduler, self._state, self._batch = scheduler, state, batch
         self._page = batch.token_to_kv_pool_allocator.page_size
-        self._spared = set(spared)
+        self._spared, self._ledger = set(spared), ledger
         # Kept while requests leave: ranks exchange places in it, also after one chose otherwise.
-        self._reqs = list(batch.reqs)
+        self._reqs: Sequence[Any] = batch.reqs
         with guard(protocol.IN_PRUNING):
-            _end_aborted(state, (*batch.reqs, *scheduler.waiting_queue))
+            if ledger is None:
+                _end_aborted(state, batch.reqs)
+            else:
+                ledger.end_aborted()
+            _end_aborted(state, scheduler.waiting_queue)
+        self.candidates = Candidates((), state.config)
         self._look()
 
     def _look(self) -> None:
-        self.candidates = Candidates((), self._state.config)
+        self._standings: StandingRound | None = None
+        if self._ledger is None:
+            self.candidates = Candidates((), self._state.config)
         with guard(protocol.IN_PRUNING):
-            self.candidates = Candidates(
-                _views(self._reqs, self._page, self._spared), self._state.config
-            )
+            if self._ledger is not None:
+                self._standings = self._ledger.round()
+            else:
+                self.candidates = Candidates(
+                    _views(self._reqs, self._page, self._spared), self._state.config
+                )
 
     def prune_until(
         self,
@@ -219,22 +312,23 @@ class PruningRound:
         """Prune the worst traces, until there is enough room or none may be pruned any more.
 
         Args:
-            enough: whether there is; it and not ``short`` decides, because only the engine knows
-                what a victim frees beyond its own pages. Ranks must agree on it.
+            enough: whether there is, which it is not yet; it and not ``short`` decides, because
+                only the engine knows what a victim frees beyond its own pages. Ranks must agree on
+                it.
             short: KV tokens that are missing.
             reason: one of the words for it.
             group: the only one that gives; None: all may.
         """
         gone: list[Any] = []
-        while not enough():
+        while True:
             tokens, victims = short(), []
             with guard(protocol.IN_PRUNING) as choosing:
-                victims = self.candidates.take_until(tokens, group)
+                victims = (self._standings or self.candidates).take_until(tokens, group)
             pruned = self._prune(victims, reason, choosing.failed, enough)
-            if not pruned:
-                break
             gone += pruned
-        _dismiss(self._scheduler, self._batch, gone)
+            if not pruned or enough():
+                break
+        self._dismiss(gone)
 
     def prune_for(self, kv_share: float, tokens: int) -> None:
         """Prune traces for a waiting request; see ``Candidates.reclaim``."""
@@ -242,7 +336,7 @@ class PruningRound:
         with guard(protocol.IN_PRUNING) as choosing:
             victims = self.candidates.reclaim(kv_share, tokens)
         gone = self._prune(victims, protocol.PRUNED_FOR_ADMISSION, choosing.failed)
-        _dismiss(self._scheduler, self._batch, gone)
+        self._dismiss(gone)
 
     def _prune(
         self,
@@ -260,9 +354,20 @@ class PruningRound:
                 break
             _prune(self._scheduler, self._state, self._batch, self._reqs[index], reason)
             gone.append(self._reqs[index])
+        if failed and self._ledger is not None:
+            _close(self._state)
+            self._ledger = None
         if failed or agreed != chosen or len(gone) < len(chosen):
             self._look()  # the candidates here lack other traces than the batch does
         return gone
+
+    def _dismiss(self, gone: Sequence[Any]) -> None:
+        _dismiss(self._scheduler, self._batch, gone)
+        if gone and self._ledger is not None:
+            with guard(protocol.IN_PRUNING) as leaving:
+                self._ledger.dismissed(gone)
+            if leaving.failed:
+                _close(self._state)
 
 
 def _views(reqs: Sequence[Any], page: int, spared: set[Any]) -> list[GroupView]:
@@ -292,18 +397,8 @@ def _views(reqs: Sequence[Any], page: int, spared: set[Any]) -> list[GroupView]:
 
 
 def own_tokens(req: Any, page: int, more: int = 0) -> int:
-    """KV tokens of a running request that no other can share, once ``more`` are allocated to it.
-
-    The shared prompt stays, and so does what a branch and its parent share of their text.
-    What else the tree holds of it (after a resume) becomes evictable with it, so it counts as its
-    own.
-    """
-    shared = min(req.kv.cache_protected_len, len(req.origin_input_ids))
-    trace = trace_of(req)
-    if trace is not None and trace.common:
-        prefix = len(req.origin_input_ids) + trace.common
-        shared = max(shared, min(req.kv.cache_protected_len, prefix) // page * page)
-    return int(-(-(req.kv.kv_allocated_len + more) // page) * page - shared)
+    """KV tokens of a running request that no other can share, once ``more`` are allocated to it."""
+    return int(-(-(req.kv.kv_allocated_len + more) // page) * page - shared_tokens(req, page))
 
 
 def own_tokens_of(reqs: Sequence[Any], page: int) -> list[int]:

@@ -46,6 +46,9 @@ class SchedulerStep:
     refused: Any = None  # the request that did not fit in the admission pass that goes on
     warned_unscored: bool = False  # a group was pruned that has no scored step
     places: Any = None  # of pruned traces that branches may take, see `places`
+    ledger: Any = None  # of the running batch, see `ledger`
+    unfit: Any = None  # the list of a batch's requests for which there is none
+    aborts: bool = False  # requests were aborted since running ones were looked at for it
     scorer_stale: bool = False  # the weights that it was trained for were replaced
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -30,14 +31,31 @@ def _status(req: Any) -> TraceStatus:
     )
 
 
-@guard(protocol.IN_RESPONSES)
-def _meta(trace: Trace, groups: GroupRegistry) -> dict[str, Any]:
-    info = trace.meta()
+def metas(traces: Sequence[Trace | None], groups: GroupRegistry) -> list[dict[str, Any] | None]:
+    """``meta_info["step"]`` of each; None of an ordinary request, and where it failed."""
+    infos: list[dict[str, Any] | None] = []
+    left = iter(traces)
+    while len(infos) < len(traces):  # one that fails costs the others nothing
+        with guard(protocol.IN_RESPONSES) as failing:
+            common = _common_meta(groups)
+            for trace in left:
+                info = None if trace is None else trace.meta()
+                if info is not None and common:
+                    info.update(common)
+                infos.append(info)
+        if failing.failed:
+            infos.append(None)
+    return infos
+
+
+def _common_meta(groups: GroupRegistry) -> dict[str, Any]:
+    """What is said of every trace."""
+    common: dict[str, Any] = {}
     if groups.calibration is not None:
-        info[protocol.META_CALIBRATION] = groups.calibration.pair
+        common[protocol.META_CALIBRATION] = groups.calibration.pair
     if groups.stopped is not None:
-        info[protocol.META_STOPPED] = groups.stopped
-    return info
+        common[protocol.META_STOPPED] = groups.stopped
+    return common
 
 
 @lru_cache(maxsize=4)
@@ -73,9 +91,7 @@ def _step_streamer(base: Any, state: SchedulerStep) -> type:
                         waited = req.time_stats.queue_duration_s
                         metrics.request_waited(waited, is_trace=trace is not None)
             if any(traces):
-                fields[protocol.META_KEY] = [
-                    None if t is None else _meta(t, groups) for t in traces
-                ]
+                fields[protocol.META_KEY] = metas(traces, groups)
             return fields
 
         def is_request_level_customized_info_key(self, key: str) -> bool:

@@ -34,6 +34,10 @@ class TraceStatus(Enum):
     ABORTED = "aborted"
 
 
+# Looked up thousands of times a second.
+_LIVE, _PRUNED = TraceStatus.LIVE, TraceStatus.PRUNED
+
+
 @dataclass(slots=True, eq=False)
 class Group:
     """All traces of one question."""
@@ -112,6 +116,19 @@ class BranchOrigin:
         }
 
 
+class Standing(Protocol):
+    """A running trace's rank and tokens, where they are kept."""
+
+    def rescored(self) -> None:
+        """A step of the trace was scored."""
+
+    def changed(self) -> None:
+        """What it shares with others may be another."""
+
+    def left(self) -> None:
+        """It ended."""
+
+
 @dataclass(slots=True, eq=False)
 class Trace:
     """One sampled continuation. Its score is mirrored from the device after every step."""
@@ -143,6 +160,7 @@ class Trace:
     since: int = 0  # steps: its last branch, or its own begin
     branches: int = 0  # of it
     common: int = 0  # output tokens that it shares with its branches, or with its parent
+    standing: Standing | None = None  # while it runs, in `standings`
 
     @property
     def refills(self) -> bool:
@@ -167,7 +185,7 @@ class Trace:
     @property
     def is_live(self) -> bool:
         """Whether it is running or waiting."""
-        return self.fate is TraceStatus.LIVE
+        return self.fate is _LIVE
 
     @property
     def is_active(self) -> bool:
@@ -218,6 +236,8 @@ class Trace:
             self.positions.append(position)
         if self.boundaries is not None:
             self.boundaries.append(Boundary(position, self.score_sum, self.num_steps))
+        if self.standing is not None:
+            self.standing.rescored()
 
     def rank_key(self, length: int) -> tuple[float, int]:
         """(score sum, number of steps) by which it ranks when memory is short.
@@ -231,11 +251,12 @@ class Trace:
 
     def meta(self) -> dict[str, Any]:
         """The response's ``meta_info["step"]``; what grows with the trace only at the end."""
+        steps, fate = self.num_steps, self.fate
         info: dict[str, Any] = {
             protocol.META_GROUP: self.group.group_id,
-            protocol.META_SCORE: self.score,
-            protocol.META_NUM_STEPS: self.num_steps,
-            protocol.META_PRUNED: self.fate is TraceStatus.PRUNED,
+            protocol.META_SCORE: self.score_sum / steps if steps else None,
+            protocol.META_NUM_STEPS: steps,
+            protocol.META_PRUNED: fate is _PRUNED,
         }
         if self.signal is not None:
             info.update(self.signal.meta())
@@ -243,9 +264,9 @@ class Trace:
             info[protocol.META_BRANCH] = self.origin.as_json(self.label)
             extra = (self.origin.tokens, self.origin.reasoning_tokens)
             info[protocol.META_EXTRA_TOKENS] = extra
-        if self.fate is TraceStatus.LIVE:
+        if fate is _LIVE:
             return info
-        if self.fate is TraceStatus.PRUNED:
+        if fate is _PRUNED:
             info[protocol.META_REASON] = self.reason
         if self.timeline is not None:
             info[protocol.META_RECORD] = self.timeline.as_json()
@@ -459,6 +480,8 @@ class GroupRegistry:
                 trace.timeline = parent.timeline.up_to(position + 1)
         trace.common, parent.common = position + 1, max(parent.common, position + 1)
         parent.since, parent.branches = ends, parent.branches + 1
+        if parent.standing is not None:
+            parent.standing.changed()
         group.live += 1
         group.branched += 1
         self.num_live += 1
@@ -537,6 +560,8 @@ class GroupRegistry:
             self.num_finished -= group.finished
             self.num_held -= group.is_held
             group.method_state = None
+        if trace.standing is not None:
+            trace.standing.left()
         if self.observer is not None:
             self.observer(trace)
         if self.watcher is not None:

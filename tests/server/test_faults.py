@@ -25,8 +25,10 @@ FAULTS = (
     Fault("step_sglang.scoring.slots", "SlotState.reset", every=7, after=True),
     Fault("step_sglang.scoring.slots", "SlotState.results", every=23),
     Fault("step_sglang.pruning.policy", "worst_last", every=13),
-    Fault("step_sglang.pruning.policy", "Candidates.take", every=3),
-    Fault("step_sglang.pruning.policy", "Candidates.take", every=7, after=True),
+    Fault("step_sglang.pruning.standings", "GroupStandings.take", every=3),
+    Fault("step_sglang.pruning.standings", "GroupStandings.take", every=7, after=True),
+    Fault("step_sglang.pruning.standings", "GroupStandings.grow", every=31),
+    Fault("step_sglang.pruning.standings", "GroupStandings.rank", every=101),
     Fault("step_sglang.pruning.policy", "Candidates.reclaim", every=2),
     Fault("step_sglang.pruning.policy", "Candidates.reclaimable", every=4),
     Fault("step_sglang.pruning.groups", "Trace.add_step", every=50),
@@ -144,8 +146,9 @@ def test_ranks_stay_together_when_one_of_them_fails(
     models: dict[str, Path], scorer: Path, tmp_path: Path
 ) -> None:
     faults = (
-        Fault("step_sglang.pruning.policy", "Candidates.take", every=2, rank=1),
-        Fault("step_sglang.pruning.policy", "Candidates.take", every=5, rank=0),
+        Fault("step_sglang.pruning.standings", "GroupStandings.take", every=2, rank=1),
+        Fault("step_sglang.pruning.standings", "GroupStandings.take", every=5, rank=0),
+        Fault("step_sglang.pruning.standings", "GroupStandings.grow", every=7, rank=1),
         Fault("step_sglang.scoring.slots", "step_score_", every=3, rank=1),
     )
     with serve(
