@@ -208,7 +208,6 @@ def prepare() -> None:
     from sglang.srt.runtime_context import get_context
     from sglang.srt.server_args import ServerArgs
 
-    logging.getLogger("step_sglang").setLevel(logging.WARNING)
     with suppress(Exception):
         get_context().set_server_args(ServerArgs(model_path="none", device="cpu"))
 
@@ -221,6 +220,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--prune", action="store_true")
     options = parser.parse_args()
+    logging.getLogger("step_sglang").setLevel(logging.WARNING)
     prepare()
     print("| traces | tokens each | pruned | median, ms | 99 %, ms | most, ms |")
     print("|---|---|---|---|---|---|")
