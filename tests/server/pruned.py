@@ -107,8 +107,8 @@ def flush(server: Server) -> requests.Response:
     return requests.post(f"{server.url}/flush_cache", timeout=60)
 
 
-def nothing_is_left(server: Server) -> None:
-    """All of the pool comes back, and no group lives."""
-    assert free_tokens(server) == POOL
+def nothing_is_left(server: Server, pool: int = POOL) -> None:
+    """All of the pool (KV tokens) comes back, and no group lives."""
+    assert free_tokens(server) == pool
     state = server.info()["internal_states"][0]["step"]
     assert state["groups"] == state["live_traces"] == 0

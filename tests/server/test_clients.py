@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.server, pytest.mark.full]
 PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
 PROGRAMS = Path(__file__).with_name("client_programs.py")
 URL = "http://127.0.0.1:30000"
+POOL = 700  # KV tokens
 PATHS = [path for path in os.environ.get("STEP_TEST_CLIENTS", "").split(os.pathsep) if path]
 
 
@@ -48,14 +49,14 @@ def interpreter(package: str) -> str:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serve(
         model_path(),
-        *("--enable-step", "--step-scorer", str(scorer_path()), "--max-total-tokens", "700"),
+        *("--enable-step", "--step-scorer", str(scorer_path()), "--max-total-tokens", str(POOL)),
         *("--step-traces", "4", "--max-running-requests", "64"),
         # It would fill its limit with the white space that JSON allows.
         "--constrained-json-disable-any-whitespace",
         log=tmp_path_factory.mktemp("log") / "clients.log",
     ) as running:
         yield running
-        nothing_is_left(running)
+        nothing_is_left(running, POOL)
 
 
 def blocks(language: str) -> list[str]:
