@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,46 +55,22 @@ def above_watermark(next_tokens: Iterable[int], limit: int) -> int:
     return max(0, sum(next_tokens) - limit)
 
 
-class Candidates:
-    """The running traces at one moment, handed out as victims, worst first.
-
-    A caller takes victims until there is room; what a victim frees beyond its own pages, only the
-    engine can tell.
+class Donors(ABC):
+    """Which group gives the next victim; whoever derives from it knows that group's worst trace.
 
     Args:
-        groups: every group once, every trace handle once.
-        config: the server's settings.
+        weights: of the groups.
+        held: KV tokens of their running traces.
+        allowed: how many traces each may lose.
     """
 
-    def __init__(self, groups: Sequence[GroupView], config: StepConfig) -> None:
-        self._config = config
-        self._groups = {view.group: view for view in groups}
-        self._held = {view.group: sum(t.kv_tokens for t in view.traces) for view in groups}
-        self._allowed = {
-            view.group: min(view.survivors - view.min_survivors, len(view.traces))
-            for view in groups
-        }
-        self._ranked: dict[str, list[TraceView]] = {}
-        self._all: list[TraceView] | None = None  # paper: all traces, worst last
-
-    def held(self, group: str) -> int:
-        """KV tokens that the group's remaining traces hold; 0 for a group without any."""
-        return self._held.get(group, 0)
-
-    def reclaimable(self) -> int:
-        """KV tokens that pruning can free for certain, whichever traces turn out the worst."""
-        total = 0
-        for name, allowed in self._allowed.items():
-            if allowed > 0:
-                # Those handed out already are the last of a ranked list; they are gone from it.
-                traces = self._ranked.get(name, self._groups[name].traces)
-                total += sum(sorted(t.kv_tokens for t in traces)[:allowed])
-        return total
+    def __init__(
+        self, weights: Mapping[str, float], held: dict[str, int], allowed: dict[str, int]
+    ) -> None:
+        self._weights, self._held, self._allowed = weights, held, allowed
 
     def take(self) -> TraceView | None:
         """Take the next victim out; None when the rules allow none."""
-        if self._config.policy == "paper":
-            return self._take_of_all()
         name = self._largest()
         return None if name is None else self._take_from(name)
 
@@ -115,6 +92,71 @@ class Candidates:
             victims.append(victim)
             freed += victim.kv_tokens
         return victims
+
+    def _largest(self) -> str | None:
+        """The group that holds the most KV per weight, of those that may lose a trace."""
+        # The name settles a tie, so that the choice depends on nothing but the views.
+        name, most = None, (-1.0, "")
+        for group, allowed in self._allowed.items():
+            if allowed > 0:
+                held = (self._held[group] / self._weights[group], group)
+                if held > most:
+                    name, most = group, held
+        return name
+
+    def _take_from(self, name: str) -> TraceView:
+        victim = self._worst_of(name)
+        self._held[name] -= victim.kv_tokens
+        self._allowed[name] -= 1
+        return victim
+
+    @abstractmethod
+    def _worst_of(self, name: str) -> TraceView:
+        """Take a group's worst trace out."""
+
+
+class Candidates(Donors):
+    """The running traces at one moment, handed out as victims, worst first.
+
+    A caller takes victims until there is room; what a victim frees beyond its own pages, only the
+    engine can tell.
+
+    Args:
+        groups: every group once, every trace handle once.
+        config: the server's settings.
+    """
+
+    def __init__(self, groups: Sequence[GroupView], config: StepConfig) -> None:
+        self._config = config
+        self._groups = {view.group: view for view in groups}
+        super().__init__(
+            {view.group: view.weight for view in groups},
+            {view.group: sum(t.kv_tokens for t in view.traces) for view in groups},
+            {
+                view.group: min(view.survivors - view.min_survivors, len(view.traces))
+                for view in groups
+            },
+        )
+        self._ranked: dict[str, list[TraceView]] = {}
+        self._all: list[TraceView] | None = None  # paper: all traces, worst last
+
+    def held(self, group: str) -> int:
+        """KV tokens that the group's remaining traces hold; 0 for a group without any."""
+        return self._held.get(group, 0)
+
+    def reclaimable(self) -> int:
+        """KV tokens that pruning can free for certain, whichever traces turn out the worst."""
+        total = 0
+        for name, allowed in self._allowed.items():
+            if allowed > 0:
+                # Those handed out already are the last of a ranked list; they are gone from it.
+                traces = self._ranked.get(name, self._groups[name].traces)
+                total += sum(sorted(t.kv_tokens for t in traces)[:allowed])
+        return total
+
+    def take(self) -> TraceView | None:
+        """Take the next victim out; None when the rules allow none."""
+        return self._take_of_all() if self._config.policy == "paper" else super().take()
 
     def reclaim(self, kv_share: float, tokens: int) -> list[TraceView]:
         """Take victims out for somebody who asks for room, who then holds no more than any donor.
@@ -141,17 +183,6 @@ class Candidates:
             freed += victim.kv_tokens
         return [victim for _, victim in taken]
 
-    def _largest(self) -> str | None:
-        """The group that holds the most KV per weight, of those that may lose a trace."""
-        # The name settles a tie, so that the choice depends on nothing but the views.
-        name, most = None, (-1.0, "")
-        for group, allowed in self._allowed.items():
-            if allowed > 0:
-                held = (self._held[group] / self._groups[group].weight, group)
-                if held > most:
-                    name, most = group, held
-        return name
-
     def _rank(self, name: str) -> list[TraceView]:
         ranked = self._ranked.get(name)
         if ranked is None:
@@ -161,13 +192,10 @@ class Candidates:
         return ranked
 
     def _held_without_worst(self, name: str) -> float:
-        return (self._held[name] - self._rank(name)[-1].kv_tokens) / self._groups[name].weight
+        return (self._held[name] - self._rank(name)[-1].kv_tokens) / self._weights[name]
 
-    def _take_from(self, name: str) -> TraceView:
-        victim = self._rank(name).pop()
-        self._held[name] -= victim.kv_tokens
-        self._allowed[name] -= 1
-        return victim
+    def _worst_of(self, name: str) -> TraceView:
+        return self._rank(name).pop()
 
     def _put_back(self, name: str, victim: TraceView) -> None:
         self._ranked[name].append(victim)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from step_sglang.pruning.groups import Group, Trace
-from step_sglang.pruning.policy import TraceView
+from step_sglang.pruning.policy import Donors, TraceView
 
 # Stale entries that a heap may have beside as many as it has traces.
 _SPARE = 64
@@ -286,7 +286,7 @@ class Standings:
         }
 
 
-class StandingRound:
+class StandingRound(Donors):
     """What `Candidates` is for views: running traces at one moment, handed out worst first.
 
     Args:
@@ -297,40 +297,19 @@ class StandingRound:
     def __init__(self, groups: Iterable[GroupStandings], look: Callable[[Any], Look]) -> None:
         self._look = look
         self._groups: dict[str, GroupStandings] = {}
-        self._held: dict[str, int] = {}
-        self._allowed: dict[str, int] = {}
         for found in groups:
             found.begin()
-            group = found.group
-            if group.for_memory:
-                name = group.group_id
-                self._groups[name], self._held[name] = found, found.held
-                self._allowed[name] = min(group.survivors - group.min_survivors, len(found.members))
+            if found.group.for_memory:
+                self._groups[found.group.group_id] = found
+        super().__init__(
+            {name: found.group.weight for name, found in self._groups.items()},
+            {name: found.held for name, found in self._groups.items()},
+            {
+                name: min(found.group.survivors - found.group.min_survivors, len(found.members))
+                for name, found in self._groups.items()
+            },
+        )
 
-    def take_until(self, tokens: int, group: str | None = None) -> list[TraceView]:
-        """As `Candidates.take_until` has it."""
-        victims: list[TraceView] = []
-        freed = 0
-        while not victims or freed < tokens:
-            name = self._largest() if group is None else group
-            if name is None or self._allowed.get(name, 0) <= 0:
-                break
-            victims.append(self._take_from(name))
-            freed += victims[-1].kv_tokens
-        return victims
-
-    def _largest(self) -> str | None:
-        name, most = None, (-1.0, "")
-        for group, allowed in self._allowed.items():
-            if allowed > 0:
-                held = (self._held[group] / self._groups[group].group.weight, group)
-                if held > most:
-                    name, most = group, held
-        return name
-
-    def _take_from(self, name: str) -> TraceView:
+    def _worst_of(self, name: str) -> TraceView:
         one, look = self._groups[name].take(self._look)
-        self._held[name] -= look.kv_tokens
-        self._allowed[name] -= 1
-        trace = one.trace
-        return TraceView(*look, trace.score_sum, trace.num_steps)
+        return TraceView(*look, one.trace.score_sum, one.trace.num_steps)
