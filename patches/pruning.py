@@ -287,13 +287,11 @@ class PruningRound:
             else:
                 ledger.end_aborted()
             _end_aborted(state, scheduler.waiting_queue)
-        self.candidates = Candidates((), state.config)
         self._look()
 
     def _look(self) -> None:
         self._standings: StandingRound | None = None
-        if self._ledger is None:
-            self.candidates = Candidates((), self._state.config)
+        self.candidates = Candidates((), self._state.config)
         with guard(protocol.IN_PRUNING):
             if self._ledger is not None:
                 self._standings = self._ledger.round()
