@@ -398,10 +398,12 @@ class AsyncClient(_Connection):
         params = body.get("sampling_params")
         if not isinstance(params, dict):
             return body
+        step = (params.get("custom_params") or {}).get(protocol.REQUEST_KEY)
+        if step is None:  # a server without STEP would refuse them
+            return body
         if self._routed is None:
             self._routed = bool(await self._servers())
-        step = (params.get("custom_params") or {}).get(protocol.REQUEST_KEY)
-        if not self._routed or step is None:  # without STEP a server would refuse them
+        if not self._routed:
             return body
         sampling = {key: params[key] for key in params if key not in ("custom_params", "n")}
         session = {
