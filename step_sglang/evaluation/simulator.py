@@ -409,6 +409,8 @@ class Simulator:
         running = self.running
         if not running or not self._foreseen:
             return 0
+        if self.waiting and not self._full:
+            return 0  # one may start
         steps = min(r.length - r.generated for r in running) - 1
         if arrival is not None:
             steps = min(steps, arrival - self.now)
@@ -417,8 +419,6 @@ class Simulator:
             held = [self.pages(r.tokens) for r in running if r.group is not None]
             if held:
                 steps = min(steps, self._fitting(self._kv_limit - sum(held), len(held)))
-        if self.waiting and not self._full:
-            return 0  # one may start
         return max(0, steps)
 
     def _fitting(self, tokens: int, requests: int) -> int:
