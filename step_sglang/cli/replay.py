@@ -50,7 +50,7 @@ def replay(
     ] = False,
 ) -> None:
     """Evaluate pruning, votes and early ends on recorded traces, in a model of the memory."""
-    from step_sglang.evaluation.cost_model import fit_cost_model
+    from step_sglang.evaluation.fitted_prices import fitted_prices
     from step_sglang.evaluation.replay import calibrated_by, predict, split_groups
     from step_sglang.evaluation.traces import load_groups
     from step_sglang.evaluation.votes import stated_by
@@ -63,7 +63,7 @@ def replay(
     pruned = sum(not group.whole for group in recorded)
     if pruned:
         err.print(f"left out: {pruned} groups in which a trace did not end by itself")
-    cost_model = fit_cost_model(recorded)
+    cost_model = fitted_prices(folders, recorded)
     verifier = AnswerVerifier()
     try:
         pools = numbers("--pool", pool)

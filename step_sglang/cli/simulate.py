@@ -54,7 +54,7 @@ def simulate(
         bool,
         typer.Option(
             "--recorded-speed",
-            help="Instead: steps take as long as those of the recorded groups.",
+            help="Instead: steps take as long as in these folders: in timed trials, else recorded.",
             rich_help_panel=MODEL,
         ),
     ] = False,

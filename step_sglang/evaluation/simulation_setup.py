@@ -13,7 +13,7 @@ from typing import Any
 
 from step_sglang import __version__
 from step_sglang.errors import nearest
-from step_sglang.evaluation.cost_model import fit_cost_model
+from step_sglang.evaluation.fitted_prices import fitted_prices
 from step_sglang.evaluation.methods import METHODS
 from step_sglang.evaluation.modelled import MODELLED, for_model, model_outcomes
 from step_sglang.evaluation.simulated import OutcomeKey, OutcomeWriter, SimulatedOutcome
@@ -216,7 +216,7 @@ def source_of(options: SimulateOptions) -> Source:
 def _recorded_time(source: Source) -> StepTime:
     if not isinstance(source, Recorded):
         raise SimulationError("--recorded-speed is for folders of `bench --record`")
-    prices = fit_cost_model(source.groups)
+    prices = fitted_prices(source.folders, source.groups)
     prefill = prices.per_trace  # of a token, as `replay` has it
     return StepTime(
         base=prices.base, weights=0.0, row=prices.per_trace, attended=prices.per_token,

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from step_sglang.cli.main import app
 from step_sglang.errors import SourceError
-from step_sglang.evaluation.cost_model import CostModel, fit_cost_model
+from step_sglang.evaluation.cost_model import CostModel
 from step_sglang.evaluation.errors import ReplayError
+from step_sglang.evaluation.fitted_prices import fit_groups
 from step_sglang.evaluation.ranking import build, recorded_rankings
 from step_sglang.evaluation.replay import (
     POLICIES,
@@ -106,13 +107,13 @@ def test_recorded_traces_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_the_clock_finds_the_prices_of_the_machine() -> None:
-    cost_model = fit_cost_model(GROUPS)
+    cost_model = fit_groups(GROUPS)
     assert cost_model.base == pytest.approx(CLOCK.base, rel=0.05)
     assert cost_model.per_trace == pytest.approx(CLOCK.per_trace, rel=0.05)
     assert cost_model.per_token == pytest.approx(CLOCK.per_token, rel=0.2)
     assert cost_model.overhead == pytest.approx(CLOCK.overhead, rel=0.05)
     with pytest.raises(ReplayError, match="too short"):
-        fit_cost_model([replace(GROUPS[0], traces=(trace(1, True, random.Random(0), [1.0]),))])
+        fit_groups([replace(GROUPS[0], traces=(trace(1, True, random.Random(0), [1.0]),))])
 
 
 @pytest.mark.parametrize("policy", POLICIES)

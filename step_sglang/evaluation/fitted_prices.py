@@ -1,0 +1,140 @@
+"""What a decode step takes on a machine, fitted to what `bench` measured there.
+
+Trials that were timed tell it best: a recorded group also logs every token, in a pool in which all
+traces run at once. So its stamps count only where no trial was timed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LinearRegression
+
+from step_sglang.evaluation.cost_model import CostModel
+from step_sglang.evaluation.errors import ReplayError
+from step_sglang.evaluation.methods import RECORD
+from step_sglang.evaluation.results import RESULTS, load_results
+from step_sglang.evaluation.traces import RecordedGroup
+from step_sglang.evaluation.trial_result import TrialResult
+
+_FEWEST = 50  # traces; fewer tell less than the stamps of a recorded group's tokens
+
+
+def fitted_prices(folders: Sequence[Path], groups: Sequence[RecordedGroup]) -> CostModel:
+    """Of the timed trials on the questions of these groups, else of the groups themselves.
+
+    Args:
+        folders: of `bench --record`, where the groups come from.
+        groups: at least one.
+
+    Raises:
+        BenchError: the folders were measured in different ways.
+        ReplayError: no group has two tokens, and nothing was timed.
+    """
+    timed = [folder for folder in folders if (folder / RESULTS).is_file()]
+    prompts = {group.question: group.prompt_tokens for group in groups}
+    results = load_results(timed).results if timed else ()
+    return fit_trials([r for r in results if r.question in prompts], prompts) or fit_groups(groups)
+
+
+def fit_trials(trials: Sequence[TrialResult], prompts: Mapping[str, int]) -> CostModel | None:
+    """Fit to the decode times of the traces of timed trials; None where too few have them.
+
+    When each trace ran is known from its wait, prefill and decoding, and so is how many ran beside
+    it and, as each goes at an even pace, how many tokens they attended to.
+
+    Args:
+        trials: of any method. What is recorded, was retracted or came in several requests is left
+            out: when its traces ran is not known.
+        prompts: the prompt tokens of each question.
+    """
+    rows: list[tuple[float, float, float]] = []
+    seconds, overheads = [], []
+    for trial in trials:
+        if trial.method == RECORD.name or trial.retracted or len(trial.phases) > 1:
+            continue
+        moments = _moments(trial)
+        if moments is None:
+            continue
+        began, decode, tokens = moments
+        ended = began + decode
+        overheads.append(trial.latency - float(ended.max() - began.min()))
+        rows += _spent(began, decode, tokens, prompts[trial.question])
+        seconds += decode.tolist()
+    return _fit(rows, seconds, overheads) if len(rows) >= _FEWEST else None
+
+
+def fit_groups(groups: Sequence[RecordedGroup]) -> CostModel:
+    """Fit to the time stamps of recorded groups.
+
+    Tokens of one decode step have the same time stamp. So every time stamp in a group is a step of
+    the traces that have a token then, and it took the time since the stamp before.
+
+    Raises:
+        ReplayError: no group has two tokens.
+    """
+    rows: list[tuple[float, float, float]] = []
+    seconds, overheads = [], []
+    for group in groups:
+        steps: dict[float, tuple[int, int]] = {}  # moment -> traces and the tokens they attend to
+        for trace in group.traces:
+            for number, at in enumerate(trace.times):
+                running, attended = steps.get(at, (0, 0))
+                steps[at] = (running + 1, attended + group.prompt_tokens + number)
+        moments = sorted(steps)
+        for before, at in pairwise(moments):
+            rows.append((1.0, *steps[at]))
+            seconds.append(at - before)
+        if moments:
+            overheads.append(group.latency - (moments[-1] - moments[0]))
+    if not rows:
+        raise ReplayError("the recorded traces are too short to tell how long a step takes")
+    return _fit(rows, seconds, overheads)
+
+
+_Times = NDArray[np.float64]
+
+
+def _moments(trial: TrialResult) -> tuple[_Times, _Times, _Times] | None:
+    """When decoding began, its seconds and its steps, of each trace; None without stamps."""
+    found = []
+    for trace in trial.traces:
+        if trace.wait is None or trace.prefill is None or not trace.decode or trace.tokens < 2:
+            return None
+        found.append((trace.wait + trace.prefill, trace.decode, trace.tokens - 1))
+    began, decode, tokens = np.asarray(found, np.float64).T
+    return began, decode, tokens
+
+
+def _spent(
+    began: _Times, decode: _Times, tokens: _Times, prompt: int
+) -> Iterator[tuple[float, float, float]]:
+    """Of each trace: its steps, and over them the traces that ran and the tokens attended to."""
+    edges = np.unique(np.concatenate([began, began + decode]))
+    middle, lasted = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+    done = (middle - began[:, None]) / decode[:, None]  # [traces, spans]
+    runs = (done > 0) & (done < 1)
+    running = runs.sum(axis=0)
+    attended = (runs * (done * tokens[:, None] + prompt)).sum(axis=0)
+    for mine, seconds, steps in zip(runs, decode, tokens, strict=True):
+        share = steps * (lasted * mine) / seconds  # of its steps, in each span
+        yield float(steps), float(share @ running), float(share @ attended)
+
+
+def _fit(
+    rows: Sequence[tuple[float, float, float]],
+    seconds: Sequence[float],
+    overheads: Sequence[float],
+) -> CostModel:
+    """Least squares with non-negative costs of a step, of a trace in it, of an attended token."""
+    matrix = np.asarray(rows, np.float64)
+    scale = matrix.max(axis=0)  # comparable columns, or the solver stops too early
+    model = LinearRegression(positive=True, fit_intercept=False)
+    model.fit(matrix / scale, np.asarray(seconds, np.float64))
+    base, per_trace, per_token = (float(price) for price in model.coef_ / scale)
+    return CostModel(base, per_trace, per_token, max(0.0, statistics.mean(overheads)))
