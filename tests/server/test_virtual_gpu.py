@@ -129,7 +129,8 @@ def test_the_model_of_the_scheduler_agrees_with_the_scheduler(
     pruned = sum(trace.fate is TraceFate.PRUNED for trace in found.traces)
     print(method, found.parts[0].seconds, model.seconds, pruned, model.pruned)
     assert found.parts[0].seconds == pytest.approx(model.seconds, rel=ALIKE)
-    assert abs(pruned - model.pruned) <= ALIKE * N
+    # One more or less: when the scheduler sees the last of the requests is the machine's matter.
+    assert abs(pruned - model.pruned) <= max(1, ALIKE * N)
 
 
 def test_a_request_that_names_no_traces_ends_at_once(server: Server) -> None:
