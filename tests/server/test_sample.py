@@ -248,7 +248,8 @@ def test_a_folder_that_cannot_be_written_costs_groups_and_nothing_else(
         assert len(answers) == 4
         until(lambda lost=lost: counted(server, "step_failures_total", '"sampling"') == lost)
     assert server.log_text().count("STEP cannot keep a group in --step-sample") == 1
-    assert "Traceback" not in server.log_text()
+    # SGLang's own start may log one, where the port opens late.
+    assert "Traceback" not in server.log_text().partition("ready to roll")[2]
     folder.unlink()
     folder.mkdir()
     name = next(CHOSEN)
