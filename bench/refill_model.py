@@ -73,8 +73,11 @@ REFILLED: Mapping[str, tuple[str, RefillRules]] = {
 }
 VARIANTS: Mapping[str, tuple[str, RefillRules]] = {
     "step-refill, swaps": (protocol.REFILL_BEST, replace(_BEST, swap=1, swap_interval=32)),
-    "step-refill, horizon 1.25": (protocol.REFILL_BEST, replace(_BEST, horizon=1.25)),
-    "step-refill, horizon 1.5": (protocol.REFILL_BEST, replace(_BEST, horizon=1.5)),
+    "step-refill, no horizon": (protocol.REFILL_BEST, replace(_BEST, horizon=float("inf"))),
+    **{
+        f"step-refill, horizon {h:g}": (protocol.REFILL_BEST, replace(_BEST, horizon=h))
+        for h in (1.0, 1.1, 1.5)
+    },
     "step-refill, no slack": (protocol.REFILL_BEST, replace(_BEST, slack=0.0)),
 }
 
@@ -151,7 +154,9 @@ class Group:
     def __init__(
         self, question: Question, source: TraceSource, families: bool,
         first: Sequence[ScoredTrace], mode: str, rules: RefillRules, room: int, expected: float,
+        prompt: int,
     ) -> None:  # fmt: skip
+        self._prompt = prompt
         self._question, self._source, self._families = question, source, families
         self._vote = DEFAULT_VOTE if families else "weighted"
         self._name, self._mode, self._rules, self._room = question.question, mode, rules, room
@@ -169,7 +174,7 @@ class Group:
             yield from self._refill()
             self._prune()
             self.passes += 1
-            self.attended += sum(trace.generated for trace in self.running)
+            self.attended += sum(self._prompt + trace.generated for trace in self.running)
             self.tokens += len(self.running)
             for trace in self.running:
                 trace.generated += 1
@@ -334,13 +339,16 @@ def results(
         room = pool - whole.prompt_tokens
         plain = Group(
             question, source, False, first, protocol.REFILL_OFF, RefillRules(branches=0), room,
-            expected,
+            expected, whole.prompt_tokens,
         )  # fmt: skip
         assert not list(plain.run())
-        assert plain.tokens == found[i]["step"].tokens, "this model and that of `replay` differ"
+        same = found[i]["step"].tokens, found[i]["step"].attended
+        assert (plain.tokens, plain.attended) == same, "this model and that of `replay` differ"
         for name, (mode, rules) in refilled.items():
             families = name != "gambit"
-            group = Group(question, source, families, first, mode, rules, room, expected)
+            group = Group(
+                question, source, families, first, mode, rules, room, expected, whole.prompt_tokens
+            )
             going.append((i, name, group, group.run()))
     for i, name, group in _driven(going, asked, source):
         found[i][name] = group.outcome()

@@ -38,7 +38,7 @@ class RefillRules:
     interval: int = 8
     margin: int = 32
     slack: float = 0.25
-    horizon: float = float("inf")
+    horizon: float = 1.25
     prior: float = 4.0
     depth: float = 0.02
     sibling: float = 0.05
@@ -54,8 +54,8 @@ class RefillRules:
 # Gambit's own figures are for 256 traces of tens of thousands of tokens: an interval of 200 scored
 # tokens, a warm-up of 12,000 tokens, a tournament of 16 for 16, a floor of 0.1. Counted in steps.
 GAMBIT = RefillRules(
-    min_steps=8, slack=float("inf"), prior=0.0, depth=0.0, sibling=0.0, branches=8,
-    swap=1, swap_interval=16, gap=0.0, warm_up=8, at_end=True, floor=0.1,
+    min_steps=8, slack=float("inf"), horizon=float("inf"), prior=0.0, depth=0.0, sibling=0.0,
+    branches=8, swap=1, swap_interval=16, gap=0.0, warm_up=8, at_end=True, floor=0.1,
 )  # fmt: skip
 RULES: Mapping[str, RefillRules] = {
     protocol.REFILL_BEST: RefillRules(),
