@@ -123,7 +123,7 @@ class Ledger:
         return StandingRound(self.standings.groups.values(), self._look)
 
     def dismissed(self, gone: Sequence[Any]) -> None:
-        """Victims have left the batch; if nobody else has, there is nothing to compare."""
+        """Victims have left the batch; unless others have too, there is nothing to compare."""
         reqs = self._batch.reqs
         if len(reqs) == len(self._reqs) - len(gone):
             for req in gone:
@@ -131,6 +131,8 @@ class Ledger:
                 del self._orders[bisect_left(self._orders, entry.order)]
                 self._drop(req, entry)
             self._reqs = reqs
+        else:
+            self._compare(reqs)
 
     def _look(self, req: Any) -> Look:
         place = bisect_left(self._orders, self._entries[req].order)

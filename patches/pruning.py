@@ -154,10 +154,11 @@ def _prune_to(
         # Ranks agree on it: their memory is the same.
         return above_watermark(_held_next(batch, ledger).values(), limit)
 
-    if above():
-        PruningRound(scheduler, state, batch, ledger=ledger).prune_until(
-            lambda: not above(), above, protocol.PRUNED_FOR_WATERMARK
-        )
+    if not above():
+        return
+    pruning = PruningRound(scheduler, state, batch, ledger=ledger)
+    if above():  # still: the round counts aborted traces out
+        pruning.prune_until(lambda: not above(), above, protocol.PRUNED_FOR_WATERMARK)
 
 
 def _grows(batch: Any, req: Any) -> int:
@@ -182,11 +183,7 @@ def _prune_held(scheduler: Any, state: SchedulerStep, batch: Any, ledger: Ledger
         }
         return {name: tokens for name, tokens in excess.items() if tokens > 0}
 
-    excess = above()
-    if not excess:
-        return
-    pruning = PruningRound(scheduler, state, batch, ledger=ledger)
-    for name in sorted(excess):  # ranks agree on it: their memory is the same
+    for name in sorted(above()):  # ranks agree on it: their memory is the same
 
         def short(name: str = name) -> int:
             return above().get(name, 0)
@@ -194,6 +191,8 @@ def _prune_held(scheduler: Any, state: SchedulerStep, batch: Any, ledger: Ledger
         def enough(name: str = name) -> bool:
             return name not in above()
 
+        # A round for each: the victims of one leave the batch, and with them the places in it.
+        pruning = PruningRound(scheduler, state, batch, ledger=ledger)
         if not enough():
             pruning.prune_until(enough, short, protocol.PRUNED_FOR_WATERMARK, name)
 
@@ -278,14 +277,16 @@ class PruningRound:
     ) -> None:
         self._scheduler, self._state, self._batch = scheduler, state, batch
         self._page = batch.token_to_kv_pool_allocator.page_size
-        self._spared, self._ledger = set(spared), ledger
+        # An earlier round of this step may have closed the ledger.
+        usable = ledger is not None and not ledger.closed
+        self._spared, self._ledger = set(spared), ledger if usable else None
         # Kept while requests leave: ranks exchange places in it, also after one chose otherwise.
         self._reqs: Sequence[Any] = batch.reqs
         with guard(protocol.IN_PRUNING):
-            if ledger is None:
+            if self._ledger is None:
                 _end_aborted(state, batch.reqs)
             else:
-                ledger.end_aborted()
+                self._ledger.end_aborted()
             _end_aborted(state, scheduler.waiting_queue)
         self._look()
 

@@ -63,12 +63,12 @@ def add_request_to_queue(result: None, scheduler: Any, req: Any, *args: Any, **k
     if state is None:
         return
     state.queued += 1
-    if state.ledger is not None:
-        state.ledger.forget(req)
     if state.came is not None and scheduler.waiting_queue[-1:] == [req]:
         state.came.append(scheduler.waiting_queue.pop())
     if state.config.makes_room and state.groups.num_live:
         scheduler.running_batch.batch_is_full = False
+    if state.ledger is not None:
+        state.ledger.forget(req)
 
 
 def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import sys
 from array import array
 from collections.abc import Iterator
@@ -18,11 +19,12 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from step_sglang.config import StepConfig
-from step_sglang.patches import pruning
+from step_sglang.patches import guard, pruning
 from step_sglang.patches.ledger import Ledger
-from step_sglang.patches.state import set_trace, trace_of
+from step_sglang.patches.state import TRACE, set_trace, trace_of
 from step_sglang.pruning.groups import GroupRegistry, TraceStatus
 from step_sglang.pruning.policy import Candidates
+from step_sglang.pruning.standings import GroupStandings
 
 PROMPT, LIMIT = 10, 40
 
@@ -190,6 +192,113 @@ def bench() -> ModuleType:
     spec.loader.exec_module(module)
     module.prepare()
     return module
+
+
+class Small:
+    """Requests in the bench's scheduler: a letter each, that of its group, or `.` for none."""
+
+    def __init__(self, bench: ModuleType, layout: str, seed: int, *, ledger: bool) -> None:
+        self.rig = bench.Rig(len(layout), 100, room=100_000)
+        self.groups = self.rig.state.groups
+        if not ledger:
+            self.rig.state.unfit = self.rig.batch.reqs
+        draw = random.Random(seed)
+        for req, name in zip(self.rig.reqs, layout, strict=True):
+            self.groups.end(trace_of(req), TraceStatus.ABORTED)
+            req.output_ids = array("q", [9]) * 100
+            req.kv.kv_allocated_len = req.kv.kv_committed_len = 200
+            delattr(req, TRACE)
+            score = draw.random()
+            if name != ".":
+                trace = self.groups.join(name, prune_at=0.5)
+                trace.score_sum, trace.num_steps = 4 * score, 4
+                set_trace(req, trace)
+        self.rig.state.ledger = None
+
+    @property
+    def rids(self) -> list[str]:
+        return [req.rid for req in self.rig.batch.reqs]
+
+    def step(self) -> None:
+        """A decode step, and what STEP prunes before it."""
+        pruning.update_running_batch(self.rig.scheduler, self.rig.batch)
+        if not self.rig.state.ledger:
+            self.rig.state.unfit = self.rig.batch.reqs
+        for req in self.rig.batch.reqs:
+            req.kv.kv_allocated_len += 1
+            req.kv.kv_committed_len += 1
+            req.output_ids.append(9)
+
+
+@pytest.fixture
+def released(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Requests whose memory was released, in order."""
+    from sglang.srt.mem_cache import common
+
+    rids: list[str] = []
+    monkeypatch.setattr(common, "release_kv_cache", lambda req, *_, **__: rids.append(req.rid))
+    return rids
+
+
+@pytest.mark.parametrize("layout", ["aaaabbbb", "abababab", "aab.bb", ".aabbcc.abc", "bbbb.aaaa"])
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_that_exceed_their_shares_in_one_step_lose_their_own_worst(
+    bench: ModuleType, released: list[str], layout: str, seed: int
+) -> None:
+    lost: list[list[str]] = []
+    for ledger in (True, False):
+        small = Small(bench, layout, seed, ledger=ledger)
+        pool = small.rig.scheduler.max_total_num_tokens
+        for req in small.rig.reqs:
+            if (trace := trace_of(req)) is not None:
+                size = layout.count(trace.group.group_id)
+                trace.group.prune_at = (102 * size + 0.5) / pool  # too much in the third step
+        failures, before = guard.counts(), small.rids
+        for _ in range(4):
+            small.step()
+        assert guard.counts() == failures
+        assert (small.rig.state.ledger is not None) == ledger
+        lost.append([rid for rid in before if rid not in small.rids])
+        assert sorted(released) == sorted(lost[-1])
+        released.clear()
+        survivors = {trace_of(req).group.group_id for req in small.rig.batch.reqs if trace_of(req)}
+        assert survivors == {*layout} - {"."}
+    assert lost[0] == lost[1] and lost[0]
+
+
+@pytest.mark.parametrize("ledger", [True, False])
+def test_an_aborted_trace_makes_room_below_the_watermark(
+    bench: ModuleType, released: list[str], ledger: bool
+) -> None:
+    small = Small(bench, "aaaaaa", 0, ledger=ledger)
+    small.rig.state.kv_limit = 6 * 102  # passed in the third step
+    for _ in range(2):
+        small.step()
+    small.rig.batch.reqs[2].to_finish = FINISH_ABORT()
+    small.rig.state.aborts = True
+    small.step()
+    assert not released and small.groups.num_survivors == 5
+    small.rig.batch.reqs = [req for req in small.rig.batch.reqs if req.to_finish is None]
+    for _ in range(30):
+        small.step()
+    assert released
+
+
+def test_a_trace_leaves_though_its_standing_cannot(
+    bench: ModuleType, released: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = Small(bench, "aaaa", 0, ledger=True)
+    small.rig.state.kv_limit = 4 * 102
+    for _ in range(2):
+        small.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(GroupStandings, "remove", None)
+        small.step()
+    assert len(released) == 1 and released[0] not in small.rids
+    small.step()
+    assert small.rig.state.ledger.standings.sound
+    held = small.rig.state.ledger.standings.held_next()
+    assert sum(held.values()) == sum(pruning.own_tokens(r, 1) + 1 for r in small.rig.batch.reqs)
 
 
 class Watched(Req):
