@@ -130,7 +130,7 @@ def _prune_to_shares(
 
 def _held_next(batch: Any, ledger: Ledger | None) -> Mapping[Group, int]:
     """KV tokens that groups hold after the next decode step."""
-    if ledger is not None and not ledger.closed:
+    if ledger is not None and not ledger.closed and ledger.standings.sound:
         known: Mapping[Group, int] | None = None
         with guard(protocol.IN_PRUNING):
             known = ledger.standings.held_next()
