@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,29 +48,29 @@ class ResultFile:
                 process writes to it.
         """
         self._settings = json.loads(json.dumps(settings))
-        try:
-            self._lines = Lines(path, lock=True)
-            text = path.read_text(encoding="utf-8")
-        except BlockingIOError as error:
-            raise ClientError(f"{path} is being written by another process") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise ClientError(f"cannot write to {path}: {error}") from error
         self.done: dict[str, dict[str, Any]] = {}
         try:
-            for number, line in enumerate(text.splitlines(), 1):
-                self._read(path, number, line)
-        except ClientError:
-            self._lines.close()
-            raise
+            self._lines = Lines(path, lock=True, check=partial(self._read, path))
+        except BlockingIOError as error:
+            raise ClientError(f"{path} is being written by another process") from error
+        except OSError as error:
+            raise ClientError(f"cannot write to {path}: {error}") from error
 
-    def _read(self, path: Path, number: int, line: str) -> None:
+    def _read(self, path: Path, data: bytes) -> None:
+        # Texts hold U+2028 and its like as they are, at which `splitlines` would end a line.
+        *lines, torn = data.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if line:
+                self._read_line(path, number, line)
+        if torn and not self.done:  # not ours, as far as anybody can tell: it must stay
+            raise _foreign(path, len(lines) + 1)
+
+    def _read_line(self, path: Path, number: int, line: bytes) -> None:
         try:
             found = json.loads(line)
-            theirs, name = found["settings"], found["id"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ClientError(
-                f"{path}, line {number}, is no result of an earlier run: name another file"
-            ) from error
+            theirs, name = dict(found["settings"]), str(found["id"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _foreign(path, number) from error
         if theirs != self._settings:
             keys = sorted({*theirs, *self._settings})
             differ = [k for k in keys if theirs.get(k) != self._settings.get(k)]
@@ -89,7 +90,9 @@ class ResultFile:
 
     def _append(self, job: Job, line: dict[str, Any]) -> None:
         try:
-            self._lines.append((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            text = json.dumps(line, ensure_ascii=False) + "\n"
+            # A lone surrogate, which UTF-8 has not, becomes the escape that JSON has for it.
+            self._lines.append(text.encode(errors="backslashreplace"))
         except OSError as error:
             raise ClientError(
                 f"a result cannot be written: {error.strerror}; what is there stays, and the same "
@@ -183,6 +186,10 @@ async def _ask(job: Job, n: int, retries: int, options: Mapping[str, Any]) -> Re
                 raise
             await asyncio.sleep(_PAUSE * 2**attempt)
     raise AssertionError("unreachable")
+
+
+def _foreign(path: Path, number: int) -> ClientError:
+    return ClientError(f"{path}, line {number}, is no result of an earlier run: name another file")
 
 
 def _line(job: Job, result: Result, correct: bool | None) -> dict[str, Any]:

@@ -288,7 +288,13 @@ def test_a_router_that_lost_its_server_refuses_nothing(tmp_path: Path) -> None:
         ('{"id": "q1", "settings": {"n": 3}}\n', "other settings (n 3, now 2)"),
         ('{"question": "x"}\n', "line 1, is no result"),
         ("text\n", "line 1, is no result"),
+        ('{"my": "notes"}', "line 1, is no result"),
+        ('{"question": "w"}\n{"question": "w w"}', "line 1, is no result"),
+        ("\n\nmy notes", "line 3, is no result"),
+        ('{"id": "q1", "settings": 5}\n', "line 1, is no result"),
+        ("[" * 100_000 + "\n", "line 1, is no result"),
     ],
+    ids=["settings", "questions", "text", "one line", "torn questions", "torn", "number", "deep"],
 )
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str, says: str) -> None:
     path = tmp_path / "r.jsonl"
@@ -297,6 +303,18 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str, sa
         ResultFile(path, {"n": 2})
     assert says in str(caught.value) and "name another file" in str(caught.value)
     assert path.read_text() == content
+
+
+@pytest.mark.parametrize("text", ["a\u2028b\u2029c\x85d\x1c", "\ud800"], ids=["ends", "half"])
+def test_what_a_line_may_hold(text: str, tmp_path: Path) -> None:
+    """Characters at which programs end a line, and half of one, which UTF-8 has not."""
+    path = tmp_path / "r.jsonl"
+    for _ in range(2):
+        results = ResultFile(path, {"suffix": "\u2028"})
+        if not results.done:
+            results.add_refused(Job("q1", text, ""), "no")
+        assert results.done["q1"]["question"] == text
+        results.close()
 
 
 def test_two_writers(tmp_path: Path) -> None:
