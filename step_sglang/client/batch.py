@@ -8,18 +8,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from step_sglang.client.errors import ClientError, NoStepError
-from step_sglang.client.result import Result
+from step_sglang.client.result import Result, SolveProgress
 from step_sglang.client.solve import asolve
 from step_sglang.data.questions import Job
 from step_sglang.errors import RequestRefused, ServerError
 from step_sglang.files import Lines
+from step_sglang.voting.session import TraceFate
 from step_sglang.voting.verifier import AnswerVerifier
 
 _PAUSE = 2.0  # seconds before a question is asked again; doubled every time
+_IN_VAIN = 5  # questions that failed while no server did its work: no more are asked then
 
 
 @dataclass(frozen=True)
@@ -122,41 +125,54 @@ async def ask_all(
         n: traces of each.
         results: where the results go.
         concurrency: questions at a time.
-        retries: how often a question is asked again when a server does not answer.
+        retries: how often a question is asked again when a server does not answer, or takes no
+            more requests.
         on_result: called for every question that comes to an end.
         options: of :func:`asolve`, among them ``url``, one server or several.
 
     Returns:
-        How many questions have no result: their server went away while others answered.
+        How many questions have no result: their server failed, or aborted traces of theirs.
 
     Raises:
         ClientError: an option is wrong, or the disk is full.
         NoStepError: a server runs without STEP.
-        ServerError: no server answers any more.
+        ServerError: question after question failed, and nothing came meanwhile.
     """
     if concurrency < 1:
         raise ClientError(f"the concurrency must be at least 1, not {concurrency}")
+    if retries < 0:
+        raise ClientError(f"the retries must be at least 0, not {retries}")
     turns = asyncio.Semaphore(concurrency)
     verifier = AnswerVerifier()
-    answered = -1.0  # when a server last did
+    heard = -inf  # when a server last did its work, on any question
+    in_vain = 0  # questions since then during which none did
+
+    def hear() -> None:
+        nonlocal heard, in_vain
+        heard, in_vain = time.monotonic(), 0
+
+    def grew(progress: SolveProgress) -> None:
+        if progress.tokens:
+            hear()
 
     async def one(job: Job) -> bool:
-        nonlocal answered
+        nonlocal in_vain
         async with turns:
             began = time.monotonic()
             try:
-                result = await _ask(job, n, retries, options)
+                result = await _ask(job, n, retries, {**options, "on_progress": grew})
             except RequestRefused as error:
+                hear()
                 results.add_refused(job, str(error))
                 on_result(Progress(job, None, str(error)))
-                answered = time.monotonic()
                 return True
             except ServerError as error:
-                if isinstance(error, NoStepError) or answered < began:
+                in_vain += heard < began
+                if isinstance(error, NoStepError) or in_vain >= _IN_VAIN:
                     raise  # nobody answers any more: the rest would only fail too
                 on_result(Progress(job, None, str(error)))
                 return False
-            answered = time.monotonic()
+            hear()
             correct = None
             if job.answer:
                 correct = result.answer is not None and await asyncio.to_thread(
@@ -176,16 +192,46 @@ async def ask_all(
     return sum(not task.result() for task in asked)
 
 
+def grades(jobs: Sequence[Job], results: ResultFile) -> tuple[list[bool], int]:
+    """Whether each result is right whose question has an answer of its own, as it is now.
+
+    Returns:
+        Also how many of them the file grades by another answer, or by none.
+    """
+    right, anew = [], 0
+    verifier = AnswerVerifier()
+    try:
+        for job in jobs:
+            line = results.done.get(job.id, {})
+            if not job.answer or "answer" not in line:
+                continue
+            if line.get("expected") == job.answer:
+                right.append(line["correct"])
+                continue
+            anew += 1
+            given = line["answer"]
+            right.append(given is not None and verifier.same(given, job.answer))
+    finally:
+        verifier.close()
+    return right, anew
+
+
 async def _ask(job: Job, n: int, retries: int, options: Mapping[str, Any]) -> Result:
-    for attempt in range(retries + 1):
+    read = {} if job.extract == "boxed" else {"extract": job.extract}  # as its set wants
+    attempt = 0
+    while True:
         try:
-            read = {} if job.extract == "boxed" else {"extract": job.extract}  # as its set wants
-            return await asolve(job.question, n, **{**options, **read})
+            result = await asolve(job.question, n, **{**options, **read})
+            if not result.turned_away:
+                return result
+            # A vote of the others is not the one that was asked for.
+            lost = sum(trace.fate is TraceFate.ABORTED for trace in result.traces)
+            raise ServerError(f"the server aborted {lost} of {n} traces: {result.turned_away}")
         except ServerError as error:
             if attempt == retries or isinstance(error, NoStepError | RequestRefused):
                 raise
-            await asyncio.sleep(_PAUSE * 2**attempt)
-    raise AssertionError("unreachable")
+        await asyncio.sleep(_PAUSE * 2**attempt)
+        attempt += 1
 
 
 def _foreign(path: Path, number: int) -> ClientError:
