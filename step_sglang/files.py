@@ -123,8 +123,22 @@ class Lines:
     were removed.
     """
 
-    def __init__(self, file: Path, *, lock: bool = False, mode: int = 0o644) -> None:
+    def __init__(
+        self,
+        file: Path,
+        *,
+        lock: bool = False,
+        mode: int = 0o644,
+        check: Callable[[bytes], None] | None = None,
+    ) -> None:
         """Open it, or make it.
+
+        Args:
+            file: where.
+            lock: whether other processes that ask for it are kept out until :meth:`close`.
+            mode: of a new file.
+            check: gets what is there, before anything is removed; what it raises leaves the file
+                as it was.
 
         Raises:
             BlockingIOError: with ``lock``: another process writes to it.
@@ -135,10 +149,12 @@ class Lines:
             if lock:
                 fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             data = file.read_bytes()
+            if check is not None:
+                check(data)
             self.torn = len(data) - (data.rfind(b"\n") + 1)
             if self.torn:
                 os.ftruncate(self._handle, len(data) - self.torn)
-        except OSError:
+        except BaseException:
             os.close(self._handle)
             raise
 

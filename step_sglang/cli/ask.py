@@ -29,7 +29,7 @@ from step_sglang.cli.common import (
     seconds,
     warn,
 )
-from step_sglang.client.batch import Progress, ResultFile, ask_all
+from step_sglang.client.batch import Progress, ResultFile, ask_all, grades
 from step_sglang.client.errors import ClientError
 from step_sglang.client.http import Client
 from step_sglang.client.result import Answer, Result, SolveProgress
@@ -75,7 +75,7 @@ def ask(
     retries: Annotated[
         int,
         typer.Option(
-            help="Of --file: how often a question is asked again when its server goes away.",
+            help="Of --file: how often a question is asked again when its server is gone or full.",
             rich_help_panel=QUESTIONS,
         ),
     ] = 2,
@@ -244,8 +244,11 @@ def _ask_file(
     warn("", problems)
     found = [results.done[job.id] for job in questions.jobs if job.id in results.done]
     voted = sum(line["status"] == VoteStatus.VOTED.value for line in found)
-    graded = [line["correct"] for line in found if "correct" in line]
+    graded, anew = grades(questions.jobs, results)
     right = f", {sum(graded)} of {len(graded)} correct" if graded else ""
+    if anew:
+        problem = f"{anew} results are not graded by the answer that their question has now"
+        warn("", (f"{problem}: what follows is, {output} stays as it is",))
     out.print(f"{len(found)} questions, {voted} with an answer{right}: {output}", highlight=False)
     if missing:
         raise ServerError(f"{missing} questions have no result: run the same command again")

@@ -7,18 +7,22 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from step_sglang.client.errors import ClientError, NoStepError
-from step_sglang.client.result import Result
+from step_sglang.client.result import Result, SolveProgress
 from step_sglang.client.solve import asolve
 from step_sglang.data.questions import Job
 from step_sglang.errors import RequestRefused, ServerError
 from step_sglang.files import Lines
+from step_sglang.voting.session import TraceFate
 from step_sglang.voting.verifier import AnswerVerifier
 
 _PAUSE = 2.0  # seconds before a question is asked again; doubled every time
+_IN_VAIN = 5  # questions that failed while no server did its work: no more are asked then
 
 
 @dataclass(frozen=True)
@@ -47,29 +51,29 @@ class ResultFile:
                 process writes to it.
         """
         self._settings = json.loads(json.dumps(settings))
-        try:
-            self._lines = Lines(path, lock=True)
-            text = path.read_text(encoding="utf-8")
-        except BlockingIOError as error:
-            raise ClientError(f"{path} is being written by another process") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise ClientError(f"cannot write to {path}: {error}") from error
         self.done: dict[str, dict[str, Any]] = {}
         try:
-            for number, line in enumerate(text.splitlines(), 1):
-                self._read(path, number, line)
-        except ClientError:
-            self._lines.close()
-            raise
+            self._lines = Lines(path, lock=True, check=partial(self._read, path))
+        except BlockingIOError as error:
+            raise ClientError(f"{path} is being written by another process") from error
+        except OSError as error:
+            raise ClientError(f"cannot write to {path}: {error}") from error
 
-    def _read(self, path: Path, number: int, line: str) -> None:
+    def _read(self, path: Path, data: bytes) -> None:
+        # Texts hold U+2028 and its like as they are, at which `splitlines` would end a line.
+        *lines, torn = data.split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if line:
+                self._read_line(path, number, line)
+        if torn and not self.done:  # not ours, as far as anybody can tell: it must stay
+            raise _foreign(path, len(lines) + 1)
+
+    def _read_line(self, path: Path, number: int, line: bytes) -> None:
         try:
             found = json.loads(line)
-            theirs, name = found["settings"], found["id"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ClientError(
-                f"{path}, line {number}, is no result of an earlier run: name another file"
-            ) from error
+            theirs, name = dict(found["settings"]), str(found["id"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise _foreign(path, number) from error
         if theirs != self._settings:
             keys = sorted({*theirs, *self._settings})
             differ = [k for k in keys if theirs.get(k) != self._settings.get(k)]
@@ -89,7 +93,9 @@ class ResultFile:
 
     def _append(self, job: Job, line: dict[str, Any]) -> None:
         try:
-            self._lines.append((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            text = json.dumps(line, ensure_ascii=False) + "\n"
+            # A lone surrogate, which UTF-8 has not, becomes the escape that JSON has for it.
+            self._lines.append(text.encode(errors="backslashreplace"))
         except OSError as error:
             raise ClientError(
                 f"a result cannot be written: {error.strerror}; what is there stays, and the same "
@@ -119,41 +125,54 @@ async def ask_all(
         n: traces of each.
         results: where the results go.
         concurrency: questions at a time.
-        retries: how often a question is asked again when a server does not answer.
+        retries: how often a question is asked again when a server does not answer, or takes no
+            more requests.
         on_result: called for every question that comes to an end.
         options: of :func:`asolve`, among them ``url``, one server or several.
 
     Returns:
-        How many questions have no result: their server went away while others answered.
+        How many questions have no result: their server failed, or aborted traces of theirs.
 
     Raises:
         ClientError: an option is wrong, or the disk is full.
         NoStepError: a server runs without STEP.
-        ServerError: no server answers any more.
+        ServerError: question after question failed, and nothing came meanwhile.
     """
     if concurrency < 1:
         raise ClientError(f"the concurrency must be at least 1, not {concurrency}")
+    if retries < 0:
+        raise ClientError(f"the retries must be at least 0, not {retries}")
     turns = asyncio.Semaphore(concurrency)
     verifier = AnswerVerifier()
-    answered = -1.0  # when a server last did
+    heard = -inf  # when a server last did its work, on any question
+    in_vain = 0  # questions since then during which none did
+
+    def hear() -> None:
+        nonlocal heard, in_vain
+        heard, in_vain = time.monotonic(), 0
+
+    def grew(progress: SolveProgress) -> None:
+        if progress.tokens:
+            hear()
 
     async def one(job: Job) -> bool:
-        nonlocal answered
+        nonlocal in_vain
         async with turns:
             began = time.monotonic()
             try:
-                result = await _ask(job, n, retries, options)
+                result = await _ask(job, n, retries, {**options, "on_progress": grew})
             except RequestRefused as error:
+                hear()
                 results.add_refused(job, str(error))
                 on_result(Progress(job, None, str(error)))
-                answered = time.monotonic()
                 return True
             except ServerError as error:
-                if isinstance(error, NoStepError) or answered < began:
+                in_vain += heard < began
+                if isinstance(error, NoStepError) or in_vain >= _IN_VAIN:
                     raise  # nobody answers any more: the rest would only fail too
                 on_result(Progress(job, None, str(error)))
                 return False
-            answered = time.monotonic()
+            hear()
             correct = None
             if job.answer:
                 correct = result.answer is not None and await asyncio.to_thread(
@@ -173,16 +192,50 @@ async def ask_all(
     return sum(not task.result() for task in asked)
 
 
+def grades(jobs: Sequence[Job], results: ResultFile) -> tuple[list[bool], int]:
+    """Whether each result is right whose question has an answer of its own, as it is now.
+
+    Returns:
+        Also how many of them the file grades by another answer, or by none.
+    """
+    right, anew = [], 0
+    verifier = AnswerVerifier()
+    try:
+        for job in jobs:
+            line = results.done.get(job.id, {})
+            if not job.answer or "answer" not in line:
+                continue
+            if line.get("expected") == job.answer:
+                right.append(line["correct"])
+                continue
+            anew += 1
+            given = line["answer"]
+            right.append(given is not None and verifier.same(given, job.answer))
+    finally:
+        verifier.close()
+    return right, anew
+
+
 async def _ask(job: Job, n: int, retries: int, options: Mapping[str, Any]) -> Result:
-    for attempt in range(retries + 1):
+    read = {} if job.extract == "boxed" else {"extract": job.extract}  # as its set wants
+    attempt = 0
+    while True:
         try:
-            read = {} if job.extract == "boxed" else {"extract": job.extract}  # as its set wants
-            return await asolve(job.question, n, **{**options, **read})
+            result = await asolve(job.question, n, **{**options, **read})
+            if not result.turned_away:
+                return result
+            # A vote of the others is not the one that was asked for.
+            lost = sum(trace.fate is TraceFate.ABORTED for trace in result.traces)
+            raise ServerError(f"the server aborted {lost} of {n} traces: {result.turned_away}")
         except ServerError as error:
             if attempt == retries or isinstance(error, NoStepError | RequestRefused):
                 raise
-            await asyncio.sleep(_PAUSE * 2**attempt)
-    raise AssertionError("unreachable")
+        await asyncio.sleep(_PAUSE * 2**attempt)
+        attempt += 1
+
+
+def _foreign(path: Path, number: int) -> ClientError:
+    return ClientError(f"{path}, line {number}, is no result of an earlier run: name another file")
 
 
 def _line(job: Job, result: Result, correct: bool | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,9 @@ FLUSH_TIMEOUT = 60.0  # seconds that a server may need to become idle
 ROUTING_KEY = "X-SMG-Routing-Key"
 WORKERS_PATH = "/workers"  # of the router: its servers
 STREAM_ERROR = "stream_error"  # what a router's last chunk says when its server went away
+# What a router says when it has no place for a request, or none came free in time: of no request
+# alone. Another time it takes the same one.
+BUSY = (408, 425, 429)
 MODEL_PATHS = ("/model_info", "/get_model_info")  # a router knows the older one alone
 
 
@@ -85,6 +89,8 @@ class _Connection:
             )
         if status in (404, 405):
             raise self._unfit(problem)
+        if status in BUSY:
+            raise ServerError(f"the server at {self.url} takes no more requests now: {problem}")
         if 400 <= status < 500:
             raise RequestRefused(f"the server refused the request: {problem}")
         raise ServerError(f"the server at {self.url} failed: {problem}")
@@ -114,7 +120,9 @@ class _Connection:
             return []
         try:
             workers = sorted(answer.json()["workers"], key=lambda one: not one.get("is_healthy", 1))
-            return [str(worker["url"]) for worker in workers]
+            # With `--dp-aware` each data-parallel rank is one, by its server's address and "@RANK".
+            urls = [re.sub(r"@\d+$", "", str(worker["url"])) for worker in workers]
+            return list(dict.fromkeys(urls))
         except (ValueError, KeyError, TypeError, AttributeError):
             return []
 
@@ -444,9 +452,10 @@ def _routing(body: Mapping[str, Any]) -> dict[str, str]:
         group = body["sampling_params"]["custom_params"][protocol.REQUEST_KEY][protocol.GROUP]
     except (KeyError, TypeError):
         group = uuid4().hex
-    # A header holds no other letters; a hash of the name tells groups apart as well.
-    key = group if str(group).isascii() and str(group).isprintable() else _hashed(str(group))
-    return {ROUTING_KEY: str(key)}
+    name = str(group)
+    # A header holds no other letters, nor spaces at its ends; a hash tells groups apart as well.
+    fits = name.isascii() and name.isprintable() and name == name.strip()
+    return {ROUTING_KEY: name if fits else _hashed(name)}
 
 
 def _hashed(text: str) -> str:

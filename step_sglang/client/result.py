@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -83,6 +83,7 @@ class Result:
     timing: Timing
     early: bool  # ended before the last trace, because the vote was decided
     text_only: int = 0  # answers that were compared as text alone, as math-verify took too long
+    turned_away: str = ""  # why the server aborted traces that it may take another time
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON values; ``best`` is the position of the trace."""
@@ -121,6 +122,7 @@ def result_of(session: VoteSession, total: float) -> Result:
         timing=_mean([trace.times for trace in traces], total),
         early=session.num(TraceFate.CANCELLED, TraceFate.SHRUNK) > 0,
         text_only=outcome.text_only,
+        turned_away=_turned_away(session.traces),
     )
 
 
@@ -138,6 +140,19 @@ def _message(session: VoteSession, status: VoteStatus) -> str:
             f"{session.num(TraceFate.ABORTED, TraceFate.CANCELLED, TraceFate.SHRUNK)} aborted, "
             f"{session.num(TraceFate.RUNNING)} did not end"
         )
+    return ""
+
+
+def _turned_away(traces: Sequence[SampledTrace]) -> str:
+    """What the server said of the first trace that it aborted for no reason of the trace's own.
+
+    With a full queue, a timeout, or as somebody aborted it: these say 503, or nothing. What a trace
+    does not survive on this server, such as too little memory for it alone, has another status.
+    """
+    for trace in traces:
+        reason = trace.meta_info.get("finish_reason") or {}
+        if trace.fate is TraceFate.ABORTED and reason.get("status_code") in (None, 503):
+            return str(reason.get("message") or "no message")
     return ""
 
 

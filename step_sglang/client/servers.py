@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 
 from step_sglang.client.errors import ClientError
 from step_sglang.client.http import server_url
@@ -31,24 +32,31 @@ def servers(url: str | Sequence[str]) -> tuple[str, ...]:
 def taking(urls: Sequence[str]) -> Iterator[str]:
     """The one that has the fewest open questions, the first named of equals, for one question.
 
-    One whose question just ended in a ServerError is the last choice for a while.
+    One whose question just ended in a ServerError is the last choice for a while; of several such
+    the one where that is longest ago.
     """
     now = time.monotonic()
 
-    def busy(url: str) -> tuple[bool, int]:
-        return now - _failed.get(url, -_AVOIDED) < _AVOIDED, _open[url]
+    def rank(url: str) -> tuple[float, int]:
+        failed = _failed.get(url, -inf)
+        return failed if now - failed < _AVOIDED else -inf, _open[url]
 
     with _lock:
-        url = min(urls, key=busy)
+        url = min(urls, key=rank)
         _open[url] += 1
     try:
         yield url
     except RequestRefused:
         raise  # it does answer
     except ServerError:
-        with _lock:
-            _failed[url] = time.monotonic()
+        avoid(url)
         raise
     finally:
         with _lock:
             _open[url] -= 1
+
+
+def avoid(url: str) -> None:
+    """Make a server the last choice for a while."""
+    with _lock:
+        _failed[url] = time.monotonic()

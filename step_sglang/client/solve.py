@@ -15,7 +15,7 @@ from step_sglang.client.errors import ClientError, NoStepError, ServerError, Ser
 from step_sglang.client.http import AsyncClient
 from step_sglang.client.result import Result, SolveProgress, progress_of, result_of
 from step_sglang.client.sampling import Sampling
-from step_sglang.client.servers import servers, taking
+from step_sglang.client.servers import avoid, servers, taking
 from step_sglang.client.source import Messages, TraceSource, reading_chunks
 from step_sglang.voting.answers import Extractor, extractor_named
 from step_sglang.voting.classes import Same
@@ -131,17 +131,21 @@ async def asolve(
         raise ClientError("give either url, a running server, or engine, an sgl.Engine")
     if url is None:
         return await ask(EngineSource(engine))
-    urls = servers(url)
-    for left in reversed(range(len(urls))):
+    untried = list(servers(url))
+    while True:
         try:
-            with taking(urls) as chosen:
-                return await ask(AsyncClient(chosen, timeout, api_key))
+            with taking(untried) as chosen:
+                result = await ask(AsyncClient(chosen, timeout, api_key))
         except ServerError as error:
+            untried.remove(chosen)
             # Of another kind: it did answer, and another server would say the same, or text is
             # there already.
-            if type(error) is not ServerError or not left:
+            if type(error) is not ServerError or not untried:
                 raise
-    raise AssertionError("unreachable")
+        else:
+            if result.turned_away:
+                avoid(chosen)
+            return result
 
 
 def solve(question: str | Messages | Sequence[int], n: int = DEFAULT_N, **options: Any) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ from step_sglang.gathering.record import (
 from step_sglang.voting.answers import extract_boxed
 
 REASONER = "reasoner"
+# Half of a surrogate pair. JSON may hold one without the other, which no request can.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -288,9 +291,14 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield f"line {number}", json.loads(line)
+                row = json.loads(line)
+                if _HALF.search(line):
+                    json.dumps(row, ensure_ascii=False).encode()
+                yield f"line {number}", row
             except json.JSONDecodeError:
                 yield f"line {number} is not JSON and so", None
+            except (ValueError, RecursionError) as error:
+                yield f"line {number} cannot be read ({first_line(error)}) and so", None
 
 
 def _data_set(name: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:

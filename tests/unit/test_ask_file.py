@@ -26,6 +26,8 @@ from step_sglang.data.questions import Job
 from step_sglang.errors import ServerError
 from tests.stand_in import Handler, serving
 
+STEP = {"score": 0.5, "num_steps": 1, "step_scores": [0.5], "pruned": False}
+
 
 @dataclass
 class StandIn:
@@ -40,6 +42,9 @@ class StandIn:
     down: bool = False
     model_down: bool = False
     lost: int = 0  # answers that break off
+    busy: list[int] = field(default_factory=list)  # statuses of the next requests
+    aborts: list[tuple[str, int | None]] = field(default_factory=list)  # of the next traces
+    bad: set[int] = field(default_factory=set)  # questions that it fails on, after a while
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -61,10 +66,17 @@ def stand_in(delay: float = 0.0, workers: list[str] | None = None) -> Iterator[S
             state.keys.append(self.headers.get(ROUTING_KEY))
             if state.down:
                 self.answer({"message": "down"}, 503)
+            elif state.busy:
+                self.answer({"error": {"message": "queue"}}, state.busy.pop())
             elif self.path == "/v1/tokenize" and workers is not None:
                 self.answer({"message": "missing field `prompt`"}, 422)
             elif self.path == "/v1/tokenize":
-                self.answer({"tokens": [len(body["messages"][0]["content"].split())]})
+                words = len(body["messages"][0]["content"].split())
+                if words in state.bad:
+                    time.sleep(delay / 2)
+                    self.answer({"message": "boom"}, 500)
+                else:
+                    self.answer({"tokens": [words]})
             elif self.path.startswith("/step/"):
                 known = workers is None
                 self.answer({"aborted": 2, "ended": 1} if known else {}, 200 if known else 404)
@@ -87,22 +99,33 @@ def stand_in(delay: float = 0.0, workers: list[str] | None = None) -> Iterator[S
                 state.asked.append(str(words))
                 state.open += 1
                 state.most_open = max(state.most_open, state.open)
-            time.sleep(delay)
-            with state.lock:
-                state.open -= 1
             if words > 90:
                 self.answer({"error": {"message": "too long"}}, 400)
-                return
-            step = {"score": 0.5, "num_steps": 1, "step_scores": [0.5], "pruned": False}
-            info = {"completion_tokens": 3, "finish_reason": {"type": "stop"}, "step": step}
-            data = "".join(
-                f"data: {json.dumps({'index': i, 'text': answer, 'meta_info': info})}\n\n"
-                for i, answer in enumerate([f"\\boxed{{{words}}}"] * body["sampling_params"]["n"])
-            )
-            data += "data: [DONE]\n\n"
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(data.encode())
+            else:
+                self.send_response(200)
+                self.end_headers()
+                self.chunk(0, "", {"completion_tokens": 1, "finish_reason": None, "step": STEP})
+                time.sleep(delay)
+                for index in range(body["sampling_params"]["n"]):
+                    self.trace(index, words)
+                self.wfile.write(b"data: [DONE]\n\n")
+            with state.lock:
+                state.open -= 1
+
+        def trace(self, index: int, words: int) -> None:
+            """Its end; one that never ran has no step data."""
+            if state.aborts:
+                message, status = state.aborts.pop()
+                reason = {"type": "abort", "message": message, "status_code": status}
+                self.chunk(index, "", {"finish_reason": reason})
+            else:
+                info = {"completion_tokens": 3, "finish_reason": {"type": "stop"}, "step": STEP}
+                self.chunk(index, f"\\boxed{{{words}}}", info)
+
+        def chunk(self, index: int, text: str, info: dict[str, Any]) -> None:
+            data = json.dumps({"index": index, "text": text, "meta_info": info})
+            self.wfile.write(f"data: {data}\n\n".encode())
+            self.wfile.flush()
 
     with serving(Answers) as state.url:
         yield state
@@ -203,6 +226,97 @@ def test_nobody_answers(tmp_path: Path) -> None:
     assert lines(path) == []
 
 
+@pytest.mark.parametrize("status", [408, 425, 429])
+def test_a_full_server_refuses_nothing(status: int, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with stand_in() as server, stand_in() as other:
+        server.busy = [status] * 2
+        missing, told = ask(path, [job(2)], server.url)
+        assert (
+            missing == 1 and f"takes no more requests now: queue (HTTP {status})" in told[0].problem
+        )
+        assert lines(path) == []
+        server.busy = [status]
+        assert ask(path, [job(2)], server.url)[0] == 0 and lines(path)[0]["answer"] == "2"
+        servers._failed.clear()
+        server.busy = [status]
+        assert solve("w", 2, url=[server.url, other.url], suffix="").answer == "1"
+        assert other.asked == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("message", "status"), [("The request queue is full.", 503), ("Aborted", None)]
+)
+def test_a_vote_without_traces_that_the_server_aborted_is_none(
+    message: str, status: int | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.jsonl"
+    with stand_in() as server, stand_in() as other:
+        server.aborts = [(message, status)] * 4
+        missing, told = ask(path, [job(2)], server.url)
+        assert missing == 1 and told[0].problem == f"the server aborted 2 of 2 traces: {message}"
+        server.aborts = [(message, status)] * 2
+        assert ask(path, [job(2), job(3)], server.url)[0] == 0
+        assert all(len(line["answers"][0]["traces"]) == 2 for line in lines(path))
+        servers._failed.clear()
+        server.aborts = [(message, status)]
+        assert ask(path, [job(4)], server.url, other.url)[0] == 0 and other.asked == ["4"]
+
+
+def test_a_trace_that_a_server_cannot_end_is_a_result(tmp_path: Path) -> None:
+    with stand_in() as server:
+        server.aborts = [("Out of memory even after retracting all other requests", 500)]
+        assert ask(tmp_path / "r.jsonl", [job(2)], server.url)[0] == 0
+    assert [t["fate"] for t in lines(tmp_path / "r.jsonl")[0]["traces"]] == ["aborted", "finished"]
+
+
+def test_every_server_is_tried_once(tmp_path: Path) -> None:
+    with stand_in() as dead, stand_in() as other:
+        dead.down = True
+        urls = (dead.url, other.url)
+        servers._failed[other.url] = time.monotonic()  # as after one hiccup
+        assert solve("w", 2, url=urls, suffix="").answer == "1" and len(dead.keys) == 1
+        # Both are avoided now. That which failed last is more likely to be gone.
+        assert solve("w", 2, url=urls, suffix="").answer == "1" and len(dead.keys) == 1
+
+
+def test_a_question_that_no_server_survives_does_not_end_the_run(tmp_path: Path) -> None:
+    with stand_in() as server:
+        server.bad = {3}
+        for concurrency in (1, 4):
+            path = tmp_path / f"{concurrency}.jsonl"
+            for _ in range(2):
+                missing, told = ask(
+                    path,
+                    [job(w) for w in (3, 4, 5)],
+                    server.url,
+                    concurrency=concurrency,
+                    retries=0,
+                )
+                assert missing == 1 and [line["id"] for line in lines(path)] == ["q4", "q5"]
+            assert "boom (HTTP 500)" in told[0].problem
+
+
+def test_questions_that_fail_do_not_end_one_that_runs(tmp_path: Path) -> None:
+    with stand_in(delay=1.0) as server:
+        server.bad = set(range(3, 12))
+        missing, _ = ask(
+            tmp_path / "r.jsonl",
+            [job(w) for w in range(2, 12)],
+            server.url,
+            concurrency=10,
+            retries=0,
+        )
+        assert missing == 9 and server.asked == ["2"]
+        with pytest.raises(ServerError, match="boom"):
+            ask(tmp_path / "r.jsonl", [job(w) for w in range(2, 12)], server.url, retries=0)
+
+
+def test_fewer_than_no_retries(tmp_path: Path) -> None:
+    with pytest.raises(ClientError, match="retries must be at least 0, not -1"):
+        ask(tmp_path / "r.jsonl", [job(1)], "http://127.0.0.1:9", retries=-1)
+
+
 def test_a_key_for_the_router_is_sent() -> None:
     async def sent(*groups: str | None) -> None:
         async with AsyncClient(server.url) as client:
@@ -213,10 +327,11 @@ def test_a_key_for_the_router_is_sent() -> None:
                 assert [chunk async for chunk in stream]
 
     with stand_in() as server:
-        asyncio.run(sent("q7", "q7", None, None, "größe"))
-    same, again, one, other, hashed = server.keys
+        asyncio.run(sent("q7", "q7", None, None, "größe", " q7 "))
+    same, again, one, other, *hashed = server.keys
     assert same == again == "q7" and one and other and one != other
-    assert hashed is not None and hashed.isascii() and len(hashed) == 64
+    assert len(set(hashed)) == 2
+    assert all(key and key.isascii() and len(key) == 64 for key in hashed)
 
 
 def test_behind_a_router_every_server_is_asked() -> None:
@@ -244,6 +359,15 @@ def test_behind_a_router_every_server_is_asked() -> None:
         empty = stack.enter_context(stand_in(workers=[]))
         with pytest.raises(ServerError, match="without STEP"):
             abort_group(empty.url, "q7")
+
+
+def test_a_servers_ranks_are_one_server() -> None:
+    """As a router with `--dp-aware` names them."""
+    with stand_in() as worker:
+        ranks = [f"{worker.url}@{rank}" for rank in range(2)]
+        with stand_in(workers=ranks) as router:
+            assert abort_group(router.url, "q7") == 2
+            assert solve("w", 2, url=router.url, suffix="").answer == "1"
 
 
 def test_questions_go_through_a_router(tmp_path: Path) -> None:
@@ -277,8 +401,8 @@ def test_a_router_that_lost_its_server_refuses_nothing(tmp_path: Path) -> None:
         missing, told = ask(tmp_path / "r.jsonl", [job(4)], router.url)
         assert missing == 0 and told[0].result is not None and router.asked == ["4"]
         router.lost = 9
-        with pytest.raises(ServerError, match="the router lost its server: Stream error"):
-            ask(tmp_path / "s.jsonl", [job(4)], router.url)
+        missing, told = ask(tmp_path / "s.jsonl", [job(4)], router.url)
+        assert missing == 1 and "the router lost its server: Stream error" in told[0].problem
         assert lines(tmp_path / "s.jsonl") == []
 
 
@@ -288,7 +412,13 @@ def test_a_router_that_lost_its_server_refuses_nothing(tmp_path: Path) -> None:
         ('{"id": "q1", "settings": {"n": 3}}\n', "other settings (n 3, now 2)"),
         ('{"question": "x"}\n', "line 1, is no result"),
         ("text\n", "line 1, is no result"),
+        ('{"my": "notes"}', "line 1, is no result"),
+        ('{"question": "w"}\n{"question": "w w"}', "line 1, is no result"),
+        ("\n\nmy notes", "line 3, is no result"),
+        ('{"id": "q1", "settings": 5}\n', "line 1, is no result"),
+        ("[" * 100_000 + "\n", "line 1, is no result"),
     ],
+    ids=["settings", "questions", "text", "one line", "torn questions", "torn", "number", "deep"],
 )
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str, says: str) -> None:
     path = tmp_path / "r.jsonl"
@@ -297,6 +427,18 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: str, sa
         ResultFile(path, {"n": 2})
     assert says in str(caught.value) and "name another file" in str(caught.value)
     assert path.read_text() == content
+
+
+@pytest.mark.parametrize("text", ["a\u2028b\u2029c\x85d\x1c", "\ud800"], ids=["ends", "half"])
+def test_what_a_line_may_hold(text: str, tmp_path: Path) -> None:
+    """Characters at which programs end a line, and half of one, which UTF-8 has not."""
+    path = tmp_path / "r.jsonl"
+    for _ in range(2):
+        results = ResultFile(path, {"suffix": "\u2028"})
+        if not results.done:
+            results.add_refused(Job("q1", text, ""), "no")
+        assert results.done["q1"]["question"] == text
+        results.close()
 
 
 def test_two_writers(tmp_path: Path) -> None:
@@ -318,6 +460,10 @@ def test_the_command(tmp_path: Path) -> None:
         assert "line 3 is not JSON" in done.output
         again = CliRunner().invoke(app, [*command, "--suffix", ""])
         assert "2 of 2 questions have a result" in again.output and len(server.asked) == 2
+        asked.write_text('{"question": "w w", "answer": 3}\n{"question": "w", "answer": 1}\n')
+        corrected = CliRunner().invoke(app, [*command, "--suffix", ""])
+        assert "2 results are not graded by the answer that their question" in corrected.output
+        assert "2 with an answer, 1 of 2 correct" in corrected.output and len(server.asked) == 2
         other = CliRunner().invoke(app, [*command, "--suffix", "", "--vote", "best"])
         assert isinstance(other.exception, ClientError)
         assert "(vote 'calibrated', now 'best')" in str(other.exception)

@@ -267,6 +267,24 @@ def test_the_tokens_of_a_trace_win_over_its_text(
     assert [trace.tokens for trace in traces] == [tuple(usual), tuple(sampled)]
 
 
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('{"question": "half \\ud83d", "answer": 1, "text": "t"}', "surrogates not allowed"),
+        ('{"question": "q", "answer": 1, "text": "\\uDE00"}', "surrogates not allowed"),
+        ('{"question": "q", "answer": 1, "text": "t", "more": 1' + 5000 * "0" + "}", "4300 digits"),
+        ("[" * 100_000, "recursion"),
+    ],
+    ids=["question", "text", "digits", "deep"],
+)
+def test_a_line_that_python_cannot_hold_or_send(tmp_path: Path, row: str, says: str) -> None:
+    file, whole = tmp_path / "q.jsonl", '{"question": "\\ud83d\\ude00", "answer": 1, "text": "t"}'
+    file.write_text(f"{whole}\n{row}\n")
+    for source in (load_questions(str(file)), load_traces(file)):
+        assert [job.question for job in source.jobs] == ["😀"]
+        assert "line 2 cannot be read" in source.problems[0] and says in source.problems[0]
+
+
 def test_questions(tmp_path: Path) -> None:
     file = tmp_path / "q.jsonl"
     lines = [
