@@ -517,6 +517,7 @@ USED = (
     Target("sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments"),
     Target("sglang.srt.managers.io_struct.GenerateReqInput.regenerate_rid", ("self",)),
     Target("sglang.srt.managers.io_struct.GenerateReqInput.__getitem__", ("self", "i")),
+    Target("sglang.srt.entrypoints.api_contract.generate_contract_error", ("body",)),
     Target("sglang.srt.entrypoints.http_server._global_state"),
     Target("sglang.srt.entrypoints.http_server.app"),
     Target(

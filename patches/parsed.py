@@ -47,7 +47,7 @@ def _unpack(obj: Any) -> None:
     if not isinstance(session, Mapping) or not {*session} & _CARRIED:
         return
     every = params if isinstance(params, list) else [{} if params is None else params]
-    if not all(isinstance(one, Mapping) for one in every):
+    if not every or not all(isinstance(one, Mapping) for one in every):
         return
     rest = {key: value for key, value in session.items() if key != protocol.SAMPLING_KEY}
     more = session.get(protocol.SAMPLING_KEY, {})
@@ -56,12 +56,22 @@ def _unpack(obj: Any) -> None:
             f"session_params.{protocol.SAMPLING_KEY} must be an object of sampling parameters, not "
             f"a {type(more).__name__}"
         )
+    _check_sampling(more)
     changed = []
     for one in every:
         custom, left = unpacked(one.get("custom_params"), rest)
         changed.append({**one, **more, "custom_params": custom})
     obj.sampling_params = changed if isinstance(params, list) else changed[0]
     obj.session_params = left or None
+
+
+def _check_sampling(params: Mapping[str, Any]) -> None:
+    """Refuse what SGLang refuses in the ``sampling_params`` of a body, before we are asked."""
+    from sglang.srt.entrypoints.api_contract import generate_contract_error
+
+    wrong = generate_contract_error({"sampling_params": dict(params)})
+    if wrong is not None:
+        raise RequestError(f"session_params.{protocol.SAMPLING_KEY}: {wrong}")
 
 
 def parsed_of(obj: Any) -> ParsedRequest:

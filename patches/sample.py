@@ -86,7 +86,7 @@ def spare_if_chosen(result: Any, manager: Any, obj: Any, step_request: StepReque
         extract = extractor_named(parsed_of(obj).extract or config.extract)
         prompt = array("i", result.input_ids)
         setattr(obj, _GROUP, GroupInProgress(group, params.n, prompt, extract))
-        params.custom_params = spared(params.custom_params, params.n)
+        params.custom_params = spared(params.custom_params)
         keeper.count(BEGUN)
 
 

@@ -36,7 +36,9 @@ def inspect(
     from step_sglang.scoring.locate import locate_scorer
     from step_sglang.scoring.scorer import load_scorer
     from step_sglang.training.card import card_text
+    from step_sglang.training.index import read_meta
     from step_sglang.training.train import evaluate_file, jsonable
+    from step_sglang.training.voted import labels_of
 
     file = Path(locate_scorer(scorer, ""))
     loaded = load_scorer(file)
@@ -53,6 +55,8 @@ def inspect(
         "training": loaded.info.training,
     }
     evaluation = evaluate_file(file, on) if on else None
+    if on and labels_of(read_meta(on)).source == "vote":
+        warn("", (f"the figures on {on} are against its traces' own vote, not true answers",))
     if card is not None:
         try:
             files.write(card, card_text(loaded).encode())

@@ -84,9 +84,8 @@ def train(
     from step_sglang.cli.evaluation import show_evaluation
     from step_sglang.training.fit import Epoch, Recipe
     from step_sglang.training.index import read_meta
-    from step_sglang.training.setup import LABELS_BY
     from step_sglang.training.train import Shares, train_scorer
-    from step_sglang.training.voted import Labels
+    from step_sglang.training.voted import Labels, labels_of
 
     torch.set_num_threads(threads)
     recipe = Recipe(
@@ -105,7 +104,7 @@ def train(
         store, folder, recipe, Shares(validation, test), test_store, skip_bad_shards, show,
         Labels(labels, agreement),
     )  # fmt: skip
-    voted = labels == "vote" or read_meta(store).sampling.get(LABELS_BY) == "vote"
+    voted = "vote" in (labels, labels_of(read_meta(store)).source)
     if voted and test_store is None:
         warn("", ("the figures are against the traces' own vote: true ones need --test-store",))
     warn("", show_evaluation(trained.test, trained.linear_probe))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from step_sglang.gathering.record import (
     AGREES,
     EXTRACTED,
     FINISH,
-    GROUP,
     PROMPT,
+    TRACES,
     VOTED,
 )
 from step_sglang.voting.answers import extract_boxed
@@ -134,14 +134,18 @@ def load_questions(
 
 
 def load_traces(
-    file: Path, n: int | None = None, fields: Fields = Fields(), agreement: float | None = None
+    file: Path,
+    n: int | None = None,
+    fields: Fields = Fields(),
+    agreement: float | None = None,
+    asked: Callable[[str], str] = str,
 ) -> QuestionSet:
     """Existing traces: JSON lines of question, answer and text, n lines per question.
 
     A line may also hold the trace's token ids, the prompt's not among them. Of a folder every
-    ``*.jsonl`` file is read, by name; a question's lines may lie in several of them. The lines of a
-    server with ``--step-sample`` (`step_sglang.gathering.record`) also say which prompt it was, as
-    token ids, which group, and how that voted.
+    ``*.jsonl`` file is read, by name; a question's lines may lie in several of them. A line of a
+    server with ``--step-sample`` (`step_sglang.gathering.record`) holds a whole group, and also
+    says which prompt it was, as token ids, and how the group voted.
 
     ``n`` None takes the most common count. A question with more traces keeps its first n; one with
     fewer is left out.
@@ -152,6 +156,7 @@ def load_traces(
         fields: the members' names.
         agreement: the votes are the labels, of groups of which at least this share agrees; all
             others are left out.
+        asked: what a question asks, by which it has its id; such as a rendered prompt's message.
 
     Raises:
         SourceError: the file is missing, the folder has none, or no question has n traces.
@@ -162,15 +167,16 @@ def load_traces(
     if not files:
         raise SourceError(f"the folder {file} holds no *.jsonl file of traces")
     voted = agreement is not None
-    for where, row in (line for found_file in files for line in _lines(found_file)):
+    for where, row, group in (found for name in files for found in _trace_rows(name)):
         pair = _voted_pair(row, fields) if voted else _pair(row, fields)
         trace = _given(row, fields, voted)
         if pair is not None and trace is not None:
-            group, share = row.get(GROUP), row.get(AGREEMENT)
-            key = (*pair, group if isinstance(group, str) else "")
-            found = groups.setdefault(key, _GivenGroup(*pair, _tokens(row.get(PROMPT))))
-            found.agreement = share if isinstance(share, int | float) else 0.0
-            found.traces.append(trace)
+            key = (*pair, group)
+            if key not in groups:
+                share = row.get(AGREEMENT)
+                share = share if isinstance(share, int | float) else 0.0
+                groups[key] = _GivenGroup(*pair, _tokens(row.get(PROMPT)), share)
+            groups[key].traces.append(trace)
         elif voted:
             problems.append(f"{where} has no recorded vote, or unusable tokens")
         else:
@@ -185,7 +191,7 @@ def load_traces(
             )
     counts = Counter(len(group.traces) for group in kept)
     wanted = n or counts.most_common(1)[0][0] if kept else 0
-    jobs = _jobs_of_groups(kept, wanted, problems)
+    jobs = _jobs_of_groups(kept, wanted, problems, asked)
     members = f"{fields.wanted} and {fields.text!r}"
     if voted:
         members = f"a recorded vote of which at least {agreement:g} agrees"
@@ -199,16 +205,35 @@ class _GivenGroup:
     question: str
     answer: str
     prompt: tuple[int, ...] | None
-    agreement: float = 0.0
+    agreement: float
     traces: list[GivenTrace] = field(default_factory=list)
 
 
-def _jobs_of_groups(groups: Sequence[_GivenGroup], wanted: int, problems: list[str]) -> list[Job]:
+def _trace_rows(file: Path) -> Iterator[tuple[str, Any, str]]:
+    """Each trace with the place of its line, and with what tells a kept group from all others."""
+    for where, row in _lines(file):
+        traces = row.get(TRACES) if isinstance(row, Mapping) else None
+        if not isinstance(traces, list):
+            yield where, row, ""
+            continue
+        common = {name: value for name, value in row.items() if name != TRACES}
+        for trace in traces:
+            whole = {**common, **trace} if isinstance(trace, Mapping) else None
+            yield where, whole, f"{file} {where}"
+
+
+def _jobs_of_groups(
+    groups: Sequence[_GivenGroup],
+    wanted: int,
+    problems: list[str],
+    asked: Callable[[str], str],
+) -> list[Job]:
     jobs: dict[str, Job] = {}
     repeated = 0
     # A question that was asked again counts once: its parts would lie on both sides of a split.
     for group in sorted(groups, key=lambda group: -group.agreement):
-        name, question, found = question_id(group.question), group.question, group.traces
+        question, found = group.question, group.traces
+        name = question_id(asked(question))
         if len(found) < wanted:
             problems.append(f"a question has {len(found)} traces, not {wanted}: {question[:60]!r}")
             continue

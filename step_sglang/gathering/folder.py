@@ -1,7 +1,7 @@
 """A folder of bounded size into which processes write kept groups, each into files of its own.
 
     about.json                     whose model's traces these are
-    groups-TIME-PROCESS.jsonl      lines of whole groups, the oldest in the first file by name
+    groups-TIME-PROCESS.jsonl      a line for each group, the oldest in the first file by name
 
 When the folder is full the oldest file makes room, but none that somebody still writes to.
 """
@@ -72,7 +72,7 @@ class Folder:
         self._lines: Lines | None = None
 
     def add(self, data: bytes) -> bool:
-        """Write a group's lines to the disk, or nothing; False where it does not fit.
+        """Write a group's line to the disk, or nothing; False where it does not fit.
 
         Raises:
             OSError: the disk is full or fails, or the folder is gone.
@@ -82,7 +82,10 @@ class Folder:
         if self._file is not None and not self._fits_into_file(len(data)):
             self.close()
         if not self._make_room(len(data)):
-            return False
+            # With many processes all files are held before any of them is full: ours may go.
+            self.close()
+            if not self._make_room(len(data)):
+                return False
         if self._lines is None:
             self._open()
         assert self._lines is not None
@@ -94,8 +97,12 @@ class Folder:
         return True
 
     def close(self) -> None:
-        """Let others remove what was written."""
+        """Let others remove what was written; a file without anything goes at once."""
         if self._lines is not None:
+            assert self._file is not None
+            with suppress(OSError):
+                if self._file.stat().st_size == 0:
+                    self._file.unlink()
             self._lines.close()
         self._lines = self._file = None
 

@@ -1,16 +1,17 @@
-"""A kept group as lines of JSON, one for each trace, and how its traces voted.
+"""A kept group as a line of JSON, and how its traces voted.
 
 question    the prompt as text, as it was rendered for the model
 prompt      its token ids
-group       the group's id
-text        of the trace
-tokens      its token ids
-finish      stop or length
-score       the trace score; null without a step
-extracted   its answer; null without one, or when it was cut off
-voted       the answer that most of the group's traces gave
+group       the group's id; clients may give several groups the same
+voted       the answer that most of its traces gave
 agreement   the share of all of its traces that gave it
-agrees      whether this trace did
+traces      a list, in each of them:
+  text        of the trace
+  tokens      its token ids
+  finish      stop or length
+  score       the trace score; null without a step
+  extracted   its answer; null without one, or when it was cut off
+  agrees      whether it gave the answer of most
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ QUESTION, PROMPT, GROUP, TEXT, TOKENS, FINISH, SCORE = (
     "question", "prompt", "group", "text", "tokens", "finish", "score"
 )  # fmt: skip
 EXTRACTED, VOTED, AGREEMENT, AGREES = "extracted", "voted", "agreement", "agrees"
+TRACES = "traces"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class GroupInProgress:
         self.traces.append(trace)
         return len(self.traces) == self.n
 
+    @property
+    def least_bytes(self) -> int:
+        """Which its line has at least: a token id is a digit, a comma and a space."""
+        ids = len(self.prompt) + sum(len(trace.tokens) for trace in self.traces)
+        return len(self.question) + sum(len(trace.text) for trace in self.traces) + 3 * ids
+
 
 @dataclass(frozen=True)
 class Vote:
@@ -85,30 +93,37 @@ def voting(group: GroupInProgress) -> Steps[Vote | None]:
     return Vote(tuple(answers), name, counts[winner] / len(answers), agrees)
 
 
-def lines(group: GroupInProgress, vote: Vote) -> Iterator[bytes]:
-    """The group's lines."""
+def line(group: GroupInProgress, vote: Vote) -> Iterator[bytes]:
+    """The group's line, in pieces: the interpreter is shared with those who serve."""
     order: Sequence[int] = sorted(
         # Ids are drawn at random: the order in which traces end would tell short from long ones.
         range(len(group.traces)),
         key=lambda i: group.traces[i].rid,
     )
-    prompt = group.prompt.tolist()
-    for i in order:
+    common = {
+        QUESTION: group.question,
+        PROMPT: group.prompt.tolist(),
+        GROUP: group.group,
+        VOTED: vote.winner,
+        AGREEMENT: round(vote.agreement, 6),
+    }
+    yield _json(common)[:-1] + f', "{TRACES}": ['.encode()
+    for place, i in enumerate(order):
         trace = group.traces[i]
         record = {
-            QUESTION: group.question,
-            PROMPT: prompt,
-            GROUP: group.group,
             TEXT: trace.text,
             TOKENS: trace.tokens.tolist(),
             FINISH: trace.finish,
             SCORE: trace.score,
             EXTRACTED: vote.extracted[i],
-            VOTED: vote.winner,
-            AGREEMENT: round(vote.agreement, 6),
             AGREES: vote.agrees[i],
         }
-        yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        yield (b", " if place else b"") + _json(record)
+    yield b"]}\n"
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
 def _short(answer: str | None) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from step_sglang.gathering.folder import MEGABYTE, Folder
-from step_sglang.gathering.record import GroupInProgress, lines, voting
+from step_sglang.gathering.record import GroupInProgress, line, voting
 from step_sglang.voting.verifier import SERVER_BUDGET, AnswerVerifier
 
 MAX_WAITING = 8  # groups; more are not kept
@@ -36,7 +36,8 @@ class Writer:
         count: Callable[[str], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        self._folder = Folder(folder, megabytes * MEGABYTE)
+        self._limit = megabytes * MEGABYTE
+        self._folder = Folder(folder, self._limit)
         self._count, self._failed = count, failed
         self._waiting: queue.Queue[GroupInProgress | None] = queue.Queue(MAX_WAITING)
         self._verifier = AnswerVerifier(budget=SERVER_BUDGET)
@@ -69,8 +70,9 @@ class Writer:
         self._verifier.close()
 
     def _write(self, group: GroupInProgress) -> str:
+        if group.least_bytes > self._limit:
+            return LOST
         vote = self._verifier.comparison().run(voting(group))
         if vote is None:
             return UNVOTED
-        # Line by line: the interpreter is shared with those who serve.
-        return STORED if self._folder.add(b"".join(lines(group, vote))) else LOST
+        return STORED if self._folder.add(b"".join(line(group, vote))) else LOST

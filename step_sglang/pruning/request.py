@@ -12,6 +12,7 @@ from step_sglang.errors import RequestError, safe_repr
 
 MAX_GROUP_LENGTH = 256  # characters
 MAX_WEIGHT = 1e6  # of a group; its inverse is the least
+_ALL = 2**31 - 1  # survivors: more than a group has traces, whatever requests these came with
 
 
 @dataclass(frozen=True)
@@ -261,13 +262,13 @@ def with_refill(custom_params: Mapping[str, Any], mode: str) -> dict[str, Any]:
     return {**custom_params, protocol.REQUEST_KEY: {**members, protocol.REFILL: mode}}
 
 
-def spared(custom_params: Mapping[str, Any], samples: int) -> dict[str, Any]:
+def spared(custom_params: Mapping[str, Any]) -> dict[str, Any]:
     """Copy of checked ``custom_params`` of a group's trace by which none of it is pruned."""
     value = custom_params[protocol.REQUEST_KEY]
     members = dict(value) if isinstance(value, Mapping) else {}
     members.pop(protocol.PRUNE_AT, None)
     members[protocol.REFILL] = protocol.REFILL_OFF  # there will be no places to fill
-    return {**custom_params, protocol.REQUEST_KEY: {**members, protocol.MIN_SURVIVORS: samples}}
+    return {**custom_params, protocol.REQUEST_KEY: {**members, protocol.MIN_SURVIVORS: _ALL}}
 
 
 def refill_of(

@@ -68,6 +68,7 @@ def _body(scorer: Scorer) -> Iterator[str]:
         ("questions", split),
         ("traces a question", training.get("traces_per_question")),
         ("objective", training.get("objective")),
+        ("labels", training.get("labels")),
         ("calibration", _calibration(info.calibration)),
     ):
         yield f"| {name} | {'unknown' if value in (None, '') else value} |"

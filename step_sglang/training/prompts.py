@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -57,11 +60,50 @@ class Prompter:
             )
         return np.asarray(kept, bool)
 
+    def asked(self, prompt: str) -> str:
+        """The last user message of a rendered prompt, without the suffix; another text as it is."""
+        if self._around_user is None:
+            return prompt
+        before, after = self._around_user
+        _, begun, rest = prompt.rpartition(before)
+        message, ended, _ = rest.partition(after)
+        return message.removesuffix(self.suffix) if begun and ended else prompt
+
+    @cached_property
+    def _around_user(self) -> tuple[str, str] | None:
+        """What the template writes before and after each user message, where that can be told."""
+        told, asked, said = "some rules", "one question", "one answer"
+        user, turn = ("user", asked), [("user", asked), ("assistant", said), ("user", asked)]
+        try:
+            head, middle, tail = self._chat(turn).split(asked)
+        except Exception:  # the template wants other turns, or says a message otherwise
+            return None
+        after = _common_start([middle.split(said)[0], tail])
+        heads = [head, middle]
+        with suppress(Exception):  # it wants no system message
+            heads.append(self._chat([("system", told), user]).split(asked)[0])
+        before = _common_end(heads)
+        if not any(map(str.isalpha, before)):  # a system message is part of the user's
+            before = _common_end(heads[:2])
+        return (before, after) if before and after else None
+
     def _rendered(self, question: str) -> str:
-        messages = [{"role": "user", "content": question + self.suffix}]
+        return self._chat([("user", question + self.suffix)])
+
+    def _chat(self, turns: Sequence[tuple[str, str]]) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
         return str(
             self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    same = takewhile(lambda letters: len({*letters}) == 1, zip(*texts, strict=False))
+    return "".join(letters[0] for letters in same)
+
+
+def _common_end(texts: Sequence[str]) -> str:
+    return _common_start([text[::-1] for text in texts])[::-1]
 
 
 def load_prompter(

@@ -16,11 +16,10 @@ from step_sglang.scoring.locate import model_revision
 from step_sglang.training import collect as work
 from step_sglang.training.prompts import Prompter, load_prompter
 from step_sglang.training.stored import StoreMeta
-from step_sglang.training.voted import Labels
+from step_sglang.training.voted import AGREEMENT, LABELS_BY, Labels
 from step_sglang.voting.suffix import default_suffix, is_reasoner
 
 DEFAULT_TRACES = 64
-LABELS_BY = "labels"  # in a store's settings, where they are not by true answers
 REASONER_SAMPLING = Sampling(1.0, 1.0, -1, 900)
 
 
@@ -75,19 +74,19 @@ def plan_collection(options: CollectOptions) -> CollectPlan:
             "--labels vote needs --from-traces, and the traces that a server with --step-sample "
             "kept; labels of freshly collected traces are voted by `train --labels vote`"
         )
+    suffix = default_suffix(options.model) if options.suffix is None else options.suffix
+    prompter = load_prompter(options.path, options.delimiters, options.scope_all, suffix)
     found = (
-        load_traces(Path(options.source), options.n, options.fields, voted)
+        load_traces(Path(options.source), options.n, options.fields, voted, prompter.asked)
         if options.from_traces
         else load_questions(
             options.source, options.limit, options.split, options.config, options.fields
         )
     )
     jobs = found.jobs[: options.limit]
-    suffix = default_suffix(options.model) if options.suffix is None else options.suffix
-    prompter = load_prompter(options.path, options.delimiters, options.scope_all, suffix)
     measured = {} if options.from_traces else asdict(options.sampling)
     if voted is not None:
-        measured = {LABELS_BY: "vote", "agreement": voted}
+        measured = {LABELS_BY: "vote", AGREEMENT: voted}
     meta = StoreMeta(
         model=options.model,
         hidden_size=prompter.hidden_size,

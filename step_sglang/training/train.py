@@ -21,7 +21,7 @@ from step_sglang.training.linear_probe import fit_linear_probe
 from step_sglang.training.metrics import RUNNING_MEAN
 from step_sglang.training.reader import Reader
 from step_sglang.training.split import check_classes, split_questions
-from step_sglang.training.voted import Labels
+from step_sglang.training.voted import Labels, labels_of
 
 METRICS_FILE = "metrics.json"
 
@@ -71,7 +71,7 @@ def train_scorer(
         test_store: measure on all questions of this store instead of a share of ``store``.
         skip_bad: leave damaged shards out.
         report: called after every epoch.
-        labels: of the questions in ``store`` (None: their answers); a ``test_store`` has its true
+        labels: of the questions in ``store`` (None: those that it holds); a ``test_store`` has true
             ones.
 
     Raises:
@@ -80,6 +80,8 @@ def train_scorer(
     """
     labels = labels or Labels()
     reader = labels.reader(store, skip_bad)
+    if labels.source == "answers":
+        labels = labels_of(reader.meta)
     tested = reader if test_store is None else Reader(test_store, skip_bad)
     split = split_questions(
         reader, shares.validation, 0.0 if test_store else shares.test, recipe.seed
@@ -175,6 +177,11 @@ def _check_test_store(reader: Reader, tested: Reader) -> None:
         raise TrainError(
             f"{reader.folder} holds traces of {ours.model} (hidden size {ours.hidden_size}), "
             f"{tested.folder} of {theirs.model} ({theirs.hidden_size}): a scorer of another model"
+        )
+    if labels_of(theirs).source == "vote":
+        raise TrainError(
+            f"{tested.folder} was collected with --labels vote: its labels are what most of its "
+            "traces answered, and a test store needs true ones"
         )
     names = {reader.traces(shard)[0].question_id for shard in reader.shards}
     shared = names & {tested.traces(shard)[0].question_id for shard in tested.shards}

@@ -13,10 +13,12 @@ import numpy as np
 
 from step_sglang.training.errors import TrainError
 from step_sglang.training.reader import Reader
-from step_sglang.training.stored import StoredTrace
+from step_sglang.training.stored import StoredTrace, StoreMeta
 from step_sglang.training.table import answer_classes
 
 LABELS = ("answers", "vote")  # where a trace's label comes from
+LABELS_BY = "labels"  # in a store's settings, where they are not by true answers
+AGREEMENT = "agreement"  # likewise, the least that was asked for
 DEFAULT_AGREEMENT = 0.5  # measured: docs/training.md
 
 
@@ -45,6 +47,12 @@ class Labels:
         if self.source == "answers":
             return Reader(folder, skip_bad)
         return VotedReader(folder, self.agreement, skip_bad)
+
+
+def labels_of(meta: StoreMeta) -> Labels:
+    """Where the labels that a store holds come from."""
+    source = meta.sampling.get(LABELS_BY, "answers")
+    return Labels(source, meta.sampling.get(AGREEMENT, DEFAULT_AGREEMENT))
 
 
 class VotedReader(Reader):

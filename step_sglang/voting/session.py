@@ -131,7 +131,7 @@ class VoteSession:
         self._dismissed: set[int] = (
             set()
         )  # traces that were told to end, as the vote needs them not
-        self.sampled = False  # kept for training: no trace of it may be missing
+        self._sampled = False  # the server says that it keeps the group for training
         self.started = time.perf_counter()
 
     def feed(self, chunk: Mapping[str, Any]) -> bool:
@@ -154,7 +154,7 @@ class VoteSession:
             trace.num_steps = step[protocol.META_NUM_STEPS]
             if trace.calibration is None:
                 trace.calibration = calibration_of(step.get(protocol.META_CALIBRATION))
-            self.sampled = self.sampled or step.get(protocol.META_SAMPLED) is True
+            self._sampled = self._sampled or step.get(protocol.META_SAMPLED) is True
         if trace.first_chunk is None:
             trace.first_chunk = now
         reason = info.get("finish_reason")
@@ -201,7 +201,7 @@ class VoteSession:
         are not like the others.
         """
         going = self._going()
-        if not going or self.sampled:
+        if not going or self._is_kept():
             return not going
         rules, weights = self.rules, [self._highest(t) for t in going]
         return is_settled(
@@ -214,7 +214,7 @@ class VoteSession:
 
         Only after :meth:`counting`. A trace of which nothing came yet has no known id, and goes on.
         """
-        if not self.rules.shrink or self.sampled:
+        if not self.rules.shrink or self._is_kept():
             return []
         views = [
             TraceView(t.index, 0, t.tokens, (t.score or 0.0) * t.num_steps, t.num_steps)
@@ -246,6 +246,11 @@ class VoteSession:
     def ended_by(self) -> str | None:
         """The rule that ended the vote before its last trace did; None: no rule had to."""
         return self.rules.early if self.num(TraceFate.CANCELLED) else None
+
+    def _is_kept(self) -> bool:
+        """Whether the server keeps the group for training. It forgets one that lost a trace."""
+        lost = self.num(TraceFate.PRUNED, TraceFate.SHRUNK, TraceFate.ABORTED)
+        return self._sampled and not lost
 
     def _going(self) -> list[SampledTrace]:
         """Traces that run or wait, and were not told to end."""

@@ -71,6 +71,11 @@ def test_session_params_say_what_a_router_drops(server: Server) -> None:
     assert refused.status_code == 400 and "custom_params.step.group" in refused.text
     refused = server.post("/generate", {**body, "session_params": {"step_sampling": 7}})
     assert refused.status_code == 400 and "must be an object of sampling" in refused.text
+    for stream in (False, True):
+        wrong = {**body, "session_params": {"step_sampling": {"n": "4"}}, "stream": stream}
+        refused = server.post("/generate", wrong)
+        assert stream or refused.status_code == 400
+        assert "session_params.step_sampling: invalid type" in refused.text
 
 
 def test_opting_out_and_ordinary_requests(server: Server) -> None:

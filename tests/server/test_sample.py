@@ -70,10 +70,10 @@ def chat(server: Server, messages: list[dict[str, str]], **more: Any) -> Any:
 
 
 def rows(folder: Path, group: str) -> list[dict[str, Any]]:
-    """The lines of a group."""
+    """The traces of a group, with what its line says of all of them."""
     text = "".join(file.read_text() for file in sorted(folder.glob("*.jsonl")))
-    found = [json.loads(line) for line in text.splitlines()]
-    return [row for row in found if row["group"] == group]
+    found = [json.loads(line) for line in text.split("\n") if line]
+    return [row | trace for row in found if row["group"] == group for trace in row.pop("traces")]
 
 
 def until(condition: Callable[[], Any], seconds: float = 60) -> None:
@@ -214,9 +214,10 @@ def test_a_scorer_is_trained_on_what_was_kept(server: Server, folder: Path, tmp_
     reader = Reader(store)
     by_question: dict[str, list[dict[str, Any]]] = {}
     for file in folder.glob("*.jsonl"):
-        for line in file.read_text().splitlines():
+        for line in file.read_text().strip().split("\n"):
             row = json.loads(line)
-            by_question.setdefault(row["question"], []).append(row)
+            traces = [row | trace for trace in row.pop("traces")]
+            by_question.setdefault(row["question"], []).extend(traces)
     assert len(reader.shards) >= 5
     for shard in reader.stream():
         known = by_question[shard.traces[0].question]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
 import time
 from array import array
@@ -13,20 +14,23 @@ from typing import Any
 import pytest
 
 from step_sglang.config import StepConfig
-from step_sglang.data.questions import Fields, load_traces
+from step_sglang.data.questions import Fields, load_traces, question_id
 from step_sglang.errors import ConfigError, RequestError, SourceError
 from step_sglang.gathering.choice import is_chosen
 from step_sglang.gathering.folder import ABOUT, Folder, prepare
-from step_sglang.gathering.record import GroupInProgress, KeptTrace, lines, voting
+from step_sglang.gathering.record import GroupInProgress, KeptTrace, line, voting
 from step_sglang.gathering.writer import LOST, MAX_WAITING, STORED, UNVOTED, Writer
+from step_sglang.pruning.groups import GroupRegistry
 from step_sglang.pruning.request import parse_request, spared
+from step_sglang.reasoner import model_path
 from step_sglang.training.errors import TrainError
+from step_sglang.training.prompts import load_prompter
 from step_sglang.training.setup import CollectOptions, plan_collection
 from step_sglang.training.voted import Labels
 from step_sglang.voting.answers import extract_boxed
 from step_sglang.voting.classes import run_here
 from step_sglang.voting.request import parse_vote
-from step_sglang.voting.session import VoteRules, VoteSession
+from step_sglang.voting.session import TraceFate, VoteRules, VoteSession
 
 
 def kept(answers: list[str | None], group: str = "g", question: str = "what?") -> GroupInProgress:
@@ -44,7 +48,7 @@ def kept(answers: list[str | None], group: str = "g", question: str = "what?") -
 def written(group: GroupInProgress) -> bytes:
     vote = run_here(voting(group))
     assert vote is not None
-    return b"".join(lines(group, vote))
+    return b"".join(line(group, vote))
 
 
 def test_a_share_of_the_groups_is_chosen_by_their_ids_alone() -> None:
@@ -62,18 +66,38 @@ def test_the_majority_labels_and_who_was_cut_off_disagrees() -> None:
     vote = run_here(voting(group))
     assert vote is not None and vote.winner == "1/2" and vote.agreement == 0.5
     assert vote.agrees == (True, False, True, True, False, False)
-    rows = [json.loads(line) for line in lines(group, vote)]
-    assert [row["agrees"] for row in rows] == list(vote.agrees)
-    assert rows[4]["extracted"] is None and rows[4]["finish"] == "length"
-    assert rows[0]["prompt"] == [1, 2] and rows[3]["tokens"] == [5, 3]
+    row = json.loads(b"".join(line(group, vote)))
+    traces = row["traces"]
+    assert [trace["agrees"] for trace in traces] == list(vote.agrees)
+    assert traces[4]["extracted"] is None and traces[4]["finish"] == "length"
+    assert row["prompt"] == [1, 2] and traces[3]["tokens"] == [5, 3]
+    assert row["voted"] == "1/2" and row["agreement"] == 0.5
     assert run_here(voting(kept([None, None]))) is None
 
 
-def test_the_order_of_lines_does_not_tell_who_ended_first() -> None:
+def test_the_order_of_traces_does_not_tell_who_ended_first() -> None:
     group = GroupInProgress("g", 2, array("i", [1]), extract_boxed)
     for rid in ("b", "a"):
         group.add(KeptTrace(rid, f"\\boxed{{{rid}}}", array("i", [1]), "stop", None))
-    assert [json.loads(line)["text"][-2] for line in written(group).splitlines()] == ["a", "b"]
+    assert [trace["text"][-2] for trace in json.loads(written(group))["traces"]] == ["a", "b"]
+
+
+def test_a_group_is_one_line_whose_least_size_is_known_before(tmp_path: Path) -> None:
+    group = kept(["7", "7", "8", None])
+    group.prompt = array("i", [123456] * 10_000)
+    size = len(written(group))
+    assert group.least_bytes < size < 3 * group.least_bytes  # the prompt is written once
+    assert written(group).count(b"\n") == 1
+
+    def unwanted(_: str) -> str | None:
+        raise AssertionError("it can never fit: there is no need to read its answers")
+
+    told = Told()
+    group.extract, group.prompt = unwanted, array("i", [1] * 400_000)
+    writer = told.writer(tmp_path)
+    writer.put(group)
+    writer.close()
+    assert told.fates == [LOST] and not told.errors and not list(tmp_path.iterdir())
 
 
 def test_a_full_folder_makes_room_for_the_latest(tmp_path: Path) -> None:
@@ -109,6 +133,40 @@ def test_files_may_be_removed_by_whoever_has_read_them(tmp_path: Path) -> None:
         file.unlink()
     folder.add(b"second\n")
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"second\n"]
+
+
+@pytest.mark.parametrize("processes", [9, 12, 16])
+def test_many_processes_share_a_folder_though_none_of_their_files_is_full(
+    tmp_path: Path, processes: int
+) -> None:
+    folders = [Folder(tmp_path, 100_000) for _ in range(processes)]
+    for _ in range(40):
+        assert all([folder.add(b"x" * 999 + b"\n") for folder in folders])
+    held = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert 50_000 < held <= 100_000
+    for folder in folders:
+        folder.close()
+
+
+def test_a_disk_that_is_full_gets_no_empty_files(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, 100_000)
+    most, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        for _ in range(5):
+            with pytest.raises(OSError, match="File too large"):
+                folder.add(b"x" * 100 + b"\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    assert not list(tmp_path.iterdir())
+    assert folder.add(b"first\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            folder.add(b"x" * 100 + b"\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"first\n"]
 
 
 def test_the_folder_at_start_up(tmp_path: Path) -> None:
@@ -147,7 +205,7 @@ def test_the_writer_votes_and_writes(tmp_path: Path) -> None:
     writer.close()
     assert told.fates == [STORED, UNVOTED] and not told.errors
     (file,) = tmp_path.iterdir()
-    assert len(file.read_text().splitlines()) == 4
+    assert len(json.loads(file.read_text())["traces"]) == 4
 
 
 def test_a_folder_that_goes_away_costs_groups_and_nothing_else(tmp_path: Path) -> None:
@@ -206,11 +264,17 @@ def test_a_request_opts_out() -> None:
 def test_a_chosen_group_loses_no_trace() -> None:
     step = {"group": "g", "prune_at": 0.2, "refill": "best", "min_survivors": 2, "weight": 3}
     params = {"other": 1, "step": step}
-    assert spared(params, 16) == {
-        "other": 1,
-        "step": {"group": "g", "refill": "off", "min_survivors": 16, "weight": 3},
-    }
+    changed = spared(params)
+    least = changed["step"].pop("min_survivors")
+    assert changed == {"other": 1, "step": {"group": "g", "refill": "off", "weight": 3}}
     assert params["step"] is step and step["min_survivors"] == 2
+    assert parse_request(spared(params)) is not None
+    # Neither where other requests name the same group.
+    registry = GroupRegistry()
+    for number in (8, 8, 1):
+        for _ in range(number):
+            trace = registry.join("g", min_survivors=least if number > 1 else 1, samples=number)
+    assert trace.group.survivors == 17 and not trace.group.prunable
 
 
 def chunk(index: int, *, ended: bool, sampled: bool) -> dict[str, Any]:
@@ -236,6 +300,23 @@ def test_the_vote_of_a_kept_group_ends_with_its_last_trace(sampled: bool) -> Non
     session.feed(chunk(4, ended=True, sampled=sampled))
     session.count()
     assert session.decided()
+
+
+@pytest.mark.parametrize("lost", ["memory", "vote", "abort"])
+def test_a_kept_group_that_lost_a_trace_is_voted_as_any_other(lost: str) -> None:
+    session = VoteSession(5, VoteRules(shrink=0.4))
+    for index in range(4):
+        session.feed(chunk(index, ended=index > 0, sampled=True))
+        session.count()
+    assert not session.decided() and not session.surplus()
+    end = chunk(0, ended=True, sampled=True)
+    if lost == "abort":
+        end["meta_info"]["finish_reason"] = {"type": "abort", "message": "", "status_code": 503}
+    else:
+        end["meta_info"]["step"] |= {"pruned": True, "reason": lost}
+    session.feed(end)
+    session.count()
+    assert session.num(TraceFate.FINISHED) == 3 and session.decided()
 
 
 def folder_of(tmp_path: Path, *groups: GroupInProgress) -> Path:
@@ -275,6 +356,48 @@ def test_kept_groups_are_read_with_their_votes(tmp_path: Path) -> None:
     assert all(trace.agrees is None for job in unlabelled.jobs for trace in job.traces)
 
 
+def test_groups_of_one_name_and_question_stay_apart(tmp_path: Path) -> None:
+    """Clients choose the names: the traces of one that disagreed are not those of the other."""
+    groups = [["7", "8", "9", "6"], ["7"] * 4, ["7"] * 4]
+    folder = folder_of(tmp_path, *(kept(answers, "q1", "one") for answers in groups))
+    for least in (0.5, 0.1):
+        found = load_traces(folder, agreement=least)
+        (job,) = found.jobs
+        assert len(job.traces) == 4 and all(trace.agrees for trace in job.traces)
+    broken = folder / "broken.jsonl"
+    broken.write_text('{"question": "q", "voted": "7", "traces": [3, {}, {"text": "x"}]}\n')
+    assert (
+        sum("has no recorded vote" in text for text in load_traces(folder, agreement=0.5).problems)
+        == 3
+    )
+
+
+def test_a_question_is_the_same_whatever_stands_around_it(tmp_path: Path) -> None:
+    """Its groups must not lie on both sides of a split, nor in a test store beside this one."""
+    prompter = load_prompter(str(model_path()), ["\n\n"], suffix=" Box it.")
+
+    def rendered(*turns: tuple[str, str]) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return str(
+            prompter.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    prompts = [
+        rendered(("user", "1;A+1")),
+        rendered(("system", "Think."), ("user", "1;A+1 Box it.")),
+        rendered(("user", "2;A+1"), ("assistant", "3"), ("user", "1;A+1")),
+        rendered(("user", "2;A+1")),
+        "3;A+1",  # of no chat
+    ]
+    groups = [kept(["7"] * 4, question=prompt) for prompt in prompts]
+    found = load_traces(folder_of(tmp_path, *groups), agreement=0.5, asked=prompter.asked)
+    assert [job.id for job in found.jobs] == [question_id(f"{i};A+1") for i in (1, 2, 3)]
+    assert found.jobs[0].question == prompts[0]
+    assert "2 groups whose question another group asks too" in found.problems
+
+
 def test_what_cannot_be_labelled_by_a_vote_is_one_message(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "kept", kept(["1", "2", "3", "4"]))
     with pytest.raises(SourceError, match=r"a recorded vote of which at least 0\.9 agrees"):
@@ -291,8 +414,6 @@ def test_what_cannot_be_labelled_by_a_vote_is_one_message(tmp_path: Path) -> Non
 
 
 def test_traces_of_another_model_are_warned_of(tmp_path: Path) -> None:
-    from step_sglang.reasoner import model_path
-
     folder = folder_of(tmp_path, kept(["7", "7", "7", "8"]))
     path = str(model_path())
 

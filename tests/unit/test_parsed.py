@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.entrypoints.api_contract import generate_contract_error
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
 from step_sglang.config import StepConfig
@@ -99,6 +100,38 @@ def test_who_is_left_alone(manager: Any) -> None:
     assert not takes_part(GenerateReqInput(text="x", rid="HEALTH_CHECK_1"))
     assert takes_part(GenerateReqInput(text="x"))
     assert parsed_of(GenerateReqInput(text="x")).trace is None
+
+
+@pytest.mark.parametrize(
+    ("sampling", "wrong"),
+    [
+        ({"temperature": "hot"}, 'invalid type: string "hot", expected f64'),
+        ({"n": "4"}, 'invalid type: string "4", expected i64'),
+        ({"bogus": 1}, "unknown field `bogus`"),
+    ],
+)
+def test_sglang_says_what_is_wrong_with_sampling_parameters(sampling: Any, wrong: str) -> None:
+    assert wrong in str(generate_contract_error({"sampling_params": sampling}))
+    for params in ({"n": 2}, None, [{"n": 2}]):
+        obj = GenerateReqInput(
+            text="x", sampling_params=params, session_params={"step_sampling": sampling}
+        )
+        with pytest.raises(RequestError, match=r"session_params\.step_sampling: ") as caught:
+            parse_prompts(obj, CONFIG)
+        assert wrong in str(caught.value)
+
+
+def test_what_session_params_may_say() -> None:
+    said = {"step": {"group": "g"}, "step_sampling": {"n": 4, "max_new_tokens": None}, "id": "s"}
+    obj = GenerateReqInput(text="x", sampling_params={"n": 2}, session_params=said)
+    (found,) = parse_prompts(obj, CONFIG)
+    assert found.trace == StepRequest("g") and obj.session_params == {"id": "s"}
+    assert obj.sampling_params["n"] == 4 and obj.sampling_params["max_new_tokens"] is None
+    # What is wrong there SGLang says, as to a request without STEP.
+    for params in ([], [3], 3):
+        obj = GenerateReqInput(text="x", sampling_params=params, session_params=dict(said))
+        parse_prompts(obj, CONFIG)
+        assert obj.session_params == said and obj.sampling_params == params
 
 
 def test_the_request_decides_how_a_pruned_trace_is_reported_and_else_the_server() -> None:

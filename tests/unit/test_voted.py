@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from step_sglang.cli.main import app
 from step_sglang.data.questions import Fields, load_questions
+from step_sglang.scoring.scorer import load_scorer
 from step_sglang.training.errors import TrainError
 from step_sglang.training.fit import Recipe
 from step_sglang.training.grade import graded
@@ -18,9 +23,9 @@ from step_sglang.training.voted import Labels, VotedReader
 from tests.training_samples import meta, question
 
 
-def store(folder: Path, shares: list[float], first: int = 0) -> Path:
+def store(folder: Path, shares: list[float], first: int = 0, **changed: Any) -> Path:
     rng = np.random.default_rng(first)
-    with Writer(folder, meta()) as writer:
+    with Writer(folder, meta(**changed)) as writer:
         for i, share in enumerate(shares, start=first):
             writer.add(question(f"q{i}", rng, share=share))
     return folder
@@ -56,6 +61,25 @@ def test_a_scorer_learns_from_votes_what_true_labels_would_teach(tmp_path: Path)
         folder, tmp_path / "out", recipe, test_store=tested, labels=Labels("vote", 0.5)
     )
     assert trained.test.ranking["running mean"][1.0].auc_within.value > 0.9
+
+
+def test_a_store_that_was_voted_when_it_was_collected_says_so(tmp_path: Path) -> None:
+    by_vote = {"sampling": {"labels": "vote", "agreement": 0.7}}
+    voted = store(tmp_path / "s", [0.5] * 20, **by_vote)
+    true = store(tmp_path / "t", [0.5] * 12, first=100)
+    recipe, out = Recipe(epochs=1), tmp_path / "out"
+    trained = train_scorer(voted, out, recipe, test_store=true)
+    assert load_scorer(trained.scorer).info.training["labels"] == "vote"
+    found = json.loads(trained.metrics.read_text())["labels"]
+    assert found == {"source": "vote", "agreement": 0.7}
+    assert "| labels | vote |" in (out / "README.md").read_text()
+    with pytest.raises(TrainError, match=r"s was collected with --labels vote: .* needs true ones"):
+        train_scorer(true, tmp_path / "o", recipe, test_store=voted)
+    for folder, warned in ((voted, True), (true, False)):
+        shown = CliRunner().invoke(app, ["inspect", str(out), "--on", str(folder)])
+        assert shown.exit_code == 0
+        said = " ".join(shown.stderr.split())
+        assert ("against its traces' own vote, not true answers" in said) == warned
 
 
 def test_questions_may_have_no_answers(tmp_path: Path) -> None:
