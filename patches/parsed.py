@@ -32,6 +32,9 @@ def parse_prompts(obj: Any, config: StepConfig) -> tuple[ParsedRequest, ...]:
     """
     known: tuple[ParsedRequest, ...] | None = getattr(obj, _PARSED, None)
     if known is None:
+        if not hasattr(obj, "is_single"):
+            # SGLang's task that ends a stream's request reads it, also of one that is refused.
+            obj.is_single = not isinstance(obj.rid, list)
         _unpack(obj)
         params = obj.sampling_params
         every = params if isinstance(params, list) else [params]

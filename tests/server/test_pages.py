@@ -33,6 +33,7 @@ ELSEWHERE = {
         "results.md",
         "bench/shares.py",
     ): "its file of traces is not ours; unit/test_shares.py runs it",
+    ("results.md", "--question-seed 31"): "an hour of a core; its twin runs shortened here",
     ("results.md", "bench/refill_model.py"): "hours of a core",
     ("results.md", "bench/scheduler_cost.py"): "minutes, and its figures want a quiet machine",
     (

@@ -147,7 +147,7 @@ def test_a_greedy_text_is_the_models_own(speculating: Speculating) -> None:
 
 def test_a_trace_is_pruned_in_the_middle_of_a_round(speculating: Speculating) -> None:
     """Its text ends where memory was short, whatever drafts were under way."""
-    answers = speculating.ask(TRACES // 2)
+    answers = speculating.ask(TRACES)
     assert any(answer["meta_info"]["step"]["pruned"] for answer in answers)
     for answer in answers:
         info = answer["meta_info"]
