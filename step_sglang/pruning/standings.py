@@ -11,7 +11,6 @@ import heapq
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from step_sglang.pruning.groups import Group, Trace
@@ -57,11 +56,10 @@ class Standing:
 
     def left(self) -> None:
         """The trace runs no more. Never fails: who ends it has its memory to free."""
-        standings = self.group.standings
-        standings.sound, sound = False, standings.sound
-        with suppress(Exception):  # then all is taken anew in the next step
+        try:
             self.group.remove(self)
-            standings.sound = sound
+        except Exception:  # all is taken anew in the next step
+            self.group.standings.sound = False
 
 
 class GroupStandings:
