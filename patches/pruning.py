@@ -83,6 +83,11 @@ def _close(state: SchedulerStep) -> None:
             ledger.close()
 
 
+def _usable(ledger: Ledger | None) -> Ledger | None:
+    """None once it is closed, which may have been earlier in this step."""
+    return None if ledger is None or ledger.closed else ledger
+
+
 def _finishing(scheduler: Any, batch: Any, ledger: Ledger | None) -> Sequence[Any]:
     """Requests whose result in flight is their last one by its length."""
     may = True
@@ -130,7 +135,7 @@ def _prune_to_shares(
 
 def _held_next(batch: Any, ledger: Ledger | None) -> Mapping[Group, int]:
     """KV tokens that groups hold after the next decode step."""
-    if ledger is not None and not ledger.closed and ledger.standings.sound:
+    if (ledger := _usable(ledger)) is not None and ledger.standings.sound:
         known: Mapping[Group, int] | None = None
         with guard(protocol.IN_PRUNING):
             known = ledger.standings.held_next()
@@ -227,7 +232,7 @@ def _fits(batch: Any, finishing: Sequence[Any], ledger: Ledger | None) -> bool:
 def _needed(ledger: Ledger | None) -> int | None:
     """KV tokens that the next decode step allocates, if the ledger knows."""
     need = None
-    if ledger is not None and not ledger.closed:
+    if (ledger := _usable(ledger)) is not None:
         with guard(protocol.IN_PRUNING):
             need = ledger.need()
     return need
@@ -277,9 +282,7 @@ class PruningRound:
     ) -> None:
         self._scheduler, self._state, self._batch = scheduler, state, batch
         self._page = batch.token_to_kv_pool_allocator.page_size
-        # An earlier round of this step may have closed the ledger.
-        usable = ledger is not None and not ledger.closed
-        self._spared, self._ledger = set(spared), ledger if usable else None
+        self._spared, self._ledger = set(spared), _usable(ledger)
         # Kept while requests leave: ranks exchange places in it, also after one chose otherwise.
         self._reqs: Sequence[Any] = batch.reqs
         with guard(protocol.IN_PRUNING):
