@@ -42,7 +42,7 @@ SETTINGS = {
     ),
     "mixed-chunks": Setting(("--enable-mixed-chunk", "--chunked-prefill-size", "64")),
     "pages": Setting(("--page-size", "16")),
-    "updates": Setting(updates=True),
+    "updates": Setting(updates=True, pool=4096),
     "towers": Setting(towers=True),
     "few-slots": Setting(slots=24, pool=2048),
     # A random model ends its thinking at any token, and needs steps to branch from. Nothing

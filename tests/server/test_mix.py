@@ -50,11 +50,11 @@ def test_a_short_mix(server: Server, same_shape: tuple[Path, Path]) -> None:
     outcome = mix(server, same_shape, "updates", SETTINGS["updates"], seed=0, count=SHORT)
     print(outcome)
     assert not outcome.problems, str(outcome)
-    # All of it happened, with far too little memory.
+    # All of it happened, with far too little memory: how often depends on the machine's speed.
     counts = outcome.tally.counts
     kinds = ("group", "ordinary", "voted", "named", "turn", "left", "aborted", "slow reader")
     assert all(counts[kind] for kind in kinds), str(outcome)
-    assert counts["pruned"] > 50, str(outcome)
+    assert counts["pruned"], str(outcome)
 
 
 SERIES = re.compile(r"^([a-z_:]+\{[^}]*\})", re.MULTILINE)
