@@ -33,7 +33,7 @@ def update_running_batch(scheduler: Any, batch: Any) -> None:
     if not state.groups.num_ending and _has_room(state, batch):
         return
     ledger = _ledger(state, batch)
-    finishing = _finishing(scheduler, batch, ledger)
+    finishing = _finishing(scheduler, state, batch, ledger)
     if state.groups.num_ending:
         _prune_ending(scheduler, state, batch, finishing)
         ledger = _ledger(state, batch)
@@ -88,12 +88,16 @@ def _usable(ledger: Ledger | None) -> Ledger | None:
     return None if ledger is None or ledger.closed else ledger
 
 
-def _finishing(scheduler: Any, batch: Any, ledger: Ledger | None) -> Sequence[Any]:
+def _finishing(
+    scheduler: Any, state: SchedulerStep, batch: Any, ledger: Ledger | None
+) -> Sequence[Any]:
     """Requests whose result in flight is their last one by its length."""
     may = True
     if ledger is not None:
-        with guard(protocol.IN_PRUNING):
+        with guard(protocol.IN_PRUNING) as asking:
             may = ledger.may_finish()
+        if asking.failed:
+            _close(state)  # it may have forgotten whom to ask again
     found: Sequence[Any] = scheduler._reqs_finishing_inflight(batch) if may else ()
     return found
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from step_sglang.cli.common import DELIMITER_HELP, out
+from step_sglang.cli.common import DELIMITER_HELP, out, warn
 from step_sglang.config import unescape
 from step_sglang.errors import ScorerError
 
@@ -46,7 +46,11 @@ def convert(
         info = replace(info, revision=revision)
     if calibrate:
         from step_sglang.training.calibrate import calibration_on
+        from step_sglang.training.index import read_meta
+        from step_sglang.training.voted import labels_of
 
+        if labels_of(read_meta(calibrate)).source == "vote":
+            warn("", ("the calibration is to the traces' own vote, not to true answers",))
         info = replace(info, calibration=calibration_on(replace(scorer, info=info), calibrate))
     try:
         save_scorer(replace(scorer, info=info), target)

@@ -56,14 +56,15 @@ def replay(
     from step_sglang.evaluation.votes import stated_by
     from step_sglang.voting.verifier import AnswerVerifier
 
-    recorded = list(
-        load_groups(folders, lambda text: err.print(text, style="yellow", markup=False))
-    )
+    def warn(text: str) -> None:
+        err.print(text, style="yellow", markup=False)
+
+    recorded = list(load_groups(folders, warn))
     groups = calibrated_by(split_groups(recorded, n), stated_by(scorer))
     pruned = sum(not group.whole for group in recorded)
     if pruned:
         err.print(f"left out: {pruned} groups in which a trace did not end by itself")
-    cost_model = fitted_prices(folders, recorded)
+    cost_model = fitted_prices(folders, recorded, warn)
     verifier = AnswerVerifier()
     try:
         pools = numbers("--pool", pool)

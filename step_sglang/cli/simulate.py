@@ -22,6 +22,7 @@ from step_sglang.cli.common import (
     numbers,
     out,
     progress_bar,
+    warn,
 )
 from step_sglang.errors import SourceError
 
@@ -164,6 +165,7 @@ def _run(options: SimulateOptions, folder: Path) -> None:
     from step_sglang.evaluation.virtual import run_virtual
 
     simulation = set_up(options)
+    warn("", simulation.problems)
     with OutcomeWriter(folder, simulation.meta) as writer:
         before = len(writer.done)
         _say(

@@ -75,6 +75,12 @@ class _Connection:
             yield
         except (httpx.RequestError, httpx.InvalidURL) as error:
             raise no_response_error(self.url, error) from error
+        except UnicodeEncodeError as error:
+            before = error.object[max(0, error.start - 20) : error.start]
+            raise RequestRefused(
+                f"after {before!r} the request has {error.object[error.start]!r}, half of a "
+                "surrogate pair, which no request can carry: leave it out"
+            ) from error
 
     def _check(self, answer: httpx.Response, text: str | None = None) -> None:
         """Raise unless the answer is a success; ``text`` is its body where it was streamed."""

@@ -7,7 +7,7 @@ traces run at once. So its stamps count only where no trial was timed.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,21 +25,30 @@ from step_sglang.evaluation.trial_result import TrialResult
 _FEWEST = 50  # traces; fewer tell less than the stamps of a recorded group's tokens
 
 
-def fitted_prices(folders: Sequence[Path], groups: Sequence[RecordedGroup]) -> CostModel:
+def fitted_prices(
+    folders: Sequence[Path], groups: Sequence[RecordedGroup], warn: Callable[[str], None]
+) -> CostModel:
     """Of the timed trials on the questions of these groups, else of the groups themselves.
 
     Args:
         folders: of `bench --record`, where the groups come from.
         groups: at least one.
+        warn: told of every line of results that is left out, and why.
 
     Raises:
         BenchError: the folders were measured in different ways.
         ReplayError: no group has two tokens, and nothing was timed.
     """
-    timed = [folder for folder in folders if (folder / RESULTS).is_file()]
     prompts = {group.question: group.prompt_tokens for group in groups}
-    results = load_results(timed).results if timed else ()
-    return fit_trials([r for r in results if r.question in prompts], prompts) or fit_groups(groups)
+    # A run that was killed early has no results, or an empty file of them.
+    timed = [f for f in folders if (f / RESULTS).is_file() and (f / RESULTS).stat().st_size]
+    trials: list[TrialResult] = []
+    if timed:
+        loaded = load_results(timed)
+        for problem in loaded.problems:
+            warn(problem)
+        trials = [trial for trial in loaded.results if trial.question in prompts]
+    return fit_trials(trials, prompts) or fit_groups(groups)
 
 
 def fit_trials(trials: Sequence[TrialResult], prompts: Mapping[str, int]) -> CostModel | None:

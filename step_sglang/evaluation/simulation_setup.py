@@ -80,6 +80,7 @@ class Simulation:
     speed: Speed
     scheduler: str
     meta: dict[str, Any]
+    problems: tuple[str, ...]  # of the source's files: what is left out, and why
 
     def batches(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """Draw, traces of a group, and the questions that come at once."""
@@ -137,8 +138,9 @@ def set_up(options: SimulateOptions) -> Simulation:
     for auc in options.aucs:
         Ranking(auc, options.grown)  # refuses what is none
     source = source_of(options)
+    problems: list[str] = []
     if options.recorded_speed:
-        time = _recorded_time(source)
+        time = _recorded_time(source, problems.append)
     questions = source.questions if options.questions is None else options.questions
     if questions > source.questions:
         raise SimulationError(f"{source.label} has {source.questions} questions, not {questions}")
@@ -171,7 +173,7 @@ def set_up(options: SimulateOptions) -> Simulation:
         }
     return Simulation(
         source, questions, methods, options.ns, pools, options.aucs if source.invents else (None,),
-        options.draws, options.at_once, speed, options.scheduler, meta,
+        options.draws, options.at_once, speed, options.scheduler, meta, tuple(problems),
     )  # fmt: skip
 
 
@@ -213,10 +215,10 @@ def source_of(options: SimulateOptions) -> Source:
     return LengthFile(paths[0], invention)
 
 
-def _recorded_time(source: Source) -> StepTime:
+def _recorded_time(source: Source, warn: Callable[[str], None]) -> StepTime:
     if not isinstance(source, Recorded):
         raise SimulationError("--recorded-speed is for folders of `bench --record`")
-    prices = fitted_prices(source.folders, source.groups)
+    prices = fitted_prices(source.folders, source.groups, warn)
     prefill = prices.per_trace  # of a token, as `replay` has it
     return StepTime(
         base=prices.base, weights=0.0, row=prices.per_trace, attended=prices.per_token,

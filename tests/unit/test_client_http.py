@@ -259,6 +259,15 @@ def test_one_refused_request_is_not_the_servers_fault(server: StandIn) -> None:
         solve("1+1?", 2, url=server.url)
 
 
+def test_half_of_a_surrogate_pair_cannot_be_sent(server: StandIn) -> None:
+    chat = [{"role": "user", "content": "one \ud83d half"}]
+    for question in ("one \ud83d half", chat):
+        with pytest.raises(
+            RequestRefused, match=r"after '[^']*one ' the request has '\\ud83d', half"
+        ):
+            solve(question, 2, url=server.url)
+
+
 def test_the_pool_is_watched_at_any_form_of_the_address(server: StandIn) -> None:
     with PoolWatch(f"{server.url}/v1/", interval=0.01) as watch:
         while not watch.usage:

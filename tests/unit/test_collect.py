@@ -436,7 +436,14 @@ def test_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -
     found = load_scorer(tmp_path / "s.safetensors").info
     assert found.model == "planted" and found.calibration is not None
     assert found.calibration.questions == 12
-    assert "cannot calibrate" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cannot calibrate" in said and "not to true answers" not in said
+    meta_file = tmp_path / "store12" / "meta.json"
+    stored = json.loads(meta_file.read_text())
+    meta_file.write_text(json.dumps({**stored, "sampling": {"labels": "vote"}}))
+    voted = ("--calibrate", str(tmp_path / "store12"), "--force")
+    assert run(monkeypatch, *named, *voted) == 0
+    assert "to the traces' own vote, not to true answers" in capsys.readouterr().err
     assert run(monkeypatch, *arguments, *more[:1], str(tmp_path / "store12"), "--force") == 1
     assert "was trained for some/model" in capsys.readouterr().err
     capsys.readouterr()

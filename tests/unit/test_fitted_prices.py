@@ -10,7 +10,7 @@ import pytest
 
 from step_sglang.evaluation.cost_model import CostModel
 from step_sglang.evaluation.fitted_prices import fit_groups, fit_trials, fitted_prices
-from step_sglang.evaluation.results import ResultWriter
+from step_sglang.evaluation.results import RESULTS, ResultWriter
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace
 from step_sglang.evaluation.trial_result import TrialResult, TrialTrace
 
@@ -96,11 +96,20 @@ def test_timed_trials_come_before_recorded_groups(tmp_path: Path) -> None:
         return RecordedTrace("finished", "7", True, 0.5, times, (), (), (), "x")
 
     groups = [RecordedGroup(q, 0, "7", PROMPT, 400, 60.0, (trace(90), trace(60))) for q in PROMPTS]
-    assert fitted_prices([tmp_path], groups) == fit_groups(groups)
+    said: list[str] = []
+    assert fitted_prices([tmp_path], groups, said.append) == fit_groups(groups)
+    (tmp_path / RESULTS).touch()  # as a run that was killed early leaves it
+    assert fitted_prices([tmp_path], groups, said.append) == fit_groups(groups)
     with ResultWriter(tmp_path, {}) as writer:
         for trial in TRIALS:
             writer.add(trial)
-    assert close(fitted_prices([tmp_path], groups))
+    assert close(fitted_prices([tmp_path], groups, said.append))
     # Trials on other questions tell nothing: their prompts are not known.
     alone = [replace(groups[0], question="another")]
-    assert fitted_prices([tmp_path], alone) == fit_groups(alone)
+    assert fitted_prices([tmp_path], alone, said.append) == fit_groups(alone)
+    assert not said
+    # A line that is damaged is left out, and said to be.
+    with (tmp_path / RESULTS).open("a") as file:
+        file.write('{"question": 1}\n')
+    assert close(fitted_prices([tmp_path], groups, said.append))
+    assert len(said) == 1 and f"line {len(TRIALS) + 1} is unusable" in said[0]

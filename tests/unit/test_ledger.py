@@ -305,6 +305,21 @@ def test_a_trace_leaves_though_its_standing_cannot(
     assert sum(held.values()) == sum(pruning.own_tokens(r, 1) + 1 for r in small.rig.batch.reqs)
 
 
+def test_a_ledger_that_could_not_say_who_finishes_is_not_asked_again(
+    bench: ModuleType, released: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have left out of its limits those it could not ask about."""
+    small = Small(bench, "aaaa", 0, ledger=True)
+    small.rig.state.kv_limit = 0  # every step looks
+    trace_of(small.rig.reqs[0]).group.min_survivors = 4
+    small.step()
+    ledger = small.rig.state.ledger
+    assert ledger is not None and not ledger.closed
+    monkeypatch.setattr(Ledger, "may_finish", None)
+    small.step()
+    assert ledger.closed and small.rig.state.ledger is not ledger
+
+
 class Watched(Req):
     """Counts what is read of requests."""
 
