@@ -32,15 +32,30 @@ def convert_chat(serving: Any, request: Any, raw_request: Any = None) -> None:
     except RequestError:
         return  # the request itself will be refused for it
     last = request.messages[-1]
-    if wish is None or last.role != "user" or not isinstance(last.content, str):
+    if wish is None or last.role != "user":
         return
     suffix = wish.suffix
     if suffix is None:
         texts = (str(message.content) for message in request.messages)
         suffix = default_suffix(server_args.model_path, wish.extract) if needs_suffix(texts) else ""
     if suffix:
-        asked = last.model_copy(update={"content": last.content + suffix})
+        asked = last.model_copy(update={"content": _with_suffix(last.content, suffix)})
         request.messages = [*request.messages[:-1], asked]
+
+
+def _with_suffix(content: Any, suffix: str) -> Any:
+    """A message's text, or its parts, of which the last text gets the suffix."""
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionMessageContentTextPart
+
+    if isinstance(content, str):
+        return content + suffix
+    parts = list(content or ())
+    texts = [place for place, part in enumerate(parts) if part.type == "text"]
+    if not texts:  # images alone
+        return [*parts, ChatCompletionMessageContentTextPart(type="text", text=suffix)]
+    last = parts[texts[-1]]
+    parts[texts[-1]] = last.model_copy(update={"text": last.text + suffix})
+    return parts
 
 
 def generate_stream(

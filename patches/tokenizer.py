@@ -28,6 +28,7 @@ def create_tokenized_object(result: Any, manager: Any, obj: Any, *args: Any, **k
     config = config_of(manager.server_args)
     if config is None:
         return
+    _check_prompt(result)
     step_request = parsed_of(obj).trace
     if step_request is None:
         return
@@ -51,6 +52,17 @@ def create_tokenized_object(result: Any, manager: Any, obj: Any, *args: Any, **k
     number = replicas()
     if number > 1 and step_request.group is not None and result.routed_dp_rank is None:
         result.routed_dp_rank = replica_of(step_request.group, number)
+
+
+def _check_prompt(result: Any) -> None:
+    """Refuse what would end the scheduler: a prompt without tokens has no last position to read."""
+    generates = hasattr(result, "stream")  # one that is to be embedded has nothing to stream
+    said = (result.input_ids, result.input_embeds) if generates else (True,)
+    in_session = generates and (result.session_id or result.session_params) is not None
+    if not in_session and all(one is None or len(one) == 0 for one in said):
+        raise RequestError(
+            "the prompt has no tokens, and this tokenizer adds none of its own: send some text"
+        )
 
 
 def _decide_refill(

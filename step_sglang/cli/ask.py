@@ -166,7 +166,8 @@ def ask(
     """Ask a running server one question, or a file of them: sample traces, vote, print the answer.
 
     Exit status 0: there is an answer; 3: no trace finished, or none has an answer; 1: an error. Of
-    --file 0: every question has a result; 1: an error, and the same command goes on.
+    --file 0: every question that could be read has a result; 1: an error, and the same command
+    goes on.
     """
     if (question is None) is (file is None):
         raise ClientError("give either a question or --file")

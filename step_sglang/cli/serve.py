@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -89,8 +90,10 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            nowhere = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+            wrong = "host" if nowhere else "port"
             raise ServerError(
-                f"cannot serve at {host}:{port} ({error.strerror}): give another --port"
+                f"cannot serve at {host}:{port} ({error.strerror}): give another --{wrong}"
             ) from error
 
 
@@ -112,6 +115,8 @@ def server_command(
     from step_sglang.scoring.locate import locate_scorer
     from step_sglang.voting.suffix import reasoner_name
 
+    if not model:
+        raise SourceError("the model's name is empty: give a path, a name, or `reasoner`")
     environment, flags = plain_cpu(more)
     ours = reasoner_name(model)
     if ours is not None:

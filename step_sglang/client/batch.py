@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from step_sglang.voting.session import TraceFate
 from step_sglang.voting.verifier import AnswerVerifier
 
 _PAUSE = 2.0  # seconds before a question is asked again; doubled every time
+_OURS = re.compile(rb'\{"id": ".*", "status": "')  # how a result's line begins
 _IN_VAIN = 5  # questions that failed while no server did its work: no more are asked then
 
 
@@ -65,7 +67,8 @@ class ResultFile:
         for number, line in enumerate(lines, 1):
             if line:
                 self._read_line(path, number, line)
-        if torn and not self.done:  # not ours, as far as anybody can tell: it must stay
+        # Not ours, as far as anybody can tell: it must stay.
+        if torn and not self.done and not _OURS.match(torn):
             raise _foreign(path, len(lines) + 1)
 
     def _read_line(self, path: Path, number: int, line: bytes) -> None:

@@ -61,6 +61,8 @@ class _Connection:
 
     def __init__(self, url: str, timeout: float, api_key: str | None) -> None:
         self.url = server_url(url)
+        if not self.url.startswith(("http://", "https://")):
+            raise ServerError(f"{url!r} is no server's address, such as http://127.0.0.1:30000")
         key = known_key(api_key)
         self._options: dict[str, Any] = {
             "timeout": httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -20,6 +21,7 @@ from step_sglang.client.source import Messages, TraceSource, reading_chunks
 from step_sglang.voting.answers import Extractor, extractor_named
 from step_sglang.voting.classes import Same
 from step_sglang.voting.effort import effort_point
+from step_sglang.voting.request import MAX_TRACES, is_greedy
 from step_sglang.voting.session import STREAM_INTERVAL, VoteRules, VoteSession
 from step_sglang.voting.suffix import default_suffix
 from step_sglang.voting.verifier import AnswerVerifier, Comparison
@@ -87,7 +89,7 @@ async def asolve(
         on_progress: called at most ten times a second, and at the end.
 
     Raises:
-        ClientError: the arguments contradict each other or are out of range.
+        ClientError: the arguments contradict each other or are out of range (n: 1 to 4096).
         VoteError: there is no such vote, early-finish rule, effort or extractor.
         NoStepError: the server runs without STEP.
         RequestRefused: the server refused the request.
@@ -102,8 +104,7 @@ async def asolve(
         dial.shrink if shrink is None else shrink,
     )
     extractor = extract if callable(extract) else extractor_named(extract)
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ClientError(f"n must be an integer of at least 1, not {n!r}")
+    _check_numbers(n, timeout, {"prune_at": prune_at, **(sampling or {})})
     started = time.perf_counter()
 
     async def ask(source: TraceSource) -> Result:
@@ -164,6 +165,22 @@ def solve(question: str | Messages | Sequence[int], n: int = DEFAULT_N, **option
         solved: Result = engine.loop.run_until_complete(asolve(question, n, **options))
         return solved
     return asyncio.run(asolve(question, n, **options))
+
+
+def _check_numbers(n: int, timeout: float, given: Mapping[str, Any]) -> None:
+    """Refuse what a server would refuse only later, or in words of its own."""
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_TRACES:
+        raise ClientError(f"n must be an integer from 1 to {MAX_TRACES}, not {n!r}")
+    if not timeout > 0:
+        raise ClientError(f"timeout must be a number of seconds above 0, not {timeout!r}")
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ClientError(f"{name} must be a finite number, not {value}")
+    limit = given.get("max_new_tokens")
+    if isinstance(limit, int) and limit < 1:
+        raise ClientError(f"max_new_tokens must be at least 1, not {limit}")
+    if n > 1 and is_greedy(given.get("temperature")):
+        raise ClientError("n > 1 needs a temperature above 0: at 0 all traces are the same")
 
 
 async def _body(

@@ -310,7 +310,7 @@ def _reasoner(name: str, count: int, seed: int) -> QuestionSet:
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read {file}: {error}") from error
     for number, line in enumerate(text.split("\n"), start=1):

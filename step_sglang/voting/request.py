@@ -19,6 +19,7 @@ from step_sglang.voting.session import STREAM_INTERVAL, VoteRules
 
 MAX_TRACES = 4096
 MAX_SUFFIX = 4096  # characters
+_SAMPLING_EPS = 1e-6  # SGLang's; a temperature below it is 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def parse_vote(params: Mapping[str, Any], config: StepConfig) -> VoteRequest | N
             f"custom_params.step.traces must be an integer from 1 to {MAX_TRACES}, "
             f"not {safe_repr(traces)}"
         )
-    if not by_default and traces > 1 and params.get("temperature") == 0:
+    if not by_default and traces > 1 and is_greedy(params.get("temperature")):
         raise RequestError(
             "custom_params.step.traces needs a temperature above 0: at 0 all traces are the same"
         )
@@ -120,6 +121,10 @@ def parse(params: Mapping[str, Any], config: StepConfig) -> ParsedRequest:
     """
     vote = parse_vote(params, config)
     custom = params.get("custom_params")
+    n = params.get("n")
+    # SGLang copies the request as often before anything else looks at it.
+    if isinstance(n, int) and n > MAX_TRACES and not declined(custom):
+        raise RequestError(f"n is {safe_repr(n)}, but a group has at most {MAX_TRACES} traces")
     trace = parse_request(custom if vote is None else without_vote(custom))
     return ParsedRequest(trace, vote, declined(custom))
 
@@ -148,9 +153,14 @@ def trace_params(
         "stream_interval": STREAM_INTERVAL,
         "custom_params": custom,
     }
-    if wish.by_default and params.get("temperature") == 0:
+    if wish.by_default and is_greedy(params.get("temperature")):
         changed["temperature"] = config.temperature
     return {**params, **changed}
+
+
+def is_greedy(temperature: Any) -> bool:
+    """Whether SGLang takes the likeliest token (``SamplingParams.normalize``)."""
+    return isinstance(temperature, int | float) and 0 <= temperature < _SAMPLING_EPS
 
 
 def _value(params: Mapping[str, Any]) -> Any:

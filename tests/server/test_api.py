@@ -185,6 +185,28 @@ def test_bad_input_is_a_400_that_says_why(server: Server, step: Any, words: str)
     assert ask(server, True)["meta_info"]["step"]["num_steps"] >= 0
 
 
+@pytest.mark.parametrize("step", [True, False, {"traces": 2}])
+def test_a_prompt_without_tokens_is_a_400(server: Server, step: Any) -> None:
+    """SGLang's scheduler would end with an IndexError."""
+    params = {**PARAMS, "temperature": 1.0, "custom_params": {"step": step}}
+    empty = {"input_ids": [], "sampling_params": params}
+    for body in (empty, {**empty, "input_ids": [PROMPT, []]}):
+        answer = server.post("/generate", body)
+        assert answer.status_code == 400, answer.text
+    assert ask(server, True)["meta_info"]["step"]["num_steps"] >= 0
+
+
+@pytest.mark.parametrize("n", [4097, 10**9])
+def test_more_samples_than_a_group_may_have_are_a_400(server: Server, n: int) -> None:
+    """SGLang would copy the request as often, and find out that there is no memory."""
+    body = {"input_ids": PROMPT, "sampling_params": {**PARAMS, "n": n}}
+    answer = server.post("/generate", body)
+    assert answer.status_code == 400 and "at most 4096 traces" in answer.text
+    chat = {"model": "default", "messages": [{"role": "user", "content": "x"}], "n": n}
+    answer = server.post("/v1/chat/completions", chat)
+    assert answer.status_code == 400 and "at most 4096 traces" in answer.text
+
+
 def test_beam_search_with_step_is_a_400(server: Server) -> None:
     params = {"max_new_tokens": 8, "beam_width": 2, "custom_params": {"step": True}}
     answer = server.post("/generate", {"input_ids": PROMPT, "sampling_params": params})

@@ -221,6 +221,7 @@ def test_no_trace_with_an_answer_is_said(server: Server) -> None:
         ({"colour": 1}, {}, "unknown members ['colour']"),
         ({}, {"n": 2}, "n = 1"),
         ({}, {"temperature": 0}, "above 0"),
+        ({}, {"temperature": 1e-7}, "above 0"),
         ({}, {"temperature": -1}, "temperature"),
         ({"traces": None}, {}, "from 1 to 4096"),
     ],
