@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +65,9 @@ def serve(
     err.print(f"{shown} {' '.join(command)}".strip(), style="dim", markup=False, highlight=False)
     err.print("starting (half a minute with the reasoner; a large model takes minutes) ...")
     process = subprocess.Popen(
-        [sys.executable, "-c", DIE_WITH_PARENT, *command], env={**os.environ, **environment}
+        [sys.executable, "-c", DIE_WITH_PARENT, *command],
+        env={**os.environ, **environment},
+        start_new_session=True,
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, frame: process.send_signal(got))
@@ -80,6 +83,8 @@ def serve(
 
     threading.Thread(target=greet, daemon=True).start()
     status = process.wait()
+    with suppress(ProcessLookupError):  # one that was ended while it started may leave its children
+        os.killpg(process.pid, signal.SIGKILL)
     raise typer.Exit(128 - status if status < 0 else status)
 
 

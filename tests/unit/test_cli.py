@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from typer.testing import CliRunner
 from step_sglang import __version__
 from step_sglang.cli.main import app
 from step_sglang.cli.serve import REASONER_POOL, first_request, server_command
+from step_sglang.client.launch import free_port
 from step_sglang.config import StepConfig, add_cli_arguments, take_options
 from step_sglang.errors import ConfigError, ScorerError, SourceError, nearest
 from step_sglang.evaluation.methods import ALIASES, METHODS
@@ -98,6 +103,33 @@ def test_serve_refuses_a_port_that_is_taken() -> None:
         port = str(taken.getsockname()[1])
         result = CliRunner().invoke(app, ["serve", "reasoner", "--port", port])
     assert "give another --port" in str(result.exception)
+
+
+def test_serve_leaves_nothing_behind() -> None:
+    """A child of a server that is ended while it starts does not yet watch its parent."""
+    child = "import time; time.sleep(600)"
+    server = (
+        "import subprocess, sys, time; "
+        f"print(subprocess.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); "
+        "time.sleep(600)"
+    )
+    command = (
+        "import sys; from step_sglang.cli import main, serve; "
+        f"serve.server_command = lambda *_: ([sys.executable, '-c', {server!r}], {{}}); "
+        f"main.app(['serve', 'reasoner', '--port', '{free_port()}'])"
+    )
+    serve = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE)
+    try:
+        assert serve.stdout is not None
+        left = int(serve.stdout.readline())
+        os.kill(left, 0)
+    finally:
+        serve.terminate()
+    assert serve.wait(60) == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{left}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{left}").exists()
 
 
 def test_a_wrong_value_of_a_server_flag_is_one_line() -> None:
