@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,8 @@ class LockedFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path)
+            for left in path.glob("*.partial"):  # by a kill: nobody else writes here
+                left.unlink()
         except BlockingIOError as problem:
             raise error(f"{path} is being written by another process") from problem
         except OSError as problem:
@@ -190,12 +193,15 @@ def _lock(folder: Path) -> int:
 def write(file: Path, data: bytes) -> None:
     """Put ``data`` in the place of a file, on disk, or leave the file as it was.
 
+    Several processes may write the same file: one of them wins, and it is whole.
+
     Raises:
         OSError: the disk is full or fails.
     """
-    partial = file.with_name(file.name + ".partial")
+    # Ids of processes repeat in containers that share a folder.
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")
     try:
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             _write_all(handle, data)
             os.fsync(handle)

@@ -13,7 +13,7 @@ from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.scoring.locate import SCORER_FILE
 from step_sglang.scoring.scorer import ScorerInfo, load_scorer, save_scorer
 from step_sglang.training.calibrate import check_model, fit_calibration
-from step_sglang.training.card import CARD_FILE, card_text
+from step_sglang.training.card import CARD_FILE, card_text, is_card
 from step_sglang.training.errors import TrainError
 from step_sglang.training.evaluate import Evaluation, evaluate, score
 from step_sglang.training.fit import WEIGHT_DTYPES, Epoch, Fitted, Recipe, ScorerNetwork, fit
@@ -76,8 +76,9 @@ def train_scorer(
 
     Raises:
         StoreError: a store is missing or damaged.
-        TrainError: the traces cannot train or test a scorer.
+        TrainError: the traces cannot train or test a scorer, or ``out`` has another README.md.
     """
+    _check_folder(out)
     labels = labels or Labels()
     reader = labels.reader(store, skip_bad)
     if labels.source == "answers":
@@ -169,6 +170,17 @@ def jsonable(value: Any) -> Any:
 
 def _key(key: Any) -> str:
     return f"{key:.0%}" if isinstance(key, float) else str(key)
+
+
+def _check_folder(out: Path) -> None:
+    card = out / CARD_FILE
+    try:
+        if card.exists() and not is_card(card):
+            raise TrainError(
+                f"{card} is no card of a scorer, and would be overwritten: give another folder"
+            )
+    except OSError as error:
+        raise TrainError(f"cannot read {card}: {error.strerror or error}") from error
 
 
 def _check_test_store(reader: Reader, tested: Reader) -> None:
