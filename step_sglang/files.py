@@ -34,8 +34,6 @@ class LockedFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path)
-            for left in path.glob("*.partial"):  # by a kill: nobody else writes here
-                left.unlink()
         except BlockingIOError as problem:
             raise error(f"{path} is being written by another process") from problem
         except OSError as problem:
@@ -72,7 +70,11 @@ class LockedFolder:
             ) from problem
 
     def agree(
-        self, name: str, ours: Mapping[str, Any], read: Callable[[Path], Mapping[str, Any]]
+        self,
+        name: str,
+        ours: Mapping[str, Any],
+        read: Callable[[Path], Mapping[str, Any]],
+        advise: Callable[[Mapping[str, Any]], str] = lambda differing: "",
     ) -> None:
         """Write the settings that all of the folder has in common, or find them there already.
 
@@ -80,6 +82,7 @@ class LockedFolder:
             name: of their file.
             ours: JSON values. What an earlier version did not write counts as equal.
             read: reads the folder's.
+            advise: says how to have the folder's settings, given those that are others now.
 
         Raises:
             Exception: the owner's error: the folder's settings are others.
@@ -91,15 +94,12 @@ class LockedFolder:
             write(file, (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode())
             return
         theirs = read(self.path)
-        differing = [
-            f"{key} {theirs[key]!r}, now {ours.get(key)!r}"
-            for key in sorted(theirs)
-            if ours.get(key) != theirs[key]
-        ]
+        differing = {key: theirs[key] for key in sorted(theirs) if ours.get(key) != theirs[key]}
         if differing:
+            shown = "; ".join(f"{k} {was!r}, now {ours.get(k)!r}" for k, was in differing.items())
             raise self._error(
-                f"{self.path} was filled with other settings ({'; '.join(differing)}): use the "
-                "same, or another folder"
+                f"{self.path} was filled with other settings ({shown}): use the "
+                f"same{advise(differing)}, or another folder"
             )
 
     def open_lines(self, name: str) -> int:

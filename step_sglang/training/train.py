@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from step_sglang.data.questions import question_id
 from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.scoring.locate import SCORER_FILE
 from step_sglang.scoring.scorer import ScorerInfo, load_scorer, save_scorer
@@ -195,14 +196,21 @@ def _check_test_store(reader: Reader, tested: Reader) -> None:
             f"{tested.folder} was collected with --labels vote: its labels are what most of its "
             "traces answered, and a test store needs true ones"
         )
-    names = {reader.traces(shard)[0].question_id for shard in reader.shards}
-    shared = names & {tested.traces(shard)[0].question_id for shard in tested.shards}
+    theirs_asked = {name for asked in _asked(tested) for name in asked}
+    shared = sum(not asked.isdisjoint(theirs_asked) for asked in _asked(reader))
     if shared:
         raise TrainError(
-            f"{len(shared)} questions are in both {reader.folder} and {tested.folder}: "
+            f"{shared} questions are in both {reader.folder} and {tested.folder}: "
             "test questions must be new"
         )
     check_classes(tested, tested.shards, "test")
+
+
+def _asked(reader: Reader) -> Iterator[set[str]]:
+    """The ids that each question can have: blanks at its ends make no other question of it."""
+    for shard in reader.shards:
+        first = reader.traces(shard)[0]
+        yield {first.question_id, question_id(first.question.strip())}
 
 
 def _summary(
