@@ -30,7 +30,8 @@ def push_scorer(folder: Path, repository: str, private: bool, message: str) -> s
     """
     from huggingface_hub import CommitOperationAdd, HfApi, errors
 
-    _check_name(repository)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise ScorerError(f"{repository!r} is no name of a repository: give org/name")
     scorer = load_scorer(folder / SCORER_FILE)
     found = [name for name in _written_by_train() if (folder / name).is_file()]
     card = folder / CARD_FILE
@@ -51,6 +52,10 @@ def push_scorer(folder: Path, repository: str, private: bool, message: str) -> s
             [CommitOperationAdd(name, folder / name) for name in (CARD_FILE, *found)],
             commit_message=message,
         )
+    except errors.HFValidationError as error:
+        raise ScorerError(
+            f"{repository!r} is no name of a repository: {first_line(error)}"
+        ) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         hint = ": set HF_TOKEN to a token that may write there" if status in (401, 403) else ""
@@ -62,20 +67,6 @@ def push_scorer(folder: Path, repository: str, private: bool, message: str) -> s
             f"the Hub does not answer ({first_line(error)}): nothing was pushed to {repository}"
         ) from error
     return str(commit.commit_url)
-
-
-def _check_name(repository: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-            raise ScorerError(f"{repository!r} is no name of a repository: give org/name")
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ScorerError(
-            f"{repository!r} is no name of a repository: {first_line(error)}"
-        ) from error
 
 
 def _written_by_train() -> tuple[str, ...]:
