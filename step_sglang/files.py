@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,11 @@ class LockedFolder:
             ) from problem
 
     def agree(
-        self, name: str, ours: Mapping[str, Any], read: Callable[[Path], Mapping[str, Any]]
+        self,
+        name: str,
+        ours: Mapping[str, Any],
+        read: Callable[[Path], Mapping[str, Any]],
+        advise: Callable[[Mapping[str, Any]], str] = lambda differing: "",
     ) -> None:
         """Write the settings that all of the folder has in common, or find them there already.
 
@@ -77,6 +82,7 @@ class LockedFolder:
             name: of their file.
             ours: JSON values. What an earlier version did not write counts as equal.
             read: reads the folder's.
+            advise: says how to have the folder's settings, given those that are others now.
 
         Raises:
             Exception: the owner's error: the folder's settings are others.
@@ -88,15 +94,12 @@ class LockedFolder:
             write(file, (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode())
             return
         theirs = read(self.path)
-        differing = [
-            f"{key} {theirs[key]!r}, now {ours.get(key)!r}"
-            for key in sorted(theirs)
-            if ours.get(key) != theirs[key]
-        ]
+        differing = {key: theirs[key] for key in sorted(theirs) if ours.get(key) != theirs[key]}
         if differing:
+            shown = "; ".join(f"{k} {was!r}, now {ours.get(k)!r}" for k, was in differing.items())
             raise self._error(
-                f"{self.path} was filled with other settings ({'; '.join(differing)}): use the "
-                "same, or another folder"
+                f"{self.path} was filled with other settings ({shown}): use the "
+                f"same{advise(differing)}, or another folder"
             )
 
     def open_lines(self, name: str) -> int:
@@ -190,12 +193,15 @@ def _lock(folder: Path) -> int:
 def write(file: Path, data: bytes) -> None:
     """Put ``data`` in the place of a file, on disk, or leave the file as it was.
 
+    Several processes may write the same file: one of them wins, and it is whole.
+
     Raises:
         OSError: the disk is full or fails.
     """
-    partial = file.with_name(file.name + ".partial")
+    # Ids of processes repeat in containers that share a folder.
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")
     try:
-        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             _write_all(handle, data)
             os.fsync(handle)

@@ -43,6 +43,7 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     raw: dict[str, bytes] = field(default_factory=dict)  # by path
     asked: list[str] = field(default_factory=list)
+    status: int | None = None  # what every request gets instead of its answer
 
     def add(self, name: str, gated: bool = False, **files: bytes) -> Repository:
         """A repository with one commit; `__` in a file's name is a dot, `___` a slash."""
@@ -124,6 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _get(self) -> None:
         self.state.asked.append(f"{self.command} {self.path}")
         path = self.path.partition("?")[0]
+        if self.state.status is not None:
+            return self._send(self.state.status, b"", {})
         if path in self.state.raw:
             return self._send(200, self.state.raw[path], {})
         if path.startswith("/api/models/"):

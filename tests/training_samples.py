@@ -143,13 +143,13 @@ class Generator:
 
 
 @contextmanager
-def fake_server(model: str, d: int = 128) -> Iterator[FakeServer]:
-    """Serve /model_info and /generate on a free port."""
+def fake_server(model: str, d: int = 128, revision: str | None = None) -> Iterator[FakeServer]:
+    """Serve /model_info, /server_info and /generate on a free port."""
     state, generator, lock = FakeServer(), Generator(d), threading.Lock()
 
     class Handler(stand_in.Handler):
         def do_GET(self) -> None:
-            self.answer({"model_path": model})
+            self.answer({"model_path": model, "revision": revision})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +26,7 @@ from step_sglang.cli.common import (
     warn,
 )
 from step_sglang.config import SCOPES, unescape
-from step_sglang.errors import ServerError
+from step_sglang.errors import ServerError, SourceError
 
 if TYPE_CHECKING:
     from step_sglang.training.setup import CollectOptions, CollectPlan
@@ -111,6 +111,14 @@ def collect(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the model on the Hub: a branch, a tag or a commit. Default: what the server "
+            "at --url was started with, else the main branch.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(help="Default: 0.6; reasoner 1.0.", rich_help_panel=SAMPLING),
@@ -176,10 +184,12 @@ def collect(
     one_of("--dtype", dtype, tuple(DTYPES))
     one_of("--scope", scope, SCOPES)
     name, path = resolve_model(model, url, source)
+    flags = list(server_flags or [])
     options = CollectOptions(
         source=source,
         model=name,
         path=path,
+        revision=_revision(revision, url, flags),
         from_traces=from_traces,
         n=n,
         limit=limit,
@@ -201,7 +211,37 @@ def collect(
         keep_text=keep_text,
         labels=Labels(labels, agreement),
     )  # fmt: skip
-    _run(plan_collection(options), options, store, url, server_flags or [])
+    _run(plan_collection(options), options, store, url, flags)
+
+
+def _revision(given: str | None, url: str | None, flags: list[str]) -> str | None:
+    """The model's revision, for the tokenizer and the store too; raises SourceError."""
+    said = _flag_value(flags, "--revision")
+    if given is not None and said not in (None, given):
+        raise SourceError(f"--revision is {given}, and after `--` it is {said}: give one of them")
+    if url is None:
+        return given or said
+    from step_sglang.client.http import server_info
+
+    served = None
+    with suppress(ServerError):  # a router, or a server that does not answer: that is said later
+        served = server_info(url).get("revision")
+    if not isinstance(served, str):
+        return given
+    if given not in (None, served):
+        warn("", (f"{url} was started with --revision {served}, and here it is {given}",))
+    return given or served
+
+
+def _flag_value(flags: list[str], name: str) -> str | None:
+    """What a flag of the server is set to; the last one wins there."""
+    found = None
+    for place, flag in enumerate(flags):
+        if flag == name and place + 1 < len(flags):
+            found = flags[place + 1]
+        elif flag.startswith(f"{name}="):
+            found = flag.partition("=")[2]
+    return found
 
 
 def _run(
@@ -219,7 +259,7 @@ def _run(
         if not left:
             return
         with (
-            _server(url, options.path, options.delimiters, options.scope_all, flags, store) as at,
+            _server(url, options, flags, store) as at,
             progress_bar(left, "questions") as bar,
         ):
 
@@ -233,18 +273,14 @@ def _run(
                 err.print(f"stopped; {kept} questions are in {store}, run again to go on")
                 raise SystemExit(130) from None
     warn("refused", done.refused)
+    warn("left out", done.unusable)
     share = done.correct / max(1, done.traces)
     out.print(f"{store}: {done.questions} questions, {done.traces} traces, {share:.1%} correct")
 
 
 @contextmanager
 def _server(
-    url: str | None,
-    path: str,
-    delimiters: tuple[str, ...],
-    scope_all: bool,
-    flags: list[str],
-    store: Path,
+    url: str | None, options: CollectOptions, flags: list[str], store: Path
 ) -> Iterator[str]:
     """The URL of the user's server, or of one that is started now and stopped at the end."""
     from step_sglang.client.launch import capture_flags, running_server
@@ -255,8 +291,10 @@ def _server(
     log = store / "server.log"
     with ExitStack() as stack:
         with err.status("starting the server ..."):
-            more = [*capture_flags(delimiters, scope_all), *flags]
-            address = stack.enter_context(running_server(path, more, log))
+            more = [*capture_flags(options.delimiters, options.scope_all), *flags]
+            if options.revision is not None:
+                more += ["--revision", options.revision]
+            address = stack.enter_context(running_server(options.path, more, log))
         try:
             yield address
         except ServerError as error:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from step_sglang.errors import SourceError, StepError, nearest
+from step_sglang.errors import ServerError, SourceError, StepError, nearest
 
 out = Console(soft_wrap=True)  # paths are not broken into lines
 err = Console(stderr=True, soft_wrap=True)
@@ -98,12 +98,27 @@ def resolve_model(
 
     if model is None and url is not None:
         model = served_model(url)
+    elif model is not None and url is not None:
+        _compare(model, url)
     if model is None and source.startswith("reasoner:"):
         model = "reasoner"
     if model is None:
         raise wanted("give --model, the model to sample from, or --url, a running server")
     ours = reasoner_name(model)
     return (model, model) if ours is None else (ours, str(model_path(ours)))
+
+
+def _compare(model: str, url: str) -> None:
+    """Warn where a server serves another model than the user says, as far as names tell."""
+    from step_sglang.client.http import served_model
+    from step_sglang.scoring.locate import model_identity, same_model
+    from step_sglang.voting.suffix import reasoner_name
+
+    with suppress(ServerError):  # whoever uses it says what is wrong
+        served = served_model(url)
+        ours, theirs = (reasoner_name(name) or model_identity(name)[0] for name in (model, served))
+        if not same_model(ours, theirs):
+            warn("", (f"{url} serves {served}, and --model is {model}: is that the same model?",))
 
 
 @contextmanager

@@ -171,12 +171,19 @@ def load_traces(
         pair = _voted_pair(row, fields) if voted else _pair(row, fields)
         trace = _given(row, fields, voted)
         if pair is not None and trace is not None:
-            key = (*pair, group)
+            key = (pair[0].strip(), pair[1], group)
             if key not in groups:
                 share = row.get(AGREEMENT)
                 share = share if isinstance(share, int | float) else 0.0
                 groups[key] = _GivenGroup(*pair, _tokens(row.get(PROMPT)), share)
             groups[key].traces.append(trace)
+        elif not voted and pair is None and trace is not None and _is_kept(row):
+            problem = (
+                f"{where} is a group that --step-sample kept, with a vote instead of an answer: "
+                "give --labels vote"
+            )
+            if problem not in problems[-1:]:  # one for all of its traces
+                problems.append(problem)
         elif voted:
             problems.append(f"{where} has no recorded vote, or unusable tokens")
         else:
@@ -233,7 +240,8 @@ def _jobs_of_groups(
     # A question that was asked again counts once: its parts would lie on both sides of a split.
     for group in sorted(groups, key=lambda group: -group.agreement):
         question, found = group.question, group.traces
-        name = question_id(asked(question))
+        text = asked(question)
+        name = question_id(text if group.prompt is None else text.strip())
         if len(found) < wanted:
             problems.append(f"a question has {len(found)} traces, not {wanted}: {question[:60]!r}")
             continue
@@ -251,7 +259,11 @@ def _jobs_of_groups(
 
 
 def question_id(question: str) -> str:
-    """A question's id in a store; equal texts are the same question."""
+    """A question's id in a store.
+
+    Of the text as it stands, so that results of earlier versions stay what they are; whoever reads
+    questions takes texts that differ in blanks at their ends for the same question.
+    """
     return hashlib.sha256(question.encode()).hexdigest()[:16]
 
 
@@ -356,6 +368,10 @@ def _pair(row: Any, fields: Fields) -> tuple[str, str] | None:
     return question, answer
 
 
+def _is_kept(row: Mapping[str, Any]) -> bool:
+    return {VOTED, AGREES} <= set(row)
+
+
 def _voted_pair(row: Any, fields: Fields) -> tuple[str, str] | None:
     """The question and the answer that its group chose."""
     pair = _pair(row, replace(fields, answer=None))
@@ -391,7 +407,7 @@ def _tokens(ids: Any) -> tuple[int, ...] | None:
 def _jobs(
     rows: Iterable[tuple[str, Any]], fields: Fields, limit: int | None
 ) -> tuple[list[Job], list[str]]:
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, Job] = {}  # by the question's text without blanks at its ends
     problems: list[str] = []
     for where, row in rows:
         if limit is not None and len(jobs) == limit:
@@ -399,9 +415,8 @@ def _jobs(
         pair = _pair(row, fields)
         if pair is None:
             problems.append(f"{where} has no question or no answer")
-        elif question_id(pair[0]) in jobs:
+        elif pair[0].strip() in jobs:
             problems.append(f"{where} repeats a question")
         else:
-            name = question_id(pair[0])
-            jobs[name] = Job(name, *pair)
+            jobs[pair[0].strip()] = Job(question_id(pair[0]), *pair)
     return list(jobs.values()), problems

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -58,10 +59,16 @@ def cuda_library(say: Callable[[str], None]) -> Path:
             f"STEP's CUDA op cannot be built in {folder}: {error}. Set STEP_CACHE to a folder that "
             "can be written"
         ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process that holds it
-        if not library.is_file():
-            _build(folder, library, toolkit, archs, say)
+    try:
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process that holds it
+            if not library.is_file():
+                _build(folder, library, toolkit, archs, say)
+    except OSError as error:  # a full disk, a file system without locks
+        raise BuildError(
+            f"STEP's CUDA op cannot be built in {folder}: {error}. Free some space, or set "
+            "STEP_CACHE to another folder"
+        ) from error
     return library
 
 
@@ -130,8 +137,9 @@ def _build(
         f"STEP builds its CUDA op for sm_{', sm_'.join(archs)} with nvcc {version}, once for this "
         "environment; it takes about a minute"
     )
-    work = folder / f"work-{os.getpid()}"
-    work.mkdir()
+    for left in folder.glob("work-*"):  # by a kill: only the holder of the lock has one
+        shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix="work-", dir=folder))
     try:
         files = [sources() / name for name in build.CUDA_SOURCES]
         gencode = build.gencode_flags(toolkit, archs, ptx=False)  # for these very GPUs

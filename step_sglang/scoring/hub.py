@@ -19,6 +19,7 @@ from step_sglang.errors import ScorerError, first_line
 SUFFIXES = (".safetensors", ".pt", ".pth")
 _REFERENCE = re.compile(r"([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([^@]+))?")
 _TIMEOUT = 10.0  # seconds, for what a repository holds
+_TOO_MANY = 429
 
 
 @dataclass(frozen=True)
@@ -48,42 +49,47 @@ def parse_reference(text: str) -> HubReference | None:
 def download(wanted: HubReference) -> Path:
     """The scorer's file in huggingface_hub's cache, downloaded unless it is there.
 
-    Where the Hub does not answer, what the cache holds of the revision is used.
+    Where the Hub does not answer, or fails, what the cache holds of the revision is used.
 
     Raises:
         ScorerError: no such repository, revision or file, none or several scorers in it, a gated
-            repository, or no network and nothing in the cache.
+            repository, or no working Hub and nothing in the cache.
     """
     from huggingface_hub import HfApi
 
     with _explaining(wanted):
-        names, online = _names(wanted)
-        file = wanted.file or _only_scorer(wanted, names)
-        if file not in names and online:
-            raise ScorerError(
-                f"{wanted.repository} has no file {file!r} at {wanted.revision or 'main'}"
+        try:
+            found = HfApi().model_info(
+                wanted.repository, revision=wanted.revision, timeout=_TIMEOUT
             )
-        # Offline is said, or it would be tried again and again.
-        return Path(
-            HfApi().hf_hub_download(
-                wanted.repository, file, revision=wanted.revision, local_files_only=not online
+            names = [sibling.rfilename for sibling in found.siblings or ()]
+            file = wanted.file or _only_scorer(wanted, names)
+            if file not in names:
+                raise ScorerError(
+                    f"{wanted.repository} has no file {file!r} at {wanted.revision or 'main'}"
+                )
+            return Path(HfApi().hf_hub_download(wanted.repository, file, revision=wanted.revision))
+        except Exception as error:
+            cached = _cached_names(wanted) if _is_away(error) else []
+            if (wanted.file not in cached) if wanted.file else not _scorers(cached):
+                raise
+            file = wanted.file or _only_scorer(wanted, cached)
+            # Offline is said, or it would be tried again and again.
+            return Path(
+                HfApi().hf_hub_download(
+                    wanted.repository, file, revision=wanted.revision, local_files_only=True
+                )
             )
-        )
 
 
-def _names(wanted: HubReference) -> tuple[list[str], bool]:
-    """Files of the repository at that revision, and whether the Hub said so or the cache."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
+def _is_away(error: Exception) -> bool:
+    """Whether the Hub did not answer, or failed for a reason of its own."""
+    from huggingface_hub import errors
 
-    try:
-        found = HfApi().model_info(wanted.repository, revision=wanted.revision, timeout=_TIMEOUT)
-    except (OfflineModeIsEnabled, httpx.TransportError):
-        cached = _cached_names(wanted)
-        if not cached:
-            raise
-        return cached, False
-    return [sibling.rfilename for sibling in found.siblings or ()], True
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response.status_code >= 500 or error.response.status_code == _TOO_MANY
+    away = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx.TransportError)
+    return isinstance(error, away)
 
 
 def _cached_names(wanted: HubReference) -> list[str]:
@@ -106,13 +112,17 @@ def _cached_names(wanted: HubReference) -> list[str]:
     ]
 
 
-def _only_scorer(wanted: HubReference, names: Iterable[str]) -> str:
+def _scorers(names: Iterable[str]) -> list[str]:
     # A repository of a model holds gigabytes in files of the same kinds.
-    found = sorted(
+    return sorted(
         name
         for name in names
         if name.endswith(SUFFIXES) and "scorer" in PurePosixPath(name).name.lower()
     )
+
+
+def _only_scorer(wanted: HubReference, names: Iterable[str]) -> str:
+    found = _scorers(names)
     if not found:
         raise ScorerError(
             f"{wanted} holds no scorer, which is a file named *scorer*.safetensors or "
@@ -150,6 +160,14 @@ def _explaining(wanted: HubReference) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise ScorerError(
             f"scorer {wanted} is neither a file nor the name of a repository: {first_line(error)}"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        raise ScorerError(
+            f"scorer {wanted} is not in the cache and the Hub fails (HTTP {status}, "
+            f"{first_line(error)}): try again later, or give the file's path"
+            if _is_away(error)
+            else f"the Hub refuses scorer {wanted} (HTTP {status}, {first_line(error)})"
         ) from error
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx.HTTPError) as error:
         raise ScorerError(

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from step_sglang.errors import ScorerError
 from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.scoring.scorer import Scorer
 
 CARD_FILE = "README.md"
+_LIBRARY = "library_name: step-sglang"  # in every card's header
+_MARK = re.compile(r"<!-- of the scorer ([0-9a-f]{16}) -->")
 _SIGNALS_OF_STEP = "running mean"  # the trace score, as `train` names it in the file
 
 
@@ -19,12 +29,48 @@ def card_text(scorer: Scorer, plots: Sequence[str] = ()) -> str:
         scorer: its figures are what the file holds; nothing is measured here.
         plots: images beside the card.
     """
-    return "\n".join([*_header(scorer), *_body(scorer), *_figures(scorer), *_plots(plots), ""])
+    mark = f"<!-- of the scorer {_digest(scorer)} -->"
+    lines = (*_header(scorer), *_body(scorer), *_figures(scorer), *_plots(plots), mark, "")
+    return "\n".join(lines)
+
+
+def is_card(file: Path) -> bool:
+    """Whether a file that exists is a scorer's card; raises OSError."""
+    return _LIBRARY in file.read_text(errors="replace")
+
+
+def check_card(file: Path, scorer: Scorer) -> None:
+    """Refuse what is no card, and the card of another scorer. An older card does not say whose.
+
+    Raises:
+        ScorerError: it is not this scorer's.
+        OSError: it cannot be read.
+    """
+    if not is_card(file):
+        raise ScorerError(
+            f"{file} is no card of a scorer, whose header says `{_LIBRARY}`: move it away, and a "
+            "card is written"
+        )
+    marks = _MARK.findall(file.read_text(errors="replace"))
+    if marks and marks[-1] != _digest(scorer):
+        raise ScorerError(
+            f"{file} describes another scorer than the one beside it: remove it, and a new card is "
+            "written"
+        )
+
+
+def _digest(scorer: Scorer) -> str:
+    """Changes with the weights and with everything that the file states."""
+    said = {key: value for key, value in asdict(scorer.info).items() if value}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for tensor in (scorer.w1, scorer.b1, scorer.w2, scorer.b2):
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _header(scorer: Scorer) -> Iterator[str]:
     yield "---"
-    yield "library_name: step-sglang"
+    yield _LIBRARY
     model = scorer.info.model
     if model and model.count("/") == 1 and not model.startswith((".", "/", "~")):
         yield f"base_model: {model}"

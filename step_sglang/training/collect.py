@@ -16,6 +16,7 @@ from step_sglang.client.sampling import Sampling
 from step_sglang.data.questions import GivenTrace, Job
 from step_sglang.errors import RequestRefused, ServerError
 from step_sglang.training.confidence import token_signals
+from step_sglang.training.errors import UnusableTrace
 from step_sglang.training.grade import graded
 from step_sglang.training.prompts import Prompter
 from step_sglang.training.store import Writer
@@ -31,6 +32,7 @@ from step_sglang.training.wire import (
 Part = TypeVar("Part")
 _SAMPLES_PER_REQUEST = 8  # bounds one answer: 20 candidates per token are a lot of JSON
 _REFUSALS = 8  # so many before the first success, and it is the server, not the questions
+_UNUSABLE = 8  # so many, and more than there are usable ones: likewise
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,13 @@ class CollectProgress:
 
 @dataclass(frozen=True)
 class Collected:
-    """What a run added, and a line for each question that the server refused."""
+    """What a run added, and a line for each question that it could not add."""
 
     questions: int
     traces: int
     correct: int
-    refused: tuple[str, ...]
+    refused: tuple[str, ...]  # by the server
+    unusable: tuple[str, ...] = ()  # a trace of theirs is
 
 
 def collect(
@@ -92,6 +95,7 @@ class _Collector:
         self._report = report
         self._questions = self._traces = self._correct = 0
         self._refused: list[str] = []
+        self._unusable: list[str] = []
 
     async def run(self, url: str, jobs: Sequence[Job]) -> Collected:
         left = iter([job for job in jobs if job.id not in self._writer.done])
@@ -118,19 +122,29 @@ class _Collector:
                 await asyncio.gather(*workers, return_exceptions=True)
         if self._refused and not self._questions:
             raise ServerError(f"the server refuses every question. {self._refused[0]}")
-        return Collected(self._questions, self._traces, self._correct, tuple(self._refused))
+        if self._unusable and not self._questions:
+            raise ServerError(f"no question is usable. {self._unusable[0]}")
+        return Collected(
+            self._questions, self._traces, self._correct,
+            tuple(self._refused), tuple(self._unusable),
+        )  # fmt: skip
 
     async def _collect(self, client: AsyncClient, job: Job) -> None:
         try:
             captures = await (
                 self._prefill(client, job) if job.traces else self._sample(client, job)
             )
+            result = assemble(job, captures, self._prompter, self._writer.meta, self._settings)
+        except UnusableTrace as error:
+            self._unusable.append(f"{error}: {job.question[:60]!r}")
+            if len(self._unusable) >= max(_UNUSABLE, self._questions + 1):
+                raise ServerError(f"most questions are not usable. {error}") from error
+            return
         except RequestRefused as error:  # too long for the model, for one
             self._refused.append(f"{error}: {job.question[:60]!r}")
             if len(self._refused) >= _REFUSALS and not self._questions:
                 raise ServerError(f"the server refuses every question. {error}") from error
             return
-        result = assemble(job, captures, self._prompter, self._writer.meta, self._settings)
         self._writer.add(result)
         self._questions += 1
         self._traces += len(result.traces)
@@ -156,6 +170,8 @@ class _Collector:
 
         async def part(trace: GivenTrace) -> CapturedTrace:
             output = trace.tokens or self._prompter.output(job.question, trace.text)
+            if not output:  # nothing but the <think> that the template writes already
+                raise UnusableTrace("a trace has no token")
             answer = await client.generate(prefill_body(prompt, output, top))
             return read_prefilled(answer, trace.text, output, top, trace.finish)
 
@@ -172,6 +188,7 @@ def assemble(
     """Grade the traces of one question and cut their signals at the boundaries.
 
     Raises:
+        UnusableTrace: the hidden state of a step is missing, or not finite.
         ServerError: the captures do not fit the tokenizer.
     """
     traces: list[StoredTrace] = []
@@ -205,7 +222,14 @@ def assemble(
                 tokens=capture.tokens if settings.keep_text else None,
             )
         )
-        hidden.append(capture.hidden[torch.from_numpy(keep)].float())
+        kept = capture.hidden[torch.from_numpy(keep)].float()
+        finite = torch.isfinite(kept).all(dim=1)
+        if not bool(finite.all()):
+            raise UnusableTrace(
+                f"{int((~finite).sum())} of the {len(kept)} hidden states of a trace are not "
+                "finite (NaN or infinity)"
+            )
+        hidden.append(kept)
     widths = {part.shape[1] for part in hidden}
     if len(widths) != 1:
         raise ServerError(
@@ -220,7 +244,7 @@ def _judged(job: Job, sample: int, capture: CapturedTrace) -> tuple[str | None, 
     given = job.traces[sample] if job.traces else None
     if given is not None and given.agrees is not None:
         return given.extracted, given.agrees
-    return graded(capture.text, capture.finish, job.answer)
+    return graded(capture.text, capture.finish, job.answer, job.extract)
 
 
 def _last(values: NDArray[np.float64]) -> float | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from step_sglang.errors import StepError
+from step_sglang.errors import ServerError, StepError
 
 
 class StoreError(StepError):
     """A folder of collected traces is missing, damaged, or does not fit what was asked."""
+
+
+class UnusableTrace(ServerError):
+    """A trace of one question cannot be stored; those of other questions may be fine."""
 
 
 class TrainError(StepError):

@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from step_sglang.voting.answers import equivalent, extract_boxed
+from step_sglang.voting.answers import equivalent, extractor_named
 
 TIME_LIMIT = 5.0  # seconds; an answer such as 9^(9^(9^9)) would never be compared
 _MAX_LENGTH = 1000  # characters
 
 
-def graded(text: str, finish: str, gold: str) -> tuple[str | None, bool]:
-    """A trace's answer, and whether it is right. A trace that was cut off has none."""
-    answer = extract_boxed(text) if finish == "stop" else None
+def graded(text: str, finish: str, gold: str, extract: str = "boxed") -> tuple[str | None, bool]:
+    """A trace's answer, and whether it is right. A trace that was cut off has none.
+
+    ``extract`` is the built-in extractor that reads it, as in a vote.
+    """
+    answer = extractor_named(extract)(text) if finish == "stop" else None
     if answer is None or len(answer) > _MAX_LENGTH:
         return None, False
     if not gold:  # nobody knows it

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from step_sglang.errors import ServerError, SourceError, first_line
 from step_sglang.scoring.boundary import THINK_END, boundary_ids, think_end_id
+from step_sglang.training.errors import UnusableTrace
 
 _OPEN_THINK = re.compile(r"<think>\s*$")
 
@@ -44,6 +45,7 @@ class Prompter:
         """[S] which of the server's boundaries are scored, after checking them against the tokens.
 
         Raises:
+            UnusableTrace: the server has no hidden state of some of the boundaries.
             ServerError: the server found other boundaries than this tokenizer does.
         """
         end = len(tokens)
@@ -53,7 +55,14 @@ class Prompter:
         kept = positions < end
         # A boundary token that ends the trace is never consumed, so it may lack a hidden state.
         complete = [i for i in expected if i < len(tokens) - 1]
-        if positions[kept].tolist() not in (expected, complete):
+        found = positions[kept].tolist()
+        if found not in (expected, complete):
+            if set(found) < set(expected):
+                raise UnusableTrace(
+                    f"the server has no hidden state of {len({*complete} - {*found})} of a trace's "
+                    f"{len(complete)} steps: they were not finite (NaN or infinity), or the server "
+                    "has another --step-delimiter"
+                )
             raise ServerError(
                 f"the server found {int(kept.sum())} boundaries where this tokenizer finds "
                 f"{len(expected)}: give `collect` the server's model and its --step-delimiter"
@@ -107,9 +116,15 @@ def _common_end(texts: Sequence[str]) -> str:
 
 
 def load_prompter(
-    model: str, delimiters: Sequence[str], scope_all: bool = False, suffix: str = ""
+    model: str,
+    delimiters: Sequence[str],
+    scope_all: bool = False,
+    suffix: str = "",
+    revision: str | None = None,
 ) -> Prompter:
     """Load a model's tokenizer and configuration, not its weights.
+
+    ``revision``: a branch, a tag or a commit; None: the main branch.
 
     Raises:
         SourceError: there is no such model, or it has no chat template.
@@ -118,10 +133,13 @@ def load_prompter(
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, revision=revision).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
     except Exception as error:
-        raise SourceError(f"cannot load the tokenizer of {model}: {first_line(error)}") from error
+        at = f" at {revision}" if revision else ""
+        raise SourceError(
+            f"cannot load the tokenizer of {model}{at}: {first_line(error)}"
+        ) from error
     if not getattr(tokenizer, "chat_template", None):
         raise SourceError(f"the tokenizer of {model} has no chat template to ask a question with")
     return Prompter(

@@ -30,6 +30,7 @@ class CollectOptions:
     source: str
     model: str  # its name
     path: str  # where its tokenizer is
+    revision: str | None = None  # of the model: a branch, a tag or a commit; None: the main branch
     from_traces: bool = False
     n: int | None = None
     limit: int | None = None
@@ -75,7 +76,9 @@ def plan_collection(options: CollectOptions) -> CollectPlan:
             "kept; labels of freshly collected traces are voted by `train --labels vote`"
         )
     suffix = default_suffix(options.model) if options.suffix is None else options.suffix
-    prompter = load_prompter(options.path, options.delimiters, options.scope_all, suffix)
+    prompter = load_prompter(
+        options.path, options.delimiters, options.scope_all, suffix, options.revision
+    )
     found = (
         load_traces(Path(options.source), options.n, options.fields, voted, prompter.asked)
         if options.from_traces
@@ -87,6 +90,9 @@ def plan_collection(options: CollectOptions) -> CollectPlan:
     measured = {} if options.from_traces else asdict(options.sampling)
     if voted is not None:
         measured = {LABELS_BY: "vote", AGREEMENT: voted}
+    extracts = {job.extract for job in jobs} - {"boxed"}
+    if extracts:  # an earlier version read boxed answers: its labels are others
+        measured = {**measured, "extract": ", ".join(sorted(extracts))}
     meta = StoreMeta(
         model=options.model,
         hidden_size=prompter.hidden_size,
@@ -97,7 +103,7 @@ def plan_collection(options: CollectOptions) -> CollectPlan:
         think_end="</think>" if prompter.think_end is not None else None,
         dtype=options.dtype,
         confidence_window=options.confidence_window or (20 if ours else 2048),
-        revision=model_revision(options.path),
+        revision=model_revision(options.path, options.revision),
     )
     settings = work.CollectSettings(
         options.sampling, options.top_logprobs, options.concurrency, options.timeout,

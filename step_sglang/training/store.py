@@ -11,8 +11,10 @@ what a kill left and is removed; a question without all its lines does not count
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -100,17 +102,23 @@ class Writer:
                 f"[{rows}, {self.meta.hidden_size}]: is this server running {self.meta.model}?"
             )
         hidden = result.hidden.to(DTYPES[self.meta.dtype]).contiguous()
-        if not bool(torch.isfinite(hidden.float()).all()):
+        if not bool(torch.isfinite(result.hidden).all()):
             raise StoreError(
-                f"question {name}: hidden states hold NaN, infinity or values too large for "
-                f"{self.meta.dtype}: collect into a new folder with --dtype bfloat16"
+                f"question {name}: hidden states hold NaN or infinity, as the model computed them"
+            )
+        if not bool(torch.isfinite(hidden).all()):
+            raise StoreError(
+                f"question {name}: hidden states hold values too large for {self.meta.dtype}: "
+                "collect into a new folder with --dtype bfloat16"
             )
         return hidden
 
     def _agree(self) -> None:
         if (self.folder / INDEX).exists() and not (self.folder / META).exists():
             raise StoreError(f"{self.folder} has an {INDEX} but no {META}: not a usable store")
-        self._files.agree(META, self.meta.as_json(), lambda folder: read_meta(folder).as_json())
+        self._files.agree(
+            META, self.meta.as_json(), lambda folder: read_meta(folder).as_json(), _how_to_agree
+        )
 
     def _repair(self) -> None:
         scan = scan_index(self.folder, self.meta.n)
@@ -133,3 +141,8 @@ class Writer:
         self._next = max((trace.shard for trace, _ in kept), default=-1) + 1
         self._done = {trace.question_id for trace, _ in kept}
         self.repairs = tuple(repairs)
+
+
+def _how_to_agree(differing: Mapping[str, Any]) -> str:
+    revision = differing.get("revision")
+    return f" (--revision {revision})" if revision else ""

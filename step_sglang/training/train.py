@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from step_sglang.data.questions import question_id
 from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.scoring.locate import SCORER_FILE
 from step_sglang.scoring.scorer import ScorerInfo, load_scorer, save_scorer
 from step_sglang.training.calibrate import check_model, fit_calibration
-from step_sglang.training.card import CARD_FILE, card_text
+from step_sglang.training.card import CARD_FILE, card_text, is_card
 from step_sglang.training.errors import TrainError
 from step_sglang.training.evaluate import Evaluation, evaluate, score
 from step_sglang.training.fit import WEIGHT_DTYPES, Epoch, Fitted, Recipe, ScorerNetwork, fit
@@ -76,8 +77,9 @@ def train_scorer(
 
     Raises:
         StoreError: a store is missing or damaged.
-        TrainError: the traces cannot train or test a scorer.
+        TrainError: the traces cannot train or test a scorer, or ``out`` has another README.md.
     """
+    _check_folder(out)
     labels = labels or Labels()
     reader = labels.reader(store, skip_bad)
     if labels.source == "answers":
@@ -171,6 +173,17 @@ def _key(key: Any) -> str:
     return f"{key:.0%}" if isinstance(key, float) else str(key)
 
 
+def _check_folder(out: Path) -> None:
+    card = out / CARD_FILE
+    try:
+        if card.exists() and not is_card(card):
+            raise TrainError(
+                f"{card} is no card of a scorer, and would be overwritten: give another folder"
+            )
+    except OSError as error:
+        raise TrainError(f"cannot read {card}: {error.strerror or error}") from error
+
+
 def _check_test_store(reader: Reader, tested: Reader) -> None:
     ours, theirs = reader.meta, tested.meta
     if (ours.model, ours.hidden_size) != (theirs.model, theirs.hidden_size):
@@ -183,14 +196,21 @@ def _check_test_store(reader: Reader, tested: Reader) -> None:
             f"{tested.folder} was collected with --labels vote: its labels are what most of its "
             "traces answered, and a test store needs true ones"
         )
-    names = {reader.traces(shard)[0].question_id for shard in reader.shards}
-    shared = names & {tested.traces(shard)[0].question_id for shard in tested.shards}
+    theirs_asked = {name for asked in _asked(tested) for name in asked}
+    shared = sum(not asked.isdisjoint(theirs_asked) for asked in _asked(reader))
     if shared:
         raise TrainError(
-            f"{len(shared)} questions are in both {reader.folder} and {tested.folder}: "
+            f"{shared} questions are in both {reader.folder} and {tested.folder}: "
             "test questions must be new"
         )
     check_classes(tested, tested.shards, "test")
+
+
+def _asked(reader: Reader) -> Iterator[set[str]]:
+    """The ids that each question can have: blanks at its ends make no other question of it."""
+    for shard in reader.shards:
+        first = reader.traces(shard)[0]
+        yield {first.question_id, question_id(first.question.strip())}
 
 
 def _summary(

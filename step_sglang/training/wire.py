@@ -113,14 +113,14 @@ def read_prefilled(
     with _Unusable("a prefilled trace"):
         part = answer[0] if isinstance(answer, list) else answer
         info = part["meta_info"]
-        size = len(output)
+        logprobs = info["input_token_logprobs"]
         tops = info.get("input_top_logprobs") if top_logprobs else None
         return _capture(
             text,
             list(output),
             finish,
-            info["input_token_logprobs"][-size:],
-            tops[-size:] if tops else None,
+            logprobs[len(logprobs) - len(output) :],
+            tops[len(tops) - len(output) :] if tops else None,
             info,
         )
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,11 @@ import torch
 from step_sglang.cli import main as cli
 from step_sglang.client.launch import capture_flags, running_server, server_command
 from step_sglang.client.sampling import Sampling
-from step_sglang.data.questions import Job, load_questions, load_traces, question_id
+from step_sglang.data.questions import Job, QuestionSet, load_questions, load_traces, question_id
 from step_sglang.errors import ServerError, SourceError
 from step_sglang.reasoner import model_path
 from step_sglang.scoring.scorer import load_scorer
-from step_sglang.training import grade
+from step_sglang.training import grade, setup
 from step_sglang.training.collect import Collected, CollectSettings, collect
 from step_sglang.training.errors import StoreError
 from step_sglang.training.prompts import Prompter, load_prompter
@@ -185,6 +188,85 @@ def test_unusable_answers(
     assert len(Reader(tmp_path).shards) >= 1
 
 
+def first_state(part: dict[str, Any], value: float) -> dict[str, Any]:
+    """A step whose hidden state is not finite: as sampled, the server leaves it out."""
+    part = copy.deepcopy(part)
+    step = part["meta_info"]["step"]
+    n, d = step["hidden_states"]["shape"]
+    rows = np.frombuffer(base64.b64decode(step["hidden_states"]["data"]), np.float32).reshape(n, d)
+    rows = rows.copy()
+    rows[0, 3] = value
+    if value == 0:
+        rows, step["positions"] = rows[1:], step["positions"][1:]
+    data = base64.b64encode(rows.tobytes()).decode()
+    step["hidden_states"] = {"dtype": "float32", "shape": list(rows.shape), "data": data}
+    return part
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [(0, "no hidden state of 1 of a trace's"), (np.nan, "1 of the"), (np.inf, "hidden states of")],
+)
+def test_a_hidden_state_that_is_not_finite_costs_its_question_alone(
+    server: FakeServer, tmp_path: Path, prompter: Prompter, value: float, says: str
+) -> None:
+    bad = prompter.prompt(JOBS[2].question)
+    server.tamper = lambda part: (
+        first_state(part, value) if server.bodies[-1]["input_ids"] == bad else part
+    )
+    done = gather(server, tmp_path, prompter)
+    assert done.questions == 5 and done.refused == () and len(done.unusable) == 1
+    assert says in done.unusable[0] and "NaN or infinity" in done.unusable[0]
+    assert "2;A+1" in done.unusable[0]
+    server.tamper = lambda part: part
+    assert gather(server, tmp_path, prompter).questions == 1
+    server.tamper = lambda part: first_state(part, value)
+    jobs = [Job(str(i), f"{i};A+1", "7") for i in range(20)]
+    with pytest.raises(ServerError, match=r"most questions are not usable.*not finite"):
+        gather(server, tmp_path / "all", prompter, jobs)
+    assert len({tuple(body["input_ids"]) for body in server.bodies}) < 6 + 12
+    with pytest.raises(ServerError, match=r"no question is usable.*not finite"):
+        gather(server, tmp_path / "few", prompter, jobs[:3])
+
+
+def test_a_trace_without_tokens_is_left_out(
+    server: FakeServer, tmp_path: Path, prompter: Prompter
+) -> None:
+    lines = [
+        {"question": f"{i};A+1", "answer": "7", "text": text}
+        for i in range(3)
+        for text in ("A:1\n\n</think>\\boxed{7}", "<think>" if i == 1 else "A:2\n\n</think>")
+    ]
+    file = tmp_path / "traces.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    done = gather(server, tmp_path / "s", prompter, load_traces(file).jobs)
+    assert done.questions == 2 and done.unusable == ("a trace has no token: '1;A+1'",)
+
+
+def test_answers_are_read_as_in_a_vote(
+    server: FakeServer, tmp_path: Path, prompter: Prompter
+) -> None:
+    def tamper(part: dict[str, Any]) -> dict[str, Any]:
+        return {**part, "text": "So the answer is (C)."}
+
+    server.tamper = tamper
+    for kind, right in (("choice", N), ("boxed", 0)):
+        job = replace(JOBS[0], answer="C", extract=kind)
+        assert gather(server, tmp_path / kind, prompter, [job]).correct == right
+
+
+def test_a_store_says_how_answers_were_read(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sampling(extract: str) -> Any:
+        jobs = tuple(replace(job, extract=extract) for job in JOBS)
+        monkeypatch.setattr(setup, "load_questions", lambda *_: QuestionSet("q", jobs, ()))
+        options = setup.CollectOptions("q", "reasoner", str(model_path()))
+        return setup.plan_collection(options).meta.sampling
+
+    assert sampling("choice") == {**sampling("boxed"), "extract": "choice"}
+
+
 def test_refused_questions_are_left_out(
     server: FakeServer, tmp_path: Path, prompter: Prompter
 ) -> None:
@@ -318,6 +400,18 @@ def test_questions(tmp_path: Path) -> None:
     assert len(found) == 5 and not {j.id for j in found} & {j.id for j in other}
 
 
+def test_blanks_at_the_ends_make_no_other_question(tmp_path: Path) -> None:
+    texts, file = ("3+4? ", "3+4?", "\n3+4?"), tmp_path / "q.jsonl"
+    lines = [json.dumps({"question": text, "answer": "7", "text": "t"}) for text in texts]
+    file.write_text("\n".join(lines))
+    found = load_questions(str(file))
+    # Under the id that it has in stores of earlier versions.
+    assert [(job.id, job.question) for job in found.jobs] == [(question_id("3+4? "), "3+4? ")]
+    assert found.problems == ("line 2 repeats a question", "line 3 repeats a question")
+    (job,) = load_traces(file).jobs
+    assert (job.id, len(job.traces)) == (question_id("3+4? "), 3)
+
+
 def test_grading(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grade.graded("so \\boxed{0.5}", "stop", "1/2") == ("0.5", True)
     assert grade.graded("so \\boxed{0.6}", "stop", "1/2") == ("0.6", False)
@@ -411,6 +505,68 @@ def test_the_collect_command(
     assert "12 in" in capsys.readouterr().err
     assert run(monkeypatch, *arguments, "--top-p", "0.5") == 1
     assert "other settings" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_server_serves_the_model_that_is_said(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def collected(model: str, served: str) -> str:
+        with fake_server(served) as other:
+            arguments = ["collect", "reasoner:scorer-train", "--limit", "1", "-n", "1"]
+            store = str(tmp_path / f"{len(list(tmp_path.iterdir()))}")
+            more = ["--url", other.url, "--model", model, "-o", store]
+            assert run(monkeypatch, *arguments, *more) == 0
+            return " ".join(capsys.readouterr().err.split())
+
+    shown = collected("reasoner", "/models/some-finetune-of-it")
+    assert "serves /models/some-finetune-of-it, and --model is reasoner: is that the same" in shown
+    for served in (str(model_path()), "reasoner"):
+        assert "is that the same" not in collected("reasoner", served)
+
+
+def test_the_revision_reaches_tokenizer_server_and_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    old, new = "a" * 40, "b" * 40
+    cached = {commit: tmp_path / "models--org--m" / "snapshots" / commit for commit in (old, new)}
+    asked: list[str | None] = []
+
+    def load(model: str, *rest: Any) -> Prompter:
+        asked.append(rest[-1])
+        return load_prompter(str(model_path()), *rest[:-1])
+
+    monkeypatch.setattr(setup, "load_prompter", load)
+    monkeypatch.setattr(
+        setup, "model_revision", lambda model, wanted=None: cached[wanted or new].name
+    )
+    flags: list[str] = []
+
+    @contextmanager
+    def running(path: str, more: list[str], log: Path) -> Any:
+        flags[:] = more
+        with fake_server("org/m") as started:
+            yield started.url
+
+    monkeypatch.setattr("step_sglang.client.launch.running_server", running)
+    arguments = ["collect", "reasoner:scorer-train", "--model", "org/m", "-n", "1", "-o"]
+    store = str(tmp_path / "store")
+    assert run(monkeypatch, *arguments, store, "--limit", "1", "--", "--revision", old) == 0
+    assert asked == [old] and Reader(store).meta.revision == old
+    assert flags[flags.index("--revision") + 1] == old
+    # The main branch has moved on, and the message says how to go on.
+    assert run(monkeypatch, *arguments, store, "--limit", "2") == 1
+    assert f"use the same (--revision {old}), or another" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, store, "--limit", "2", "--revision", old) == 0
+    assert flags[flags.index("--revision") + 1] == old and len(Reader(store).shards) == 2
+    assert run(monkeypatch, *arguments, store, "--revision", old, "--", f"--revision={new}") == 1
+    assert f"--revision is {old}, and after `--` it is {new}" in capsys.readouterr().err
+    # A running server says with which it was started.
+    with fake_server("org/m", revision=old) as server:
+        at = ("--limit", "3", "--url", server.url)
+        assert run(monkeypatch, *arguments, store, *at) == 0 and len(Reader(store).shards) == 3
+        capsys.readouterr()
+        run(monkeypatch, *arguments, str(tmp_path / "other"), *at, "--revision", new)
+        assert f"was started with --revision {old}, and here it is {new}" in capsys.readouterr().err
 
 
 def test_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

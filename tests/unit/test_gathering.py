@@ -402,6 +402,9 @@ def test_what_cannot_be_labelled_by_a_vote_is_one_message(tmp_path: Path) -> Non
     folder = folder_of(tmp_path / "kept", kept(["1", "2", "3", "4"]))
     with pytest.raises(SourceError, match=r"a recorded vote of which at least 0\.9 agrees"):
         load_traces(folder, agreement=0.9)
+    with pytest.raises(SourceError, match=r"line 1 is a group .* give --labels vote\)$"):
+        load_traces(folder)
+    assert len(load_traces(folder, fields=Fields(answer=None)).jobs) == 1
     plain = tmp_path / "plain.jsonl"
     plain.write_text(json.dumps({"question": "q", "answer": "7", "text": "\\boxed{7}"}) + "\n")
     with pytest.raises(SourceError, match="line 1 has no recorded vote"):

@@ -125,6 +125,21 @@ def test_without_network_the_cache_serves(hub: Hub, monkeypatch: pytest.MonkeyPa
                 assert f"scorer {given} is not in the cache and the Hub does not answer" in message
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_that_fails_is_as_one_that_does_not_answer(hub: Hub, status: int) -> None:
+    hub.add("org/s", scorer__safetensors=OURS, README__md=b"card")
+    hub.add("org/other", scorer__safetensors=OURS)
+    file = locate_scorer("org/s", "m")
+    hub.status = status
+    assert locate_scorer("org/s", "m") == file
+    assert locate_scorer("org/s/scorer.safetensors", "m") == file
+    for given in ("org/other", "org/s/other_scorer.pt"):
+        message = refusal(given)
+        assert f"scorer {given} is not in the cache and the Hub fails (HTTP {status}" in message
+    hub.status = 418
+    assert "the Hub refuses scorer org/other (HTTP 418" in refusal("org/other")
+
+
 def test_each_thing_that_goes_wrong_is_one_sentence(hub: Hub) -> None:
     hub.add("org/two", a_scorer__safetensors=OURS, b_scorer__pt=OURS)
     hub.add("org/none", model__safetensors=b"large")
@@ -230,6 +245,9 @@ def test_push_and_serve_from_what_was_pushed(
     (folder / "scorer.safetensors").write_bytes(OURS)
     (folder / "ranking.png").write_bytes(b"plot")
     (folder / "private.txt").write_text("stays")
+    (folder / "old").mkdir()
+    for name in ("me.png", "taxes.pdf", "old/ranking.png", "old/README.md", "ranking.jpg"):
+        (folder / name).write_bytes(b"stays")
     with pytest.raises(ScorerError, match="set HF_TOKEN"):
         push_scorer(folder, "me/s", False, "first")
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
@@ -240,16 +258,39 @@ def test_push_and_serve_from_what_was_pushed(
     assert result.exit_code == 0, result.output
     held = hub.repositories["me/s"].commits[-1]
     assert set(held) == {"scorer.safetensors", "README.md", "ranking.png"}
+    assert b"![ranking](ranking.png)" in held["README.md"] and b"me.png" not in held["README.md"]
     assert f"{hub.url}/me/s/commit/" in result.output
     assert "--step-scorer me/s" in result.output
     assert Path(locate_scorer("me/s", "reasoner")).read_bytes() == OURS
     point_at(monkeypatch, f"http://127.0.0.1:{free_port()}")
     with pytest.raises(ScorerError, match="nothing was pushed to me/s"):
         push_scorer(folder, "me/s", False, "again")
-    with pytest.raises(ScorerError, match="no name of a repository"):
-        push_scorer(folder, "me", False, "again")
+    for name in ("me", "me/a--b", "me/-s"):
+        with pytest.raises(ScorerError, match=f"'{name}' is no name of a repository: "):
+            push_scorer(folder, name, False, "again")
     with pytest.raises(ScorerError, match="does not exist"):
         push_scorer(tmp_path, "me/s", False, "again")
+
+
+def test_only_the_card_of_this_scorer_is_pushed(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    scorer, card = load_scorer(scorer_path()), tmp_path / "README.md"
+    save_scorer(scorer, tmp_path / "scorer.safetensors")
+    card.write_text("# My project\n")
+    with pytest.raises(ScorerError, match=r"README\.md is no card of a scorer"):
+        push_scorer(tmp_path, "me/s", False, "first")
+    assert card.read_text() == "# My project\n" and not hub.repositories
+    card.write_text("A word of my own.\n".join(card_text(scorer).partition("## Figures\n")))
+    push_scorer(tmp_path, "me/s", False, "first")
+    assert b"A word of my own." in hub.repositories["me/s"].commits[-1]["README.md"]
+    save_scorer(replace(scorer, b2=scorer.b2 + 1), tmp_path / "scorer.safetensors")
+    with pytest.raises(ScorerError, match="describes another scorer than the one beside it"):
+        push_scorer(tmp_path, "me/s", False, "second")
+    card.unlink()
+    push_scorer(tmp_path, "me/s", False, "second")
+    assert len(hub.repositories["me/s"].commits) == 3
 
 
 def test_a_card_says_what_the_file_says(tmp_path: Path) -> None:

@@ -70,6 +70,28 @@ def test_processes_that_start_together_build_once(
     assert (tmp_path / "runs").read_text() == "run\n"
 
 
+def test_what_a_kill_left_of_a_build_is_in_nobodys_way(cache: Path, stand_in: Path) -> None:
+    """In a container every process that starts has the same id."""
+    library = first_build.cuda_library(lambda line: None)
+    library.unlink()
+    for name in (f"work-{os.getpid()}", "work-1"):
+        (library.parent / name).mkdir()
+        (library.parent / name / "build.ninja").write_text("half")
+    assert first_build.cuda_library(lambda line: None) == library and library.is_file()
+    assert [path.name for path in library.parent.iterdir() if path.is_dir()] == []
+
+
+def test_a_full_disk_is_one_sentence(
+    cache: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(first_build.tempfile, "mkdtemp", full)
+    with pytest.raises(BuildError, match=r"cannot be built in .*No space left on device"):
+        first_build.cuda_library(lambda line: None)
+
+
 def test_other_architectures_are_another_library(
     cache: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

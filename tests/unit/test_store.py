@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +185,26 @@ def test_a_full_disk_keeps_what_was_collected(
     assert len(content(tmp_path)) == 3 * N
 
 
+SEVERAL = """
+import sys
+from pathlib import Path
+from step_sglang import files
+
+for i in range(300):
+    files.write(Path(sys.argv[1]), sys.argv[2].encode() * 20_000)
+"""
+
+
+def test_several_processes_write_the_same_file(tmp_path: Path) -> None:
+    """As servers do that start together and keep the same scorer."""
+    target = tmp_path / "s.pt"
+    command = [sys.executable, "-c", SEVERAL, str(target)]
+    writers = [subprocess.Popen([*command, one], stderr=subprocess.PIPE) for one in "abc"]
+    assert [(w.communicate()[1], w.returncode) for w in writers] == [(b"", 0)] * 3
+    assert target.read_bytes() in {one * 20_000 for one in (b"a", b"b", b"c")}
+    assert os.listdir(tmp_path) == ["s.pt"] and target.stat().st_mode & 0o777 == 0o644
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     with Writer(tmp_path, meta(n=N)), pytest.raises(StoreError, match="another process"):
         Writer(tmp_path, meta(n=N))
@@ -202,7 +224,9 @@ def test_results_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             writer.add(replace(result, traces=result.traces[:2]))
         with pytest.raises(StoreError, match="running planted"):
             writer.add(replace(result, hidden=torch.zeros(len(result.hidden), D + 1)))
-        with pytest.raises(StoreError, match="--dtype bfloat16"):
+        with pytest.raises(StoreError, match=r"NaN or infinity, as the model computed them$"):
+            writer.add(replace(result, hidden=result.hidden * torch.nan))
+        with pytest.raises(StoreError, match=r"too large for float16: .* --dtype bfloat16"):
             writer.add(replace(result, hidden=result.hidden + 70000))
         writer.add(result)
         with pytest.raises(StoreError, match="already"):

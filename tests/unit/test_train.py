@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from step_sglang.scoring.scorer import load_scorer, save_scorer
+from step_sglang.training.card import check_card
 from step_sglang.training.data import Chunks, score_steps
 from step_sglang.training.errors import TrainError
 from step_sglang.training.fit import Recipe, ScorerNetwork, fit
@@ -43,6 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("objective", ["bce", "pairwise"])
 def test_the_planted_signal_is_found(store: Path, tmp_path: Path, objective: str) -> None:
     trained = train_scorer(store, tmp_path / "out", Recipe(objective=objective, **QUICK))
+    check_card(tmp_path / "out" / "README.md", load_scorer(trained.scorer))
     test = trained.test.ranking[RUNNING_MEAN]
     assert test[1.0].auc_within.value > 0.95 and test[0.25].auc_within.value > 0.85
     assert test[0.25].auc_within.value < test[1.0].auc_within.value
@@ -235,6 +238,23 @@ def test_test_stores(store: Path, tmp_path: Path) -> None:
     refused("questions must be new", store, tmp_path / "o", Recipe(), test_store=store)
     wide = planted_store(tmp_path / "wide", 10, seed=6, d=D + 8)
     refused("scorer of another model", store, tmp_path / "o", Recipe(), test_store=wide)
+
+
+def test_a_test_question_is_no_training_question_with_a_blank_at_its_end(
+    store: Path, tmp_path: Path
+) -> None:
+    other = planted_store(tmp_path / "other", 10, seed=5)
+    index = other / "index.jsonl"
+    known = Reader(store).traces(0)[0].question
+    index.write_text(index.read_text().replace("what is s5q3?", f"{known} \\n"))
+    says = "1 questions are in both"
+    refused(says, store, tmp_path / "o", Recipe("bce", **QUICK), test_store=other)
+
+
+def test_a_readme_of_something_else_stays(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# My project\n")
+    refused(r"is no card of a scorer, and would be overwritten", store, tmp_path, Recipe())
+    assert os.listdir(tmp_path) == ["README.md"]
 
 
 def test_a_scorer_of_another_model(store: Path, tmp_path: Path) -> None:
