@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 from step_sglang.evaluation.errors import BenchError
+from step_sglang.evaluation.plots import accuracy_against_latency
 from step_sglang.evaluation.report import (
     accuracy_table,
     breakdown_table,
@@ -371,3 +373,14 @@ def test_what_a_decided_vote_cut_short_and_how_long_it_waited(tmp_path: Path) ->
     written = write_report([tmp_path], tmp_path)
     assert any("1 traces were aborted by the server" in warning for warning in written.warnings)
     assert breakdown_table([row]).rows[0][8] == "3.0"
+
+
+def test_a_plot_names_its_pool() -> None:
+    _, sc, step = summarize(some_results())
+    for shown, title in (
+        ([sc, step], "2 traces a question, KV pool: 512 tokens; bars: standard error"),
+        ([sc, replace(step, n=4)], "KV pool: 512 tokens; bars: standard error"),
+    ):
+        figure = accuracy_against_latency(shown)
+        assert figure.axes[0].get_title() == title
+        pyplot.close(figure)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
 from typer.testing import CliRunner
 
 from step_sglang.cli.main import app
@@ -15,7 +16,7 @@ from step_sglang.errors import StepError
 from step_sglang.evaluation.cost_model import CostModel, Roofline
 from step_sglang.evaluation.modelled import MODELLED
 from step_sglang.evaluation.simulated import OUTCOMES, OutcomeWriter, read_outcomes
-from step_sglang.evaluation.simulation_report import rows_of, write_report
+from step_sglang.evaluation.simulation_report import draw, rows_of, write_report
 from step_sglang.evaluation.simulation_setup import (
     SimulateOptions,
     run_modelled,
@@ -274,6 +275,10 @@ def test_the_command_marks_every_line(lengths: Path, tmp_path: Path) -> None:
             assert cell == f"{gap} / {ratio}"
     assert not [line for line in text.splitlines() if "|" in line and "simulated" not in line][4:]
     assert (folder / "simulated-auc-0.7.png").stat().st_size > 5000
+    meta, outcomes = read_outcomes(folder)
+    figure = draw(rows_of(outcomes), meta, 0.7)
+    assert figure.axes[0].get_title() == "simulated, 30,000 KV tokens, an AUC of 0.7"
+    pyplot.close(figure)
     assert "3 questions, one at a time, 2 draws" in write_report(folder).table.caption
 
 
