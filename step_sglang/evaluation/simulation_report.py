@@ -25,8 +25,8 @@ _HEAD = (
 _NOTE = (
     "Simulated: nothing here was timed. Means over questions of the mean over draws. In brackets: "
     "95 % bootstrap intervals over questions, paired with SC in the same pool with as many traces. "
-    "Votes are by the odds of recorded scores; invented ones have no calibration, and vote by trace "
-    "score."
+    "Votes are by the odds of recorded scores; invented ones have no calibration, and vote by "
+    "trace score."
 )
 
 
