@@ -14,7 +14,7 @@ A method whose name ends in `-early` ends by the posterior rule, in which a free
 `--refilled` also takes variants that no method of the server has: `swaps` swaps the worst trace for
 a branch of the best every 32 passes, `no slack` starts no branch that is expected to outlast the
 group, and a horizon bounds when a branch is expected to end since the group began, in lengths of a
-trace. A run that was stopped goes on.
+trace. A run that was stopped goes on; `--report` only shows what a file has.
 """
 
 from __future__ import annotations

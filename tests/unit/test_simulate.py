@@ -288,3 +288,16 @@ def test_the_command_refuses_before_it_makes_a_folder(lengths: Path, tmp_path: P
     assert isinstance(result.exception, StepError) and not (tmp_path / "out").exists()
     result = CliRunner().invoke(app, [*command[:4], "--auc", "much"])
     assert "--auc takes numbers" in str(result.exception)
+
+
+def test_both_commands_say_where_their_step_times_come_from(tmp_path: Path) -> None:
+    write_group(tmp_path, recorded([0.5] * 3, [0.7] * 2))
+    told = "step times: the recorded groups, as no trial was timed; "
+    for command in (
+        ["simulate", str(tmp_path), "-o", str(tmp_path / "out"), "--recorded-speed",
+         "--methods", "sc", "--n", "5"],
+        ["replay", str(tmp_path), "--policies", "none"],
+    ):  # fmt: skip
+        result = CliRunner().invoke(app, [*command, "--pool", "900"])
+        assert result.exit_code == 0, result.output
+        assert told in " ".join(result.output.split()), result.output
