@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from resumed import whole_lines
 from shares import ALONE, Outcome, Row, add_options, lines, load, outcomes
 
 from step_sglang.evaluation.stats import compare, mean_of
@@ -53,7 +54,7 @@ def points(options: argparse.Namespace) -> None:
     if min(map(len, questions)) < options.n:
         sys.exit(f"a question has fewer than {options.n} traces")
     head = {"simulated": {k: v for k, v in vars(options).items() if isinstance(v, int | float)}}
-    known = _read(options.output)
+    known = whole_lines(options.output)
     if known and known[0] != head:
         sys.exit(f"{options.output} is of other options: choose another file")
     done = {(line["question"], line["draw"]) for line in known[1:]}
@@ -71,19 +72,8 @@ def points(options: argparse.Namespace) -> None:
                 sink.flush()
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    """Whole lines; the last may have been cut."""
-    if not file.exists():
-        return []
-    text = file.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def _values(file: Path) -> tuple[dict[str, Any], list[dict[str, list[Outcome]]]]:
-    head, *found = _read(file)
+    head, *found = whole_lines(file)
     values: list[dict[str, list[Outcome]]] = [defaultdict(list) for _ in rows()]
     for line in found:
         for index, outcome in enumerate(line["found"]):

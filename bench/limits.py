@@ -22,6 +22,7 @@ import numpy as np
 
 from step_sglang.config import StepConfig
 from step_sglang.evaluation.cost_model import CostModel
+from step_sglang.evaluation.replay import until
 from step_sglang.evaluation.simulator import Request, Reserve, ScoreEvent, Simulator
 from step_sglang.pruning.admission import GroupLimit
 from step_sglang.pruning.groups import Group
@@ -82,14 +83,6 @@ def burst(
         reserve=Reserve(40_000 // options.scale),
         limit=limit,
     )
-    ends: dict[int, int] = {}
-    original = simulator._end
-
-    def end(request: Request, fate: str) -> None:
-        original(request, fate)
-        ends[id(request)] = simulator.now
-
-    simulator._end = end  # type: ignore[method-assign]
     simulator.run(list(requests), max_steps=10**7)
     cost = CostModel(
         options.scale * WEIGHTS_MS / 1e3,
@@ -97,14 +90,16 @@ def burst(
         options.scale**2 * KV_BYTES / BANDWIDTH,
         0.0,
     )
-    elapsed = np.cumsum([cost.seconds([moment]) for moment in simulator.history])
-    latencies = [float(elapsed[max(ends[id(t)] for t in question)]) for question in asked]
+
+    def seconds(steps: int) -> float:
+        return cost.seconds(until(simulator.history, steps))
+
+    latencies = [seconds(max(t.ended for t in question)) for question in asked]
     began = [
-        float(elapsed[min(t.started for t in question if t.started is not None)])
-        for question in asked
+        seconds(min(t.started for t in question if t.started is not None)) for question in asked
     ]
     busy = sum(latency - start for latency, start in zip(latencies, began, strict=True))
-    return list(map(vote, asked)), latencies, float(elapsed[-1]), busy / float(elapsed[-1])
+    return list(map(vote, asked)), latencies, max(latencies), busy / max(latencies)
 
 
 def describe(options: argparse.Namespace) -> str:

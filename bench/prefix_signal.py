@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from resumed import reported, resumed
 from scored_traces import ScoredTrace, TraceSource
 
 from step_sglang.reasoner import NAME, NAME_DWELLING, Question, questions
@@ -108,10 +109,15 @@ def main() -> None:
     parser.add_argument("--model", choices=[NAME, NAME_DWELLING], default=NAME)
     parser.add_argument("--seed", type=int, default=7, help="of the questions, and of the sampling")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a question")
+    parser.add_argument("--report", action="store_true", help="only show what --out has")
     args = parser.parse_args()
+    if args.report:
+        show(reported(args.out))
+        return
     asked = questions(args.split, args.questions, args.seed)
-    known = args.out.read_text().splitlines() if args.out.exists() else []
-    rows = [json.loads(line) for line in known][: len(asked)]
+    names = ("traces", "continuations", "split", "model", "seed")
+    settings = {name: getattr(args, name) for name in names}
+    rows = resumed(args.out, settings)[: len(asked)]
     source = TraceSource(args.model, args.seed + len(rows))
     with args.out.open("a") as out:
         for first in range(len(rows), len(asked), _TOGETHER):
@@ -121,6 +127,11 @@ def main() -> None:
             out.flush()
             rows += found
             print(f"{len(rows)} of {len(asked)} questions", flush=True)
+    show(rows)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
     print("| depth | correlation | new traces | all prefixes | best prefix | best - all |")
     print("|---|---|---|---|---|---|")
     print(report(rows))

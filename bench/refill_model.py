@@ -14,18 +14,20 @@ A method whose name ends in `-early` ends by the posterior rule, in which a free
 `--refilled` also takes variants that no method of the server has: `swaps` swaps the worst trace for
 a branch of the best every 32 passes, `no slack` starts no branch that is expected to outlast the
 group, and a horizon bounds when a branch is expected to end since the group began, in lengths of a
-trace. A run that was stopped goes on.
+trace. A run that was stopped goes on; `--report` only shows what a file has.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from resumed import reported, resumed, rewrite
 from scored_traces import MAX_NEW, ScoredTrace, TraceSource
 
 from step_sglang import protocol
@@ -424,6 +426,18 @@ def report(rows: Sequence[Mapping[str, object]]) -> Iterator[str]:
         )
 
 
+def whole_questions(
+    file: Path, settings: Mapping[str, object], methods: int
+) -> list[dict[str, Any]]:
+    """The rows that are there; a question that a kill left without some methods is removed."""
+    rows = resumed(file, settings)
+    have = Counter((row["question"], row["repeat"]) for row in rows)
+    whole = [row for row in rows if have[row["question"], row["repeat"]] == methods]
+    if len(whole) < len(rows):
+        rewrite(file, settings, whole)
+    return whole
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -440,15 +454,22 @@ def main() -> None:
         "--refilled", nargs="+", choices=[*REFILLED, *VARIANTS], default=list(REFILLED)
     )
     parser.add_argument("--together", type=int, default=16, help="questions at a time")
+    parser.add_argument("--report", action="store_true", help="only show what --out has")
     options = parser.parse_args()
+    if options.report:
+        shown = reported(options.out)
+        print(f"simulated: {len({row['question'] for row in shown})} questions")
+        print("\n".join(report(shown)))
+        return
     profile = profile_of(options.model)
     mean = profile.mean_tokens or 0
     pool = options.pool or round(options.n / 4 * mean + profile.prompt_tokens)
     known_rules = {**REFILLED, **VARIANTS}
     refilled = {name: known_rules[name] for name in options.refilled}
     asked = chosen(options)
-    known = options.out.read_text().splitlines() if options.out.exists() else []
-    rows = [json.loads(line) for line in known]
+    names = ("n", "split", "operations", "model", "seed", "refilled", "together")
+    settings = {"pool": pool, **{name: getattr(options, name) for name in names}}
+    rows = whole_questions(options.out, settings, len(CONTROLS) + 2 * len(refilled))
     done = {(row["question"], row["repeat"]) for row in rows}
     jobs = [
         (repeat, asked[first : first + options.together])
@@ -462,12 +483,14 @@ def main() -> None:
                 continue
             source = TraceSource(options.model, 1000 * options.seed + 100 * options.n + number)
             for question, found in results(part, repeat, options.n, pool, source, refilled):
-                for name, one in found.items():
-                    key = {"question": question.question, "repeat": repeat, "method": name}
-                    rows.append({**key, **asdict(one)})
-                    out.write(json.dumps(rows[-1]) + "\n")
+                key = {"question": question.question, "repeat": repeat}
+                new = [{**key, "method": name, **asdict(one)} for name, one in found.items()]
+                out.write("".join(json.dumps(row) + "\n" for row in new))
+                rows += new
             out.flush()
             print(f"{number + 1} of {len(jobs)} batches", flush=True)
+    names_asked = {question.question for question in asked}
+    rows = [r for r in rows if r["question"] in names_asked and r["repeat"] < options.repeats]
     print(
         f"simulated: {len({r['question'] for r in rows})} questions, n = {options.n}, a pool of "
         f"{pool} tokens"

@@ -64,13 +64,13 @@ def replay(
     pruned = sum(not group.whole for group in recorded)
     if pruned:
         err.print(f"left out: {pruned} groups in which a trace did not end by itself")
-    cost_model = fitted_prices(folders, recorded, warn)
+    fitted = fitted_prices(folders, recorded, warn)
     verifier = AnswerVerifier()
     try:
         pools = numbers("--pool", pool)
         found = list(
             predict(
-                groups, names(policies), names(votes), pools, cost_model, page, verifier,
+                groups, names(policies), names(votes), pools, fitted.prices, page, verifier,
                 names(early), shares("--prune-at", prune_at),
             )
         )  # fmt: skip
@@ -81,11 +81,9 @@ def replay(
             print(json.dumps(asdict(one)))
         return
     err.print(
-        f"{len(groups)} groups of {len(groups[0].traces)} traces; a decode step takes "
-        f"{cost_model.base * 1e3:.2f} ms + {cost_model.per_trace * 1e3:.3f} ms a trace + "
-        f"{cost_model.per_token * 1e6:.2f} µs a token",
-        highlight=False,
-    )
+        f"{len(groups)} groups of {len(groups[0].traces)} traces; {fitted.told}",
+        markup=False, highlight=False,
+    )  # fmt: skip
     out.print(_table(found))
 
 

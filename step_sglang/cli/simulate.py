@@ -166,6 +166,8 @@ def _run(options: SimulateOptions, folder: Path) -> None:
 
     simulation = set_up(options)
     warn("", simulation.problems)
+    if simulation.step_times is not None:
+        _say(simulation.step_times)
     with OutcomeWriter(folder, simulation.meta) as writer:
         before = len(writer.done)
         _say(

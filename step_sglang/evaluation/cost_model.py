@@ -49,7 +49,7 @@ class Roofline:
 
     def seconds(self, history: Iterable[DecodeStep], prompt_tokens: float = 0) -> float:
         """Seconds that these decode steps take, with the prefill of who started before them."""
-        total = 0.0
+        total = self.speed.overhead
         for moment in history:
             mean = moment.attended / moment.steps + moment.running * prompt_tokens
             total += moment.steps * self.speed.decode(moment.running, mean)

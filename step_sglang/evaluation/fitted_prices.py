@@ -7,7 +7,9 @@ traces run at once. So its stamps count only where no trial was timed.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,9 +27,26 @@ from step_sglang.evaluation.trial_result import TrialResult
 _FEWEST = 50  # traces; fewer tell less than the stamps of a recorded group's tokens
 
 
+@dataclass(frozen=True)
+class FittedPrices:
+    """Prices, and what they were fitted to."""
+
+    prices: CostModel
+    of: str
+
+    @property
+    def told(self) -> str:
+        """A line for the user."""
+        p = self.prices
+        return (
+            f"step times: {self.of}; {p.base * 1e3:.2f} ms + {p.per_trace * 1e3:.3f} ms a trace + "
+            f"{p.per_token * 1e6:.2f} µs a token, and {p.overhead:.2f} s a question"
+        )
+
+
 def fitted_prices(
     folders: Sequence[Path], groups: Sequence[RecordedGroup], warn: Callable[[str], None]
-) -> CostModel:
+) -> FittedPrices:
     """Of the timed trials on the questions of these groups, else of the groups themselves.
 
     Args:
@@ -47,8 +66,21 @@ def fitted_prices(
         loaded = load_results(timed)
         for problem in loaded.problems:
             warn(problem)
-        trials = [trial for trial in loaded.results if trial.question in prompts]
-    return fit_trials(trials, prompts) or fit_groups(groups)
+        trials = [
+            trial
+            for trial in loaded.results
+            if trial.question in prompts and trial.method != RECORD.name
+        ]
+    told = [why for trial in trials if (why := _left_out(trial))]
+    traces = sum(len(trial.traces) for trial in trials if not _left_out(trial))
+    fitted = fit_trials(trials, prompts)
+    out = ", ".join(f"{count} {why}" for why, count in Counter(told).items())
+    of = f"{traces} traces of {len(trials) - len(told)} of {len(trials)} timed trials"
+    of += f" (left out: {out})" if out else ""
+    if fitted is None:
+        why = f"{of} are too few" if trials else "no trial was timed"
+        return FittedPrices(fit_groups(groups), f"the recorded groups, as {why}")
+    return FittedPrices(fitted, of)
 
 
 def fit_trials(trials: Sequence[TrialResult], prompts: Mapping[str, int]) -> CostModel | None:
@@ -65,12 +97,9 @@ def fit_trials(trials: Sequence[TrialResult], prompts: Mapping[str, int]) -> Cos
     rows: list[tuple[float, float, float]] = []
     seconds, overheads = [], []
     for trial in trials:
-        if trial.method == RECORD.name or trial.retracted or len(trial.phases) > 1:
+        if _left_out(trial):
             continue
-        moments = _moments(trial)
-        if moments is None:
-            continue
-        began, decode, tokens = moments
+        began, decode, tokens = _moments(trial)
         ended = began + decode
         overheads.append(trial.latency - float(ended.max() - began.min()))
         rows += _spent(began, decode, tokens, prompts[trial.question])
@@ -109,13 +138,27 @@ def fit_groups(groups: Sequence[RecordedGroup]) -> CostModel:
 _Times = NDArray[np.float64]
 
 
-def _moments(trial: TrialResult) -> tuple[_Times, _Times, _Times] | None:
-    """When decoding began, its seconds and its steps, of each trace; None without stamps."""
-    found = []
-    for trace in trial.traces:
-        if trace.wait is None or trace.prefill is None or not trace.decode or trace.tokens < 2:
-            return None
-        found.append((trace.wait + trace.prefill, trace.decode, trace.tokens - 1))
+def _left_out(trial: TrialResult) -> str | None:
+    """Why it is not known when its traces ran; None: it is."""
+    if trial.method == RECORD.name:
+        return "recorded"
+    if trial.retracted:
+        return "retracted"
+    if len(trial.phases) > 1:
+        return "in several requests"
+    known = (
+        trace.wait is not None and trace.prefill is not None and trace.decode and trace.tokens > 1
+        for trace in trial.traces
+    )  # fmt: skip
+    return None if all(known) else "with a trace without times"
+
+
+def _moments(trial: TrialResult) -> tuple[_Times, _Times, _Times]:
+    """When decoding began, its seconds and its steps, of each trace."""
+    found = [
+        ((trace.wait or 0.0) + (trace.prefill or 0.0), trace.decode or 0.0, trace.tokens - 1)
+        for trace in trial.traces
+    ]
     began, decode, tokens = np.asarray(found, np.float64).T
     return began, decode, tokens
 

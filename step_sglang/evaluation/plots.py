@@ -64,8 +64,9 @@ def accuracy_against_latency(summaries: Sequence[Summary]) -> pyplot.Figure:
                 labels.append(Label(*place, text, colour(title), error))
     axis.set(xlabel="latency of a question, s", ylabel="accuracy, %")
     axis.set_xlim(0, 1.08 * axis.get_xlim()[1])
-    if len(sizes) == 1:
-        axis.set_title(f"{sizes.pop()} traces a question; bars: standard error", fontsize=9)
+    traces = f"{sizes.pop()} traces a question, " if len(sizes) == 1 else ""
+    pool = f"KV pool: {summaries[0].memory}"
+    axis.set_title(f"{traces}{pool}; bars: standard error", fontsize=9)
     figure.tight_layout()
     put_labels(axis, labels)
     return figure

@@ -249,13 +249,14 @@ def _outcome(
         retracted=sum(request.retractions for request in requests),
         tokens=sum(request.generated for request in requests),
         steps=steps,
-        seconds=cost_model.seconds(_until(history, steps), prompt_tokens),
+        seconds=cost_model.seconds(until(history, steps), prompt_tokens),
         wait_share=sum(request.waited for request in requests) / len(requests) / max(1, steps),
         calibration=calibration_of(group.calibration),
     )
 
 
-def _until(history: Sequence[DecodeStep], steps: int) -> Iterator[DecodeStep]:
+def until(history: Sequence[DecodeStep], steps: int) -> Iterator[DecodeStep]:
+    """The first so many decode steps: an item of the history may stand for several."""
     for moment in history:
         if steps <= 0:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from step_sglang.evaluation.errors import BenchError
@@ -13,7 +13,7 @@ from step_sglang.evaluation.page import write_page
 from step_sglang.evaluation.ranking import Rankings, recorded_rankings
 from step_sglang.evaluation.results import Loaded, load_results
 from step_sglang.evaluation.stats import Mean, Paired
-from step_sglang.evaluation.summary import Summary, summarize
+from step_sglang.evaluation.summary import Summary, in_common, summarize
 from step_sglang.evaluation.votes import SHOWN, VoteRow, vote_rows
 from step_sglang.scoring.calibration import TraceCalibration
 from step_sglang.training.metrics import FEW_QUESTIONS, few_questions
@@ -33,7 +33,9 @@ _NOTE = (
     "paired permutation test over questions, two-sided, against the named method with as many "
     "traces in the same memory. Latency: from the request to the end of the last trace, all of a "
     "method's requests together; the vote counts only where it ends the group early. Wait, "
-    "prefill and decode: a trace's own, mean, by the server's time stamps."
+    "prefill and decode: a trace's own, mean, by the server's time stamps; a trace that was "
+    "cancelled before its first token waited until then, of other cancelled ones nothing is known. "
+    "Ended early: traces that a decided vote cut short."
 )
 _CUT_SHORT = (
     "Tokens of {}: a trace that was cancelled by an early end counts with the tokens that had been "
@@ -84,7 +86,9 @@ def write_report(
     from step_sglang.evaluation.plots import draw_all
 
     loaded = load_results(folders)
-    summaries = summarize(loaded.results, reference.name)
+    kept, told = in_common(loaded.results)
+    loaded = replace(loaded, results=kept)
+    summaries = summarize(kept, reference.name)
     tables = [accuracy_table(summaries, reference.title), breakdown_table(summaries)]
     if votes := vote_rows(loaded.results, calibration):
         tables.append(votes_table(votes))
@@ -93,7 +97,11 @@ def write_report(
         tables.append(ranking_table(rankings))
     early = [_cut_short(s) for s in summaries if s.cancelled]
     fewest = min(s.questions for s in summaries)
-    warnings = (few_questions(fewest),) if fewest < FEW_QUESTIONS else ()
+    warnings = (
+        *((few_questions(fewest),) if fewest < FEW_QUESTIONS else ()),
+        *told,
+        *(_aborted(s) for s in summaries if s.aborted),
+    )
     heading = _heading(loaded, machines_of(folders))
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -134,7 +142,7 @@ def breakdown_table(summaries: Sequence[Summary]) -> Table:
         (
             s.title, str(s.n), _number(s.wait, 2), _number(s.longest_wait, 2),
             _number(s.prefill, 3), _number(s.decode, 2), _number(s.pruned, 1),
-            _number(s.retracted, 1), _number(s.cancelled, 1),
+            _number(s.retracted, 1), _number(s.ended, 1),
             _number(s.usage, 0, 100), _number(s.peak_usage, 0, 100),
         )
         for s in summaries
@@ -256,6 +264,13 @@ def _markdown(
 def _cut_short(summary: Summary) -> str:
     name = f"{summary.title}, n = {summary.n}, {summary.memory}"
     return _CUT_SHORT.format(name, f"{(STREAM_INTERVAL - 1) * summary.cancelled:.0f}")
+
+
+def _aborted(summary: Summary) -> str:
+    return (
+        f"{summary.title}, n = {summary.n}, {summary.memory}: {summary.aborted} traces were "
+        "aborted by the server or another client; they count as traces without an answer"
+    )
 
 
 def _mean(mean: Mean, scale: float, digits: int) -> str:

@@ -158,6 +158,9 @@ def set_up(options: BenchOptions, say: Say) -> Setup:
         "scorer": options.scorer,
         "server_flags": list(options.server_flags),
     }
+    if scorer and Path(scorer).is_file():
+        # A file may be trained anew under the same name.
+        meta["scorer_sha256"] = hashlib.sha256(Path(scorer).read_bytes()).hexdigest()[:16]
     return Setup(
         plan,
         memories is not None,

@@ -16,7 +16,9 @@ from step_sglang.files import LockedFolder
 from step_sglang.simulation.errors import SimulationError
 
 META, OUTCOMES = "simulation.json", "simulated.jsonl"
-_VERSION = 1
+# Of the code that an outcome depends on: 2 charges a row of a recorded speed once, and votes by the
+# odds of recorded scores.
+_VERSION = 2
 
 
 class OutcomeKey(NamedTuple):

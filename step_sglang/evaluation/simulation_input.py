@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -203,6 +204,17 @@ class Recorded:
         """KV tokens of the longest trace, with its prompt."""
         return max(g.prompt_tokens + t.tokens for g in self._read for t in g.traces)
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the groups, each its own: also of groups of a question that differ in size alone."""
+        times = Counter((group.question, group.repeat) for group in self._read)
+        return tuple(
+            group.question
+            + (f"/{group.repeat}" if group.repeat else "")
+            + (f" of {len(group.traces)}" if times[group.question, group.repeat] > 1 else "")
+            for group in self._read
+        )
+
     @property
     def label(self) -> str:
         """Where they were recorded."""
@@ -219,8 +231,9 @@ class Recorded:
         source = np.random.default_rng([self.seed, number, draw])
         chosen = sorted(source.choice(len(group.traces), n, replace=False))
         traces = tuple(_played(group.traces[i], group.gold, group.max_new_tokens) for i in chosen)
-        name = group.question if not group.repeat else f"{group.question}/{group.repeat}"
-        return PlayedGroup(name, draw, group.gold, group.prompt_tokens, traces)
+        return PlayedGroup(
+            self.names[number], draw, group.gold, group.prompt_tokens, traces, group.calibration
+        )
 
 
 def _scored(
@@ -266,5 +279,6 @@ def as_recorded(group: PlayedGroup, limit: int) -> RecordedGroup:
         for trace in group.traces
     )
     return RecordedGroup(
-        group.question, group.draw, group.gold, group.prompt_tokens, limit, 0.0, traces
-    )
+        group.question, group.draw, group.gold, group.prompt_tokens, limit, 0.0, traces,
+        group.calibration,
+    )  # fmt: skip

@@ -24,7 +24,9 @@ _HEAD = (
 )  # fmt: skip
 _NOTE = (
     "Simulated: nothing here was timed. Means over questions of the mean over draws. In brackets: "
-    "95 % bootstrap intervals over questions, paired with SC in the same pool with as many traces."
+    "95 % bootstrap intervals over questions, paired with SC in the same pool with as many traces. "
+    "Votes are by the odds of recorded scores; invented ones have no calibration, and vote by "
+    "trace score."
 )
 
 
@@ -206,7 +208,8 @@ def draw(rows: Sequence[Row], meta: Mapping[str, Any], auc: float | None) -> Any
             labels.append(Label(x[-1], y[-1], text, shade))
         axis.set_xscale("log")
         axis.set(xlabel="latency of a question, simulated s", ylabel="accuracy, %")
-        axis.set_title(f"simulated, {pool:,} KV tokens", fontsize=9)
+        scores = "recorded scores" if auc is None else f"an AUC of {auc:g}"
+        axis.set_title(f"simulated, {pool:,} KV tokens, {scores}", fontsize=9)
         figure.tight_layout()
         put_labels(axis, labels)
     return figure

@@ -13,7 +13,8 @@ from typing import Any
 
 from step_sglang import __version__
 from step_sglang.errors import nearest
-from step_sglang.evaluation.fitted_prices import fitted_prices
+from step_sglang.evaluation.cost_model import CostModel
+from step_sglang.evaluation.fitted_prices import FittedPrices, fitted_prices
 from step_sglang.evaluation.methods import METHODS
 from step_sglang.evaluation.modelled import MODELLED, for_model, model_outcomes
 from step_sglang.evaluation.simulated import OutcomeKey, OutcomeWriter, SimulatedOutcome
@@ -81,6 +82,7 @@ class Simulation:
     scheduler: str
     meta: dict[str, Any]
     problems: tuple[str, ...]  # of the source's files: what is left out, and why
+    step_times: str | None = None  # where those of the recorded speed come from
 
     def batches(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """Draw, traces of a group, and the questions that come at once."""
@@ -139,8 +141,9 @@ def set_up(options: SimulateOptions) -> Simulation:
         Ranking(auc, options.grown)  # refuses what is none
     source = source_of(options)
     problems: list[str] = []
-    if options.recorded_speed:
-        time = _recorded_time(source, problems.append)
+    fitted = _recorded_prices(source, problems.append) if options.recorded_speed else None
+    if fitted is not None:
+        time = time_of(fitted.prices)
     questions = source.questions if options.questions is None else options.questions
     if questions > source.questions:
         raise SimulationError(f"{source.label} has {source.questions} questions, not {questions}")
@@ -150,7 +153,10 @@ def set_up(options: SimulateOptions) -> Simulation:
         )
     unit = options.unit or _DEFAULT_UNITS[options.scheduler]
     _check_pools(options, source, pools, unit)
-    speed = Speed(_scaled(time, options.step_time, options.attention_time), unit)
+    speed = Speed(
+        _scaled(time, options.step_time, options.attention_time), unit,
+        fitted.prices.overhead if fitted else 0.0,
+    )  # fmt: skip
     meta = {
         "simulated": True,
         "source": source.label,
@@ -162,6 +168,7 @@ def set_up(options: SimulateOptions) -> Simulation:
         "seed": options.seed,
         "unit": unit,
         "speed": asdict(speed.time),
+        "overhead": speed.overhead,
         "package": __version__,
     }
     if source.invents:
@@ -174,6 +181,7 @@ def set_up(options: SimulateOptions) -> Simulation:
     return Simulation(
         source, questions, methods, options.ns, pools, options.aucs if source.invents else (None,),
         options.draws, options.at_once, speed, options.scheduler, meta, tuple(problems),
+        fitted.told if fitted else None,
     )  # fmt: skip
 
 
@@ -215,15 +223,17 @@ def source_of(options: SimulateOptions) -> Source:
     return LengthFile(paths[0], invention)
 
 
-def _recorded_time(source: Source, warn: Callable[[str], None]) -> StepTime:
+def _recorded_prices(source: Source, warn: Callable[[str], None]) -> FittedPrices:
     if not isinstance(source, Recorded):
         raise SimulationError("--recorded-speed is for folders of `bench --record`")
-    prices = fitted_prices(source.folders, source.groups, warn)
-    prefill = prices.per_trace  # of a token, as `replay` has it
+    return fitted_prices(source.folders, source.groups, warn)
+
+
+def time_of(prices: CostModel) -> StepTime:
+    """The same prices: a row of a decode step costs what a token of a prefill does, once."""
     return StepTime(
-        base=prices.base, weights=0.0, row=prices.per_trace, attended=prices.per_token,
-        compute=prefill,
-    )  # fmt: skip
+        base=prices.base, weights=0.0, row=0.0, attended=prices.per_token, compute=prices.per_trace
+    )
 
 
 def _scaled(time: StepTime, factor: float, attention: float) -> StepTime:
@@ -318,10 +328,7 @@ def jobs_left(
 
 def name_of(source: Source, number: int) -> str:
     """A question's name in results."""
-    if isinstance(source, Recorded):
-        group = source.groups[number]
-        return f"{group.question}/{group.repeat}" if group.repeat else group.question
-    return str(number)
+    return source.names[number] if isinstance(source, Recorded) else str(number)
 
 
 def title_of(method: str) -> str:

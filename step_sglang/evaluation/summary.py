@@ -32,7 +32,9 @@ class Summary:
     longest_wait: float | None
     pruned: float  # traces per question
     retracted: float  # retractions per question
-    cancelled: float  # traces per question that an early end cut short
+    cancelled: float  # traces per question whose group's early end cut them short
+    ended: float  # these, and those that a shrinking vote ended
+    aborted: int  # traces, in all, that the server ended for no reason of the method
     usage: float | None  # share of the pool in use, mean over time
     peak_usage: float | None
     accuracy_gap: Paired | None  # against the reference with as many traces, in the same memory
@@ -59,13 +61,44 @@ def summarize(results: Sequence[TrialResult], reference: str = REFERENCE) -> lis
     ]
 
 
+def in_common(
+    results: Sequence[TrialResult],
+) -> tuple[tuple[TrialResult, ...], tuple[str, ...]]:
+    """The results on questions that every method has, and a line on what that leaves out.
+
+    Of each memory on its own. Methods without a common question keep theirs, and that is said.
+    What was recorded is no method.
+    """
+    left: set[tuple[str, str]] = set()  # memory and question
+    told = []
+    for memory in sorted({r.memory for r in results if r.method != RECORD.name}, key=_by_size):
+        cells: dict[tuple[str, int], set[str]] = defaultdict(set)
+        for result in results:
+            if result.memory == memory and result.method != RECORD.name:
+                cells[result.method, result.n].add(result.question)
+        every, common = set().union(*cells.values()), set.intersection(*cells.values())
+        if every == common:
+            continue
+        have = ", ".join(f"{name} n={n} {len(theirs)}" for (name, n), theirs in cells.items())
+        if not common:
+            told.append(f"{memory}: no question is one of all methods, so rows differ in theirs")
+            continue
+        left |= {(memory, question) for question in every - common}
+        told.append(
+            f"{memory}: {len(every - common)} of {len(every)} questions are left out, as not every "
+            f"method has them ({have})"
+        )
+    kept = tuple(r for r in results if (r.memory, r.question) not in left)
+    return kept, tuple(told)
+
+
 def _summary(
     results: Sequence[TrialResult], reference: Sequence[TrialResult], name: str
 ) -> Summary:
     first = results[0]
     method = METHODS.get(first.method)
     shares = [moment.share for result in results for moment in result.usage]
-    waits = [t.wait for result in results for t in result.traces if t.wait is not None]
+    waits = [wait for result in results for wait in result.waits]
     compared = bool(reference) and first.method != name
     accuracy, latency = _values(results, _correct), _values(results, _latency)
     return Summary(
@@ -85,6 +118,8 @@ def _summary(
         pruned=sum(result.pruned for result in results) / len(results),
         retracted=sum(result.retracted for result in results) / len(results),
         cancelled=sum(result.cancelled for result in results) / len(results),
+        ended=sum(result.ended for result in results) / len(results),
+        aborted=sum(result.num("aborted") for result in results),
         usage=sum(shares) / len(shares) if shares else None,
         peak_usage=max(shares, default=None),
         accuracy_gap=compare(accuracy, _values(reference, _correct)) if compared else None,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
+
+ENDED = ("cancelled", "shrunk")  # fates of traces that a decided vote cut short
 
 
 class TrialKey(NamedTuple):
@@ -32,6 +34,21 @@ class TrialTrace:
     wait: float | None  # in the queue, also again after a retraction
     prefill: float | None
     decode: float | None
+
+
+def known_waits(traces: Iterable[TrialTrace], seconds: float) -> list[float]:
+    """Seconds in the queue, of the traces of which they are known.
+
+    Of a trace that was cancelled the server says nothing. Without a token it never began, and
+    waited for all of the request's ``seconds``.
+    """
+    found = []
+    for trace in traces:
+        if trace.wait is not None:
+            found.append(trace.wait)
+        elif trace.fate == "cancelled" and not trace.tokens:
+            found.append(seconds)
+    return found
 
 
 class PoolUsage(NamedTuple):
@@ -93,9 +110,22 @@ class TrialResult:
         """How often SGLang took a trace's KV cache and queued it again."""
         return sum(trace.retractions for trace in self.traces)
 
+    @property
+    def ended(self) -> int:
+        """Traces that a decided vote cut short, whole groups and single ones."""
+        return sum(map(self.num, ENDED))
+
+    @property
+    def waits(self) -> list[float]:
+        """Seconds that traces waited, of those of which it is known."""
+        return known_waits(self.traces, self.phases[-1])
+
     def mean(self, name: str) -> float | None:
-        """Mean of a time over the traces that have it."""
-        values = [v for trace in self.traces if (v := getattr(trace, name)) is not None]
+        """Mean of a time over the traces of which it is known."""
+        if name == "wait":
+            values = self.waits
+        else:
+            values = [v for trace in self.traces if (v := getattr(trace, name)) is not None]
         return sum(values) / len(values) if values else None
 
     def as_json(self) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from step_sglang import protocol
 from step_sglang.client.http import AsyncClient
 from step_sglang.client.launch import running_server
@@ -24,14 +22,15 @@ from step_sglang.evaluation.methods import METHODS, MethodSettings
 from step_sglang.evaluation.sampler import ServerSampler, grade
 from step_sglang.evaluation.simulated import OutcomeWriter, SimulatedOutcome
 from step_sglang.evaluation.simulation_setup import Job, Simulation, jobs_left
+from step_sglang.evaluation.trial_result import ENDED, known_waits
 from step_sglang.simulation.clock import Clock
 from step_sglang.simulation.model import CLOCK_FILE, SPEED_FILE, Player, write_player
 from step_sglang.simulation.played import PlayedGroup, in_units
+from step_sglang.simulation.speed import Speed
 from step_sglang.voting.answers import extract_boxed
 from step_sglang.voting.verifier import AnswerVerifier
 
 _LOG = "server.log"
-_ENDED = ("cancelled", "shrunk")
 _TIMEOUT = 3600.0  # real seconds without an answer
 
 
@@ -111,7 +110,9 @@ def run_virtual(
                 _in_environment(environment(player.folder, unit)),
                 running_server(str(player.folder), flags, writer.folder / _LOG) as url,
             ):
-                asyncio.run(_run(url, player, groups, played, limit, unit, writer, report))
+                asyncio.run(
+                    _run(url, player, groups, played, limit, simulation.speed, writer, report)
+                )
 
 
 async def _run(
@@ -120,11 +121,11 @@ async def _run(
     groups: Sequence[PlayedGroup],
     played: Sequence[_Played],
     limit: int,
-    unit: int,
+    speed: Speed,
     writer: OutcomeWriter,
     report: Callable[[Sequence[SimulatedOutcome]], None],
 ) -> None:
-    verifier = AnswerVerifier()
+    unit, verifier = speed.unit, AnswerVerifier()
     clock = Clock(player.folder / CLOCK_FILE)
     try:
         async with AsyncClient(url, timeout=_TIMEOUT) as client:
@@ -140,6 +141,7 @@ async def _run(
                 sample = await method.ask(sampler, len(group.traces))
                 graded = grade(method, sample, group.gold, verifier)
                 fates = [trace.fate for trace in graded.traces]
+                waits = known_waits(graded.traces, sample.parts[-1].seconds)
                 return SimulatedOutcome(
                     question=group.question,
                     method=method.name,
@@ -148,12 +150,12 @@ async def _run(
                     pool=one.job.pool,
                     auc=one.job.auc,
                     correct=graded.correct,
-                    seconds=sum(part.seconds for part in sample.parts),
+                    seconds=sum(part.seconds for part in sample.parts) + speed.overhead,
                     tokens=unit * sum(trace.tokens for trace in graded.traces),
-                    wait=float(np.mean([trace.wait or 0.0 for trace in graded.traces])),
+                    wait=sum(waits) / len(waits) if waits else 0.0,
                     pruned=fates.count("pruned"),
                     retracted=sum(trace.retractions for trace in graded.traces),
-                    ended=sum(fates.count(fate) for fate in _ENDED),
+                    ended=sum(fates.count(fate) for fate in ENDED),
                 )
 
             for one in played:

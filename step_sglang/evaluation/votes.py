@@ -72,7 +72,7 @@ def _can_revote(results: Sequence[TrialResult]) -> bool:
         if trace.fate == "finished" and trace.answer is not None
     )
     known = any(trace.score is not None for result in results for trace in result.traces)
-    cut = any(result.cancelled or result.num("shrunk") for result in results)
+    cut = any(result.ended for result in results)
     return scored and known and not cut and all(len(r.traces) <= r.n for r in results)
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from step_sglang.scoring.calibration import calibration_of
 from step_sglang.scoring.scorer import HIDDEN_UNITS, Scorer, ScorerInfo, save_scorer
 from step_sglang.simulation.errors import SimulationError
 from step_sglang.simulation.played import TAIL, PlayedGroup, PlayedTrace
@@ -64,8 +65,15 @@ def write_player(folder: Path, groups: Sequence[PlayedGroup], context: int) -> P
         context: tokens that a request may have, prompt included.
 
     Raises:
-        SimulationError: more questions or traces than it can number.
+        SimulationError: more questions or traces than it can number, or scores of several
+            calibrations.
     """
+    calibrations = {group.calibration for group in groups}
+    if len(calibrations) > 1:
+        raise SimulationError(
+            "the groups were scored by scorers of different calibrations, and a server has one: "
+            "simulate each folder on its own, or take --scheduler model"
+        )
     if max(len(groups), *(len(group.traces) for group in groups)) > 10**_DIGITS:
         raise SimulationError(f"a simulation takes at most {10**_DIGITS} groups, and traces each")
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +102,7 @@ def write_player(folder: Path, groups: Sequence[PlayedGroup], context: int) -> P
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     save_file(_weights(groups, token_of, vocabulary), folder / "model.safetensors")
-    save_scorer(_scorer(), folder / SCORER_FILE)
+    save_scorer(_scorer(calibrations.pop()), folder / SCORER_FILE)
     return Player(folder, tuple(_prompt(i, group) for i, group in enumerate(groups)))
 
 
@@ -159,11 +167,14 @@ def _log_odds(trace: PlayedTrace) -> np.ndarray:
     return found
 
 
-def _scorer() -> Scorer:
+def _scorer(calibration: tuple[float, float] | None) -> Scorer:
     w1, w2 = torch.zeros(HIDDEN_UNITS, HIDDEN), torch.zeros(HIDDEN_UNITS)
     w1[0, 0] = w1[1, 1] = 1.0  # relu(x) - relu(-x) = x
     w2[0], w2[1] = 1.0, -1.0
-    info = ScorerInfo("plays traces", (_TEXTS[BOUNDARY],), _TEXTS[THINK_END])
+    info = ScorerInfo(
+        "plays traces", (_TEXTS[BOUNDARY],), _TEXTS[THINK_END],
+        calibration=calibration_of(calibration),
+    )  # fmt: skip
     return Scorer(w1, torch.zeros(HIDDEN_UNITS), w2, torch.zeros(1), info)
 
 

@@ -26,13 +26,18 @@ class PlayedTrace:
 
 @dataclass(frozen=True, eq=False)
 class PlayedGroup:
-    """All traces of a question. ``draw``: which of several drawings of traces or scores it is."""
+    """All traces of a question. ``draw``: which of several drawings of traces or scores it is.
+
+    ``calibration``: slope and bias of the scorer that scored them; None: it has none, and votes by
+    odds are those by trace score.
+    """
 
     question: str
     draw: int
     gold: str
     prompt_tokens: int
     traces: tuple[PlayedTrace, ...]
+    calibration: tuple[float, float] | None = None
 
 
 def in_units(group: PlayedGroup, unit: int) -> PlayedGroup:

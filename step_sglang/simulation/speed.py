@@ -15,11 +15,13 @@ class Speed:
     """Seconds of the engine's passes. A token of it stands for ``unit`` real ones.
 
     So a decode step stands for ``unit`` steps, in which all rows attend to ``unit`` times as many
-    tokens; a prefill is one pass all the same.
+    tokens; a prefill is one pass all the same. ``overhead``: seconds of a question outside its
+    passes, which no clock of the engine has.
     """
 
     time: StepTime
     unit: int = 1
+    overhead: float = 0.0
 
     def decode(self, rows: int, attended: float) -> float:
         """A decode step of so many rows, which attend to so many of the engine's tokens."""

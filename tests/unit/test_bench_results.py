@@ -9,12 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 from step_sglang.evaluation.errors import BenchError
-from step_sglang.evaluation.report import accuracy_table, latex, markdown, write_report
+from step_sglang.evaluation.plots import accuracy_against_latency
+from step_sglang.evaluation.report import (
+    accuracy_table,
+    breakdown_table,
+    latex,
+    markdown,
+    write_report,
+)
 from step_sglang.evaluation.results import RESULTS, ResultWriter, load_results
 from step_sglang.evaluation.stats import compare, mean_of, permutation_p
-from step_sglang.evaluation.summary import summarize
+from step_sglang.evaluation.summary import in_common, summarize
 from step_sglang.evaluation.trial_result import PoolUsage, TrialResult, TrialTrace
 from step_sglang.evaluation.votes import vote_rows
 from step_sglang.scoring.calibration import TraceCalibration
@@ -325,3 +333,54 @@ def test_results_are_plain_json(tmp_path: Path) -> None:
     line = json.loads((tmp_path / RESULTS).read_text())
     assert line["traces"]["tokens"] == [100, 40]
     assert line["usage"][1] == [1.0, 0.8, 1, 1]
+
+
+def test_rows_are_of_the_same_questions(tmp_path: Path) -> None:
+    fewer = [r for r in some_results() if (r.method, r.question) != ("sc", "q5")]
+    kept, told = in_common([*fewer, replace(result("q9", "step"), memory="1024 tokens")])
+    assert {r.question for r in kept} == {*(f"q{i}" for i in range(5)), "q9"}
+    (line,) = told
+    assert line.startswith("512 tokens: 1 of 6 questions are left out, as not every method has")
+    assert "sc n=2 5" in line and "step n=2 6" in line
+    assert in_common(some_results()) == (tuple(some_results()), ())
+    apart = [result("a"), result("b", "step")]
+    assert in_common(apart)[0] == tuple(apart) and "no question is one" in in_common(apart)[1][0]
+    with ResultWriter(tmp_path, META) as writer:
+        for one in fewer:
+            writer.add(one)
+    written = write_report([tmp_path], tmp_path)
+    assert "5 questions, 2 repeats, 30 runs." in written.heading
+    assert line in written.warnings and "| STEP | 2 | 100.0 ± 0.0 | 140 ± 0 | 3.00" in (
+        written.markdown
+    )
+
+
+def test_what_a_decided_vote_cut_short_and_how_long_it_waited(tmp_path: Path) -> None:
+    cut = replace(FINISHED, wait=None, prefill=None, decode=None, answer=None)
+    traces = (
+        replace(FINISHED, wait=1.0),
+        replace(cut, fate="shrunk", wait=2.0),
+        replace(cut, fate="cancelled", tokens=0),  # never began: waited all the time
+        replace(cut, fate="cancelled"),  # began, nobody knows when
+        replace(cut, fate="aborted"),
+    )
+    one = result("q0", "step-fast", n=5, traces=traces, latency=12.0, phases=(12.0,))
+    (row,) = summarize([one])
+    assert (row.ended, row.cancelled, row.aborted) == (3, 2, 1)
+    assert row.wait == pytest.approx((1 + 2 + 12) / 3) and row.longest_wait == 12
+    with ResultWriter(tmp_path, META) as writer:
+        writer.add(one)
+    written = write_report([tmp_path], tmp_path)
+    assert any("1 traces were aborted by the server" in warning for warning in written.warnings)
+    assert breakdown_table([row]).rows[0][8] == "3.0"
+
+
+def test_a_plot_names_its_pool() -> None:
+    _, sc, step = summarize(some_results())
+    for shown, title in (
+        ([sc, step], "2 traces a question, KV pool: 512 tokens; bars: standard error"),
+        ([sc, replace(step, n=4)], "KV pool: 512 tokens; bars: standard error"),
+    ):
+        figure = accuracy_against_latency(shown)
+        assert figure.axes[0].get_title() == title
+        pyplot.close(figure)

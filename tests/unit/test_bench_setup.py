@@ -20,6 +20,7 @@ from step_sglang.evaluation import pilot, serving
 from step_sglang.evaluation.errors import BenchError
 from step_sglang.evaluation.pilot import measured_lengths
 from step_sglang.evaluation.profiles import Profile, profile_of
+from step_sglang.evaluation.results import ResultWriter
 from step_sglang.evaluation.serving import (
     Model,
     PoolSize,
@@ -28,7 +29,7 @@ from step_sglang.evaluation.serving import (
     probe_server,
     served,
 )
-from step_sglang.evaluation.setup import BenchOptions, memories_of, shard_of
+from step_sglang.evaluation.setup import BenchOptions, memories_of, set_up, shard_of
 from step_sglang.reasoner import model_path
 
 
@@ -37,6 +38,33 @@ def test_sampling_is_the_papers_by_the_models_name() -> None:
     assert profile_of("microsoft/Phi-4-reasoning-plus").sampling == Sampling(0.8, 0.95, 50, 32768)
     reasoner = profile_of("reasoner")
     assert reasoner.sampling == Sampling(1.0, 1.0, -1, 900) and reasoner.window == 20
+
+
+def test_a_scorer_counts_by_its_content(tmp_path: Path) -> None:
+    scorer = tmp_path / "scorer.safetensors"
+
+    def meta(**more: Any) -> dict[str, Any]:
+        chosen = BenchOptions("reasoner:test", "reasoner", "reasoner", limit=1, pool="64", **more)
+        return set_up(chosen, lambda text: None).meta
+
+    found = []
+    for content in (b"one", b"another"):
+        scorer.write_bytes(content)
+        found.append(meta(scorer=str(scorer)))
+    assert {key for key in found[0] if found[0][key] != found[1][key]} == {"scorer_sha256"}
+    with ResultWriter(tmp_path / "out", found[0]):
+        pass
+    with (
+        pytest.raises(BenchError, match="scorer_sha256"),
+        ResultWriter(tmp_path / "out", found[1]),
+    ):
+        pass
+    # What an earlier version did not write counts as equal.
+    del found[0]["scorer_sha256"]
+    for one in found:
+        with ResultWriter(tmp_path / "before", one):
+            pass
+    assert meta()["scorer"] is None and meta()["scorer_sha256"]  # the embedded one
 
 
 def test_shards_share_the_questions_without_overlap() -> None:

@@ -97,19 +97,40 @@ def test_timed_trials_come_before_recorded_groups(tmp_path: Path) -> None:
 
     groups = [RecordedGroup(q, 0, "7", PROMPT, 400, 60.0, (trace(90), trace(60))) for q in PROMPTS]
     said: list[str] = []
-    assert fitted_prices([tmp_path], groups, said.append) == fit_groups(groups)
+    found = fitted_prices([tmp_path], groups, said.append)
+    assert found.prices == fit_groups(groups) and "as no trial was timed; " in found.told
     (tmp_path / RESULTS).touch()  # as a run that was killed early leaves it
-    assert fitted_prices([tmp_path], groups, said.append) == fit_groups(groups)
+    assert fitted_prices([tmp_path], groups, said.append).prices == fit_groups(groups)
     with ResultWriter(tmp_path, {}) as writer:
         for trial in TRIALS:
             writer.add(trial)
-    assert close(fitted_prices([tmp_path], groups, said.append))
+    found = fitted_prices([tmp_path], groups, said.append)
+    assert close(found.prices)
+    assert found.told.startswith("step times: 120 traces of 6 of 6 timed trials; ")
     # Trials on other questions tell nothing: their prompts are not known.
     alone = [replace(groups[0], question="another")]
-    assert fitted_prices([tmp_path], alone, said.append) == fit_groups(alone)
+    assert fitted_prices([tmp_path], alone, said.append).prices == fit_groups(alone)
     assert not said
     # A line that is damaged is left out, and said to be.
     with (tmp_path / RESULTS).open("a") as file:
         file.write('{"question": 1}\n')
-    assert close(fitted_prices([tmp_path], groups, said.append))
+    assert close(fitted_prices([tmp_path], groups, said.append).prices)
     assert len(said) == 1 and f"line {len(TRIALS) + 1} is unusable" in said[0]
+
+
+def test_what_the_prices_come_from_is_told(tmp_path: Path) -> None:
+    times = tuple(0.5 * i for i in range(90))
+    traces = (RecordedTrace("finished", "7", True, 0.5, times, (), (), (), "x"),)
+    groups = [RecordedGroup(q, 0, "7", PROMPT, 400, 60.0, traces) for q in PROMPTS]
+    torn = replace(TRIALS[0].traces[0], wait=None)
+    with ResultWriter(tmp_path, {}) as writer:
+        writer.add(replace(TRIALS[0], traces=(torn, *TRIALS[0].traces[1:])))
+        for trial in TRIALS[1:3]:
+            writer.add(replace(trial, phases=(1.0, 1.0)))
+        writer.add(TRIALS[3])
+    told = fitted_prices([tmp_path], groups, lambda problem: None).told
+    assert told.startswith(
+        "step times: the recorded groups, as 20 traces of 1 of 4 timed trials (left out: 1 with a "
+        "trace without times, 2 in several requests) are too few; "
+    )
+    assert "ms a trace" in told

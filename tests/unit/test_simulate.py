@@ -8,19 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
 from typer.testing import CliRunner
 
 from step_sglang.cli.main import app
 from step_sglang.errors import StepError
-from step_sglang.evaluation.cost_model import Roofline
+from step_sglang.evaluation.cost_model import CostModel, Roofline
 from step_sglang.evaluation.modelled import MODELLED
 from step_sglang.evaluation.simulated import OUTCOMES, OutcomeWriter, read_outcomes
-from step_sglang.evaluation.simulation_report import rows_of, write_report
-from step_sglang.evaluation.simulation_setup import SimulateOptions, run_modelled, set_up
+from step_sglang.evaluation.simulation_report import draw, rows_of, write_report
+from step_sglang.evaluation.simulation_setup import (
+    SimulateOptions,
+    run_modelled,
+    set_up,
+    time_of,
+)
 from step_sglang.evaluation.simulator import DecodeStep
 from step_sglang.evaluation.traces import RecordedGroup, RecordedTrace, write_group
+from step_sglang.scoring.scorer import load_scorer
 from step_sglang.simulation.errors import SimulationError
 from step_sglang.simulation.gpu import GPUS, NETWORKS, step_time
+from step_sglang.simulation.model import write_player
 from step_sglang.simulation.speed import Speed
 
 POOL = 30_000
@@ -167,6 +175,78 @@ def test_recorded_groups_are_played_with_their_own_scores(tmp_path: Path) -> Non
         set_up(asked)
 
 
+def test_a_row_of_a_recorded_speed_costs_once_and_a_question_its_overhead(tmp_path: Path) -> None:
+    prices = CostModel(base=0.01, per_trace=0.001, per_token=1e-6, overhead=0.2)
+    time = time_of(prices)
+    for rows, attended in ((1, 100), (32, 4000)):
+        expected = prices.base + rows * prices.per_trace + attended * prices.per_token
+        assert time.decode(rows, attended) == pytest.approx(expected)
+    moments = [DecodeStep(4, 1000, 0, 3)]
+    assert Roofline(Speed(time, overhead=5.0)).seconds(moments) == pytest.approx(
+        5.0 + Roofline(Speed(time)).seconds(moments)
+    )
+    # 100 stamps half a second apart, of 60 s.
+    write_group(tmp_path, recorded([0.5] * 3, [0.7] * 2))
+    simulation = set_up(options(tmp_path, pools=(900,), ns=(5,), recorded_speed=True))
+    assert simulation.speed.overhead == pytest.approx(60 - 99 * 0.5)
+    assert simulation.meta["overhead"] == simulation.speed.overhead
+    assert simulation.step_times and "the recorded groups, as no trial" in simulation.step_times
+
+
+def recorded(
+    wrong: list[float], right: list[float], calibration: tuple[float, float] | None = None
+) -> RecordedGroup:
+    """A question whose traces of 100 tokens have these scores."""
+    places = tuple(range(9, 90, 10))
+    times = [0.5 * i for i in range(100)]
+    traces = tuple(
+        RecordedTrace(
+            "finished", "5" if good else "3", good, score, times, (), places,
+            (score,) * len(places), "x",
+        )
+        for good, scores in ((False, wrong), (True, right))
+        for score in scores
+    )  # fmt: skip
+    return RecordedGroup("q", 0, "5", 20, 400, 60.0, traces, calibration)
+
+
+@pytest.mark.parametrize("calibration", [(2.2, -0.9), None])
+def test_recorded_scores_vote_by_their_scorers_odds(
+    tmp_path: Path, calibration: tuple[float, float] | None
+) -> None:
+    group = recorded([0.5] * 3, [0.7] * 2, calibration)  # right by odds alone
+    write_group(tmp_path, group)
+    asked = options(tmp_path, methods="step", pools=(900,), ns=(5,))
+    run(tmp_path / "out", asked)
+    (outcome,) = read_outcomes(tmp_path / "out")[1]
+    assert outcome.pruned == 0 and outcome.correct == (calibration is not None)
+    # The real scheduler's scorer states the same.
+    played = set_up(asked).source.group(0, 0, 5, None)
+    info = load_scorer(write_player(tmp_path / "player", [played], 500).scorer).info
+    assert (info.calibration and info.calibration.pair) == calibration
+    with pytest.raises(SimulationError, match="calibrations, and a server has one"):
+        write_player(tmp_path / "two", [played, replace(played, calibration=(1.0, 0.0))], 500)
+
+
+def test_groups_of_a_question_that_differ_in_size_alone_are_two(tmp_path: Path) -> None:
+    for wrong in (4, 6):
+        write_group(tmp_path, recorded([0.5] * wrong, [0.7] * 4))
+    asked = options(tmp_path, methods="sc,step", pools=(1400,), ns=(8,), at_once=2)
+    assert run(tmp_path / "out", asked) == 4 == set_up(asked).total
+    assert {o.question for o in read_outcomes(tmp_path / "out")[1]} == {"q of 8", "q of 10"}
+    assert run(tmp_path / "out", asked) == 0
+
+
+def test_outcomes_of_earlier_code_are_not_gone_on_with(lengths: Path, tmp_path: Path) -> None:
+    asked = options(lengths, methods="sc", questions=1)
+    run(tmp_path / "out", asked)
+    file = tmp_path / "out" / "simulation.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 1}))
+    with pytest.raises(SimulationError, match="version 1, now 2"):
+        run(tmp_path / "out", asked)
+    assert write_report(tmp_path / "out").files  # what they say is still shown
+
+
 def test_a_roofline_computes_beyond_some_hundred_rows() -> None:
     speed = Speed(step_time(GPUS["h100"], NETWORKS["qwen3-8b"]))
     moments = [DecodeStep(4, 1000, 0, 3), DecodeStep(900, 1000, 0)]
@@ -195,6 +275,10 @@ def test_the_command_marks_every_line(lengths: Path, tmp_path: Path) -> None:
             assert cell == f"{gap} / {ratio}"
     assert not [line for line in text.splitlines() if "|" in line and "simulated" not in line][4:]
     assert (folder / "simulated-auc-0.7.png").stat().st_size > 5000
+    meta, outcomes = read_outcomes(folder)
+    figure = draw(rows_of(outcomes), meta, 0.7)
+    assert figure.axes[0].get_title() == "simulated, 30,000 KV tokens, an AUC of 0.7"
+    pyplot.close(figure)
     assert "3 questions, one at a time, 2 draws" in write_report(folder).table.caption
 
 
@@ -204,3 +288,16 @@ def test_the_command_refuses_before_it_makes_a_folder(lengths: Path, tmp_path: P
     assert isinstance(result.exception, StepError) and not (tmp_path / "out").exists()
     result = CliRunner().invoke(app, [*command[:4], "--auc", "much"])
     assert "--auc takes numbers" in str(result.exception)
+
+
+def test_both_commands_say_where_their_step_times_come_from(tmp_path: Path) -> None:
+    write_group(tmp_path, recorded([0.5] * 3, [0.7] * 2))
+    told = "step times: the recorded groups, as no trial was timed; "
+    for command in (
+        ["simulate", str(tmp_path), "-o", str(tmp_path / "out"), "--recorded-speed",
+         "--methods", "sc", "--n", "5"],
+        ["replay", str(tmp_path), "--policies", "none"],
+    ):  # fmt: skip
+        result = CliRunner().invoke(app, [*command, "--pool", "900"])
+        assert result.exit_code == 0, result.output
+        assert told in " ".join(result.output.split()), result.output
