@@ -21,6 +21,9 @@ _RIDGE = 10.0  # inverse strength: all but none, so that separable traces have a
 def fit_calibration(scored: Scored) -> TraceCalibration | None:
     """The logistic regression of the traces' labels on the logit of their scores.
 
+    By traces that vote: one that was cut off has no answer that a probability could be of, and its
+    label says nothing of those that have.
+
     Args:
         scored: traces of questions that the scorer was not trained on.
 
@@ -30,7 +33,7 @@ def fit_calibration(scored: Scored) -> TraceCalibration | None:
         gets slope 0, by which all traces weigh the same.
     """
     table = scored.table
-    usable = table.num_steps > 0
+    usable = table.voting
     correct = table.correct[usable]
     questions = len(np.unique(table.question[usable]))
     if questions < FEW_QUESTIONS or correct.all() or not correct.any():

@@ -10,6 +10,7 @@ scipy's bootstrap of independent observations cannot say.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -58,11 +59,15 @@ class Ranking:
 
 
 def running_means(table: TraceTable, scores: Floats) -> Floats:
-    """[S] mean of a trace's step scores up to and including each step."""
-    total = np.concatenate([[0.0], np.cumsum(scores)])
-    first = np.repeat(table.offsets[:-1], table.num_steps)
-    here = np.arange(len(scores))
-    means: Floats = (total[here + 1] - total[first]) / (here + 1 - first)
+    """[S] mean of a trace's step scores up to and including each step.
+
+    Equal scores have equal means, to the last bit: rounding must not decide who of two ranks first.
+    So every trace is summed by itself, and wide enough that a sum of scores is exact.
+    """
+    means = np.empty(len(scores))
+    for first, last in itertools.pairwise(table.offsets.tolist()):
+        total = np.cumsum(scores[first:last], dtype=np.longdouble)
+        means[first:last] = total / np.arange(1, last - first + 1)
     return means
 
 
@@ -243,12 +248,12 @@ def reliability(scores: Floats, correct: Bools, bins: int = 10) -> Reliability:
     used = count > 0
     predicted = np.bincount(index, scores, bins)[used] / count[used]
     observed = np.bincount(index, correct, bins)[used] / count[used]
-    gap = float((np.abs(predicted - observed) * count[used]).sum() / max(1, len(scores)))
+    gap = np.abs(predicted - observed) * count[used]
     return Reliability(
         tuple(predicted.tolist()),
         tuple(observed.tolist()),
         tuple(count[used].tolist()),
-        gap,
+        float(gap.sum() / len(scores)) if len(scores) else float("nan"),
         float(np.mean((scores - correct) ** 2)) if len(scores) else float("nan"),
     )
 
