@@ -38,7 +38,9 @@ class Evaluation:
     ranking: Mapping[str, Mapping[float, Ranking]]
     step_calibration: Reliability
     trace_calibration: Reliability  # of the running mean at the end; traces with an answer
-    weight_calibration: Reliability | None  # of the probabilities that it is calibrated to; likewise
+    weight_calibration: (
+        Reliability | None
+    )  # of the probabilities that it is calibrated to; likewise
     votes: Mapping[str, VoteSimulation]
 
 

@@ -30,21 +30,26 @@ FEW_QUESTIONS = 10  # below it no interval is worth its name
 Bools = NDArray[np.bool_]
 
 
-def few_questions(count: int) -> str:
-    """The warning that figures of so few questions come with."""
+def few_questions(count: int, kind: str = "") -> str:
+    """The warning that figures of so few questions, perhaps of a kind, come with."""
     return (
-        f"measured on {count} question{'s' if count != 1 else ''}: far too few for a percentage or "
-        f"an interval to mean anything; {FEW_QUESTIONS} are the least, 100 are good"
+        f"measured on {count} question{'s' if count != 1 else ''}{kind}: far too few for a "
+        f"percentage or an interval to mean anything; {FEW_QUESTIONS} are the least, 100 are good"
     )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % bootstrap interval over questions."""
+    """A figure with its 95 % bootstrap interval over questions; NaN where they are too few."""
 
     value: float
     low: float
     high: float
+
+    def shown(self, form: str) -> str:
+        """The figure, with its interval where it has one."""
+        value = f"{self.value:{form}}"
+        return value if np.isnan(self.low) else f"{value} [{self.low:{form}}, {self.high:{form}}]"
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,9 @@ def rankings(
 
     Returns:
         Per signal and fraction its ranking. Only traces that have steps take part; a signal that
-        was not measured for all of them is left out.
+        was not measured for all of them is left out. A figure of fewer than
+        :data:`FEW_QUESTIONS` questions has no interval; within the question, of fewer that have
+        both kinds of traces.
     """
     size = int(table.question.max(initial=-1)) + 1
     draws = np.random.default_rng(seed).integers(0, size, (resamples, size))
@@ -208,7 +215,8 @@ def _ratio(part: Floats, whole: Floats) -> Floats:
 def _share_estimate(part: Floats, whole: Floats, counts: Floats) -> Estimate:
     """Share of pairs under question weights [R, Q]: both questions of a pair are resampled."""
     shares = _ratio(((counts @ part) * counts).sum(1), ((counts @ whole) * counts).sum(1))
-    return interval(float(_ratio(part.sum(), whole.sum())), shares)
+    taking_part = int((whole.any(0) | whole.any(1)).sum())
+    return interval(float(_ratio(part.sum(), whole.sum())), shares, taking_part)
 
 
 def _mean_estimate(per_question: Floats, counts: Floats) -> Estimate:
@@ -218,13 +226,13 @@ def _mean_estimate(per_question: Floats, counts: Floats) -> Estimate:
         return Estimate(float("nan"), float("nan"), float("nan"))
     with np.errstate(invalid="ignore"):
         resampled = weights @ values / weights.sum(1)
-    return interval(float(values.mean()), resampled)
+    return interval(float(values.mean()), resampled, len(values))
 
 
-def interval(value: float, resampled: Floats) -> Estimate:
-    """A figure with the central 95 % of its resampled values."""
+def interval(value: float, resampled: Floats, questions: int = FEW_QUESTIONS) -> Estimate:
+    """A figure with the central 95 % of its resampled values, if it is one of enough questions."""
     finite = resampled[np.isfinite(resampled)]
-    if not len(finite):
+    if not len(finite) or questions < FEW_QUESTIONS:
         return Estimate(value, float("nan"), float("nan"))
     low, high = np.percentile(finite, [2.5, 97.5])
     return Estimate(value, float(low), float(high))
