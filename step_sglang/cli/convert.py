@@ -45,13 +45,12 @@ def convert(
     if revision:
         info = replace(info, revision=revision)
     if calibrate:
-        from step_sglang.training.calibrate import calibration_on
+        from step_sglang.training.calibrate import calibration_on, doubts
         from step_sglang.training.index import read_meta
-        from step_sglang.training.voted import labels_of
 
-        if labels_of(read_meta(calibrate)).source == "vote":
-            warn("", ("the calibration is to the traces' own vote, not to true answers",))
-        info = replace(info, calibration=calibration_on(replace(scorer, info=info), calibrate))
+        fitted = calibration_on(replace(scorer, info=info), calibrate)
+        warn("", doubts(scorer, fitted, read_meta(calibrate)))
+        info = replace(info, calibration=fitted)
     try:
         save_scorer(replace(scorer, info=info), target)
     except Exception as error:

@@ -12,17 +12,16 @@ from step_sglang.training.metrics import FEW_QUESTIONS, few_questions
 
 def show_evaluation(test: Any, linear_probe: Any) -> tuple[str, ...]:
     """Print the tables; returns what a reader must be warned of."""
-    few = test.questions < FEW_QUESTIONS
     table = Table("AUC within the question", *(f"{f:.0%}" for f in (0.25, 0.5, 0.75, 1.0)))
     rows = dict(test.ranking)
     if linear_probe is not None:
         rows["logistic regression"] = linear_probe.ranking["running mean"]
     for name, at in rows.items():
-        table.add_row(name, *(_figure(r.auc_within, ".3f", few) for r in at.values()))
+        table.add_row(name, *(r.auc_within.shown(".3f") for r in at.values()))
     out.print(table)
     votes = Table("vote", "accuracy", "minus self-consistency")
     for name, vote in test.votes.items():
-        votes.add_row(name, f"{vote.accuracy.value:.1%}", _figure(vote.lead, "+.1%", few))
+        votes.add_row(name, f"{vote.accuracy.value:.1%}", vote.lead.shown("+.1%"))
     out.print(votes)
     pooled = test.ranking["running mean"][1.0].auc.value
     out.print(
@@ -33,10 +32,9 @@ def show_evaluation(test: Any, linear_probe: Any) -> tuple[str, ...]:
     )
     if test.traces_without_steps:
         err.print(f"{test.traces_without_steps} traces have no step and are not ranked")
-    return (few_questions(test.questions),) if few else ()
-
-
-def _figure(estimate: Any, form: str, few: bool) -> str:
-    """With its interval, unless there are too few questions for one to mean anything."""
-    value = f"{estimate.value:{form}}"
-    return value if few else f"{value} [{estimate.low:{form}}, {estimate.high:{form}}]"
+    if test.questions < FEW_QUESTIONS:
+        return (few_questions(test.questions),)
+    if test.mixed_questions < FEW_QUESTIONS:
+        measured = few_questions(test.mixed_questions, " with right and wrong traces")
+        return (f"AUC within the question is {measured}",)
+    return ()

@@ -36,8 +36,9 @@ def inspect(
     from step_sglang.scoring.locate import locate_scorer
     from step_sglang.scoring.scorer import load_scorer
     from step_sglang.training.card import card_text
-    from step_sglang.training.index import read_meta
-    from step_sglang.training.train import evaluate_file, jsonable
+    from step_sglang.training.reader import Reader
+    from step_sglang.training.train import evaluate_scorer, jsonable
+    from step_sglang.training.trained_on import KEY, trained_on
     from step_sglang.training.voted import labels_of
 
     file = Path(locate_scorer(scorer, ""))
@@ -52,11 +53,17 @@ def inspect(
         "calibration": (
             None if loaded.info.calibration is None else loaded.info.calibration.as_json()
         ),
-        "training": loaded.info.training,
+        "training": {name: v for name, v in loaded.info.training.items() if name != KEY},
     }
-    evaluation = evaluate_file(file, on) if on else None
-    if on and labels_of(read_meta(on)).source == "vote":
-        warn("", (f"the figures on {on} are against its traces' own vote, not true answers",))
+    evaluation = None
+    if on is not None:
+        reader = Reader(on)
+        evaluation = evaluate_scorer(loaded, reader, file)
+        if labels_of(reader.meta).source == "vote":
+            warn("", (f"the figures on {on} are against its traces' own vote, not true answers",))
+        if shared := trained_on(loaded.info.training, reader):
+            among = f"{shared} of the {len(reader.shards)} questions in {on}"
+            warn("", (f"the scorer was trained on {among}: the figures flatter it",))
     if card is not None:
         try:
             files.write(card, card_text(loaded).encode())
@@ -97,11 +104,11 @@ def _rows(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _ranking(test: Mapping[str, Any]) -> Table:
+    from step_sglang.training.card import in_order
+
     found = test.get("auc_within_question") or {}
-    fractions = list(next(iter(found.values()), {}))
+    fractions = in_order(next(iter(found.values()), {}))
     table = Table("test: AUC within the question", *fractions)
     for name, at in found.items():
-        table.add_row(
-            name, *("-" if value[0] is None else f"{value[0]:.3f}" for value in at.values())
-        )
+        table.add_row(name, *("-" if at[f][0] is None else f"{at[f][0]:.3f}" for f in fractions))
     return table

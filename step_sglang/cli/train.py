@@ -82,6 +82,7 @@ def train(
     import torch
 
     from step_sglang.cli.evaluation import show_evaluation
+    from step_sglang.training.calibrate import BY_VOTE
     from step_sglang.training.fit import Epoch, Recipe
     from step_sglang.training.index import read_meta
     from step_sglang.training.train import Shares, train_scorer
@@ -107,5 +108,7 @@ def train(
     voted = "vote" in (labels, labels_of(read_meta(store)).source)
     if voted and test_store is None:
         warn("", ("the figures are against the traces' own vote: true ones need --test-store",))
+    if voted and trained.calibration is not None:
+        warn("", (BY_VOTE,))
     warn("", show_evaluation(trained.test, trained.linear_probe))
     out.print(f"kept epoch {trained.fitted.best_epoch}; wrote {trained.scorer}", highlight=False)

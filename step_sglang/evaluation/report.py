@@ -175,10 +175,7 @@ def ranking_table(rankings: Rankings) -> Table:
         tuple(
             (
                 signal,
-                *(
-                    f"{r.auc_within.value:.3f} [{r.auc_within.low:.3f}, {r.auc_within.high:.3f}]"
-                    for r in at.values()
-                ),
+                *(r.auc_within.shown(".3f") for r in at.values()),
             )
             for signal, at in rankings.items()
         ),

@@ -25,6 +25,7 @@ from typing import Any
 from step_sglang.errors import ScorerError, safe_repr
 
 VERSION = 1
+ANSWERS, VOTE = LABELS = ("answers", "vote")  # where the label of a trace comes from
 MOST = 0.9  # probability beyond which a trace weighs no more
 _EDGE = 1e-4  # scores are kept so far from 0 and 1, where the logit ends
 UNSCORED = 0.5  # of a trace without a step: the sigmoid's value at no evidence
@@ -46,8 +47,10 @@ class TraceCalibration:
 
     slope: float  # at least 0; 0: the score says nothing
     bias: float
-    questions: int | None = None  # held-out ones that it was fitted on
+    questions: int | None = None  # that it was fitted on
     traces: int | None = None
+    labels: str | None = None  # whence theirs came, answers or vote; None in older files
+    held_out: bool = False  # it is known that none of the questions trained the scorer
 
     def __post_init__(self) -> None:
         for name, value in (("slope", self.slope), ("bias", self.bias)):
@@ -75,10 +78,14 @@ class TraceCalibration:
 
     def as_json(self) -> dict[str, Any]:
         """As a scorer file states it."""
-        value = {"version": VERSION, "slope": self.slope, "bias": self.bias}
+        value: dict[str, Any] = {"version": VERSION, "slope": self.slope, "bias": self.bias}
         for name in ("questions", "traces"):
             if (count := getattr(self, name)) is not None:
                 value[name] = count
+        if self.labels is not None:
+            value["labels"] = self.labels
+        if self.held_out:
+            value["held_out"] = True
         return value
 
     @property
@@ -99,7 +106,15 @@ def calibration_from_json(value: object) -> TraceCalibration:
     counts = [value.get(name) for name in ("questions", "traces")]
     if not all(c is None or (type(c) is int and c >= 0) for c in counts):
         raise ScorerError("a calibration's questions and traces must be counts")
-    return TraceCalibration(value.get("slope"), value.get("bias"), *counts)  # type: ignore[arg-type]
+    labels, held_out = value.get("labels"), value.get("held_out", False)
+    if labels not in (None, *LABELS) or not isinstance(held_out, bool):
+        raise ScorerError(
+            f"a calibration's labels must be one of {', '.join(LABELS)}, and held_out true or false"
+        )
+    questions, traces = counts
+    return TraceCalibration(
+        value.get("slope"), value.get("bias"), questions, traces, labels, held_out  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def calibration_of(pair: Sequence[float] | None) -> TraceCalibration | None:

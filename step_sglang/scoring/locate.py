@@ -71,6 +71,11 @@ def model_identity(model: str) -> tuple[str, str | None]:
     return f"{found['org']}/{found['name']}", found["commit"]
 
 
+def model_name(model: str) -> str:
+    """What a path or name is called: an embedded model's name, one on the Hub, or itself."""
+    return _embedded(model) or model_identity(model)[0]
+
+
 def model_revision(model: str, wanted: str | None = None) -> str | None:
     """The commit of a model that is in huggingface_hub's cache; None where nothing says it.
 
@@ -99,7 +104,7 @@ def other_model(name: str, commit: str | None, model: str, revision: str | None)
         model: path or name of the served one.
         revision: that was asked for with it.
     """
-    served = _embedded(model) or model_identity(model)[0]
+    served = model_name(model)
     if not same_model(name, served):
         return f"was trained for {name}, and {served} is served"
     now = model_revision(model, revision)
@@ -118,11 +123,17 @@ def _embedded(model: str) -> str | None:
 
 
 def same_model(name: str, other: str) -> bool:
-    """Whether two names or paths can be one model: a copy in a folder keeps its last part."""
+    """Whether two names or paths can be one model: a copy in a folder keeps its last part.
+
+    A path that exists is one, however much it looks like ``org/name``.
+    """
     first, second = (text.rstrip("/").lower() for text in (name, other))
     if first == second:
         return True
-    both_named = all(re.fullmatch(r"[\w.-]+/[\w.-]+", text) for text in (first, second))
+    both_named = all(
+        re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not os.path.exists(text)
+        for text in (name.rstrip("/"), other.rstrip("/"))
+    )
     return not both_named and first.rpartition("/")[2] == second.rpartition("/")[2]
 
 

@@ -111,7 +111,7 @@ def save_scorer(scorer: Scorer, path: str | os.PathLike[str]) -> None:
         "version": FORMAT_VERSION,
         "hidden_size": str(scorer.hidden_size),
         "delimiters": json.dumps(list(scorer.info.delimiters)),
-        "training": json.dumps(scorer.info.training, sort_keys=True),
+        "training": json.dumps(scorer.info.training),
     }
     if scorer.info.model is not None:
         metadata["model"] = scorer.info.model
@@ -216,6 +216,15 @@ def _read_reference(file: Path) -> dict[str, torch.Tensor]:
         raise ScorerError(
             f"scorer {file} lacks the reference's tensors {sorted(_REFERENCE_NAMES.values())} "
             "(at top level or under 'model_state_dict')"
+        )
+    # Scores without a layer that the network had would be other scores.
+    known = _REFERENCE_NAMES.values()
+    more = [k for k, v in state.items() if isinstance(v, torch.Tensor) and k not in known]
+    if more:
+        found = ", ".join(safe_repr(name) for name in more[:8])
+        raise ScorerError(
+            f"scorer {file} holds tensors beside the reference's: {found}; a scorer is a network "
+            f"of {sorted(known)} alone"
         )
     return {name: state[theirs] for name, theirs in _REFERENCE_NAMES.items()}
 

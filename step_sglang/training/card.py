@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 
 from step_sglang.errors import ScorerError
-from step_sglang.scoring.calibration import TraceCalibration
+from step_sglang.scoring.calibration import VOTE, TraceCalibration
 from step_sglang.scoring.scorer import Scorer
+from step_sglang.training.metrics import FEW_QUESTIONS, few_questions
 
 CARD_FILE = "README.md"
 _LIBRARY = "library_name: step-sglang"  # in every card's header
@@ -124,7 +126,10 @@ def _body(scorer: Scorer) -> Iterator[str]:
 def _calibration(found: TraceCalibration | None) -> str:
     if found is None:
         return "none: votes weigh by trace score"
-    fitted = "" if found.questions is None else f", fitted on {found.questions} held-out questions"
+    kind = "held-out questions" if found.held_out else "questions"
+    fitted = "" if found.questions is None else f", fitted on {found.questions} {kind}"
+    if found.labels == VOTE:
+        fitted += " to what their traces agree on, not to true answers"
     return (
         f"P(right) = sigmoid({found.slope:.3g} logit(trace score) "
         f"{'-' if found.bias < 0 else '+'} {abs(found.bias):.3g}){fitted}; votes weigh by its odds"
@@ -141,32 +146,57 @@ def _figures(scorer: Scorer) -> Iterator[str]:
         yield ""
         return
     questions = (scorer.info.training.get("questions") or {}).get("test", "?")
+    mixed = test.get("mixed_questions")  # absent in older files
+    few, few_mixed = _few(questions), _few(questions if mixed is None else mixed)
+    both = "" if mixed is None else f" ({mixed} with right and wrong traces)"
     yield (
-        f"AUC within the question on {questions} test questions, at a share of the trace's length, "
-        "with 95 % intervals. Only this figure says whether pruning will help: pooled over "
-        "questions, a signal also wins by telling hard ones from easy ones."
+        f"AUC within the question on {questions} test questions{both}, at a share of the trace's "
+        f"length{'' if few_mixed else ', with 95 % intervals'}. Only this figure says whether "
+        "pruning will help: pooled over questions, a signal also wins by telling hard ones from "
+        "easy ones."
     )
+    if few or few_mixed:
+        count: Any = questions if few else mixed
+        yield f"It is {few_questions(count, '' if few else ' with right and wrong traces')}."
     yield ""
-    shares = list(next(iter(within.values()), {}))
+    shares = in_order(next(iter(within.values()), {}))
     yield "| signal | " + " | ".join(shares) + " |"
     yield "|---|" + "---|" * len(shares)
     for name, at in within.items():
         shown = "trace score" if name == _SIGNALS_OF_STEP else name
-        yield f"| {shown} | " + " | ".join(_interval(at.get(share)) for share in shares) + " |"
+        yield f"| {shown} | " + " | ".join(_interval(at.get(s), few_mixed) for s in shares) + " |"
     yield ""
     accuracy = test.get("single_trace_accuracy")
     if isinstance(accuracy, float):
         yield f"A single trace is right in {accuracy:.1%}."
     for name, value in (test.get("vote_accuracy") or {}).items():
-        yield f"- vote, {name}: {_interval(value)}"
+        yield f"- vote, {name}: {_interval(value, few)}"
     yield ""
 
 
-def _interval(estimate: Any) -> str:
+def in_order(shares: Iterable[str]) -> list[str]:
+    """Shares of a trace, such as 25%, by size: a file may have them in another order."""
+
+    def size(share: str) -> float:
+        try:
+            return float(share.rstrip("%"))
+        except ValueError:
+            return math.inf
+
+    return sorted(shares, key=size)
+
+
+def _few(questions: Any) -> bool:
+    return isinstance(questions, int) and questions < FEW_QUESTIONS
+
+
+def _interval(estimate: Any, few: bool) -> str:
     if not isinstance(estimate, list) or len(estimate) != 3 or estimate[0] is None:
         return "-"
     value, low, high = estimate
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f}-{high:.3f})"
+    if few or low is None or high is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ({low:.3f}-{high:.3f})"
 
 
 def _plots(plots: Sequence[str]) -> Iterator[str]:

@@ -37,8 +37,10 @@ class Evaluation:
     step_auc: float
     ranking: Mapping[str, Mapping[float, Ranking]]
     step_calibration: Reliability
-    trace_calibration: Reliability  # of the running mean at the end
-    weight_calibration: Reliability | None  # of the probabilities that it is calibrated to
+    trace_calibration: Reliability  # of the running mean at the end; traces with an answer
+    weight_calibration: (
+        Reliability | None
+    )  # of the probabilities that it is calibrated to; likewise
     votes: Mapping[str, VoteSimulation]
 
 
@@ -61,7 +63,8 @@ def evaluate(
     """Every figure of already scored traces; some of them need the scorer's calibration."""
     table, scores = scored.table, scored.scores
     has = table.num_steps > 0
-    final = signals_at(table, scores, 1.0)[RUNNING_MEAN][has]
+    final = signals_at(table, scores, 1.0)[RUNNING_MEAN][table.voting]
+    voted = table.correct[table.voting]
     kinds: dict[int, set[bool]] = {}
     for question, correct in zip(table.question[has], table.correct[has], strict=True):
         kinds.setdefault(int(question), set()).add(bool(correct))
@@ -76,13 +79,13 @@ def evaluate(
         step_auc=auc(scores, label),
         ranking=rankings(table, scores, seed),
         step_calibration=reliability(scores, label),
-        trace_calibration=reliability(final, table.correct[has]),
+        trace_calibration=reliability(final, voted),
         weight_calibration=(
             None
             if calibration is None
             else reliability(
                 np.asarray([calibration.probability(score) for score in final.tolist()]),
-                table.correct[has],
+                voted,
             )
         ),
         votes=simulate_votes(table, scores, seed, calibration=calibration),

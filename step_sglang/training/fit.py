@@ -138,7 +138,8 @@ def fit(
     they are fitted to the validation steps at the end.
 
     Raises:
-        TrainError: pairwise, and no training question has both a correct and a wrong trace.
+        TrainError: pairwise, and no training question has both a correct and a wrong trace; or
+            the loss is no number.
     """
     started = time.monotonic()
     torch.manual_seed(recipe.seed)
@@ -173,6 +174,12 @@ def fit(
             raise TrainError(
                 "no training question has both a correct and a wrong trace with steps, which "
                 "--objective pairwise needs: collect more traces per question, or use bce"
+            )
+        if not np.isfinite(total):
+            raise TrainError(
+                f"the training loss of epoch {number} is {total}: the learning rate "
+                f"{recipe.learning_rate:g} is too high, or the hidden states in {reader.folder} "
+                "are too large"
             )
         epoch = validation_epoch(table, score_steps(reader, validation, network), total / batches)
         history.append(epoch)

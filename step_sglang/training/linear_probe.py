@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from step_sglang.training.data import build_labels
+from step_sglang.training.errors import TrainError
 from step_sglang.training.reader import Reader
 
 _MAX_BYTES = 128 << 20  # of fp32 rows; more are thinned out evenly
@@ -30,7 +31,11 @@ class LinearNetwork(nn.Module):
 
 
 def fit_linear_probe(reader: Reader, shards: Sequence[int], seed: int = 0) -> LinearNetwork:
-    """Fit scikit-learn's logistic regression, classes balanced, inputs standardised."""
+    """Fit scikit-learn's logistic regression, classes balanced, inputs standardised.
+
+    Raises:
+        TrainError: the states are too large for float32.
+    """
     table = build_labels(reader, shards)
     total = int(table.offsets[-1])
     limit = _MAX_BYTES // (4 * reader.meta.hidden_size)
@@ -43,7 +48,14 @@ def fit_linear_probe(reader: Reader, shards: Sequence[int], seed: int = 0) -> Li
         filled = int(np.searchsorted(chosen, start + len(hidden)))
         rows[first:filled] = hidden[torch.from_numpy(chosen[first:filled] - start)].float().numpy()
         start += len(hidden)
-    mean, spread = rows.mean(0), rows.std(0) + 1e-6
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, spread = rows.mean(0), rows.std(0) + 1e-6
+    if not np.isfinite(spread).all():
+        raise TrainError(
+            f"the hidden states in {reader.folder} are as large as {np.abs(rows).max():.0e}, whose "
+            "squares float32 cannot hold: no scorer can be trained on them. Those of a language "
+            "model are below 1e6; is the model, or its dtype, what it should be?"
+        )
     rows -= mean
     rows /= spread
     model = LogisticRegression(class_weight="balanced", max_iter=200, tol=1e-3)

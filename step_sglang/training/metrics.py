@@ -10,6 +10,7 @@ scipy's bootstrap of independent observations cannot say.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,21 +30,26 @@ FEW_QUESTIONS = 10  # below it no interval is worth its name
 Bools = NDArray[np.bool_]
 
 
-def few_questions(count: int) -> str:
-    """The warning that figures of so few questions come with."""
+def few_questions(count: int, kind: str = "") -> str:
+    """The warning that figures of so few questions, perhaps of a kind, come with."""
     return (
-        f"measured on {count} question{'s' if count != 1 else ''}: far too few for a percentage or "
-        f"an interval to mean anything; {FEW_QUESTIONS} are the least, 100 are good"
+        f"measured on {count} question{'s' if count != 1 else ''}{kind}: far too few for a "
+        f"percentage or an interval to mean anything; {FEW_QUESTIONS} are the least, 100 are good"
     )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % bootstrap interval over questions."""
+    """A figure with its 95 % bootstrap interval over questions; NaN where they are too few."""
 
     value: float
     low: float
     high: float
+
+    def shown(self, form: str) -> str:
+        """The figure, with its interval where it has one."""
+        value = f"{self.value:{form}}"
+        return value if np.isnan(self.low) else f"{value} [{self.low:{form}}, {self.high:{form}}]"
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,15 @@ class Ranking:
 
 
 def running_means(table: TraceTable, scores: Floats) -> Floats:
-    """[S] mean of a trace's step scores up to and including each step."""
-    total = np.concatenate([[0.0], np.cumsum(scores)])
-    first = np.repeat(table.offsets[:-1], table.num_steps)
-    here = np.arange(len(scores))
-    means: Floats = (total[here + 1] - total[first]) / (here + 1 - first)
+    """[S] mean of a trace's step scores up to and including each step.
+
+    Equal scores have equal means, to the last bit: rounding must not decide who of two ranks first.
+    So every trace is summed by itself, and wide enough that a sum of scores is exact.
+    """
+    means = np.empty(len(scores))
+    for first, last in itertools.pairwise(table.offsets.tolist()):
+        total = np.cumsum(scores[first:last], dtype=np.longdouble)
+        means[first:last] = total / np.arange(1, last - first + 1)
     return means
 
 
@@ -106,7 +116,9 @@ def rankings(
 
     Returns:
         Per signal and fraction its ranking. Only traces that have steps take part; a signal that
-        was not measured for all of them is left out.
+        was not measured for all of them is left out. A figure of fewer than
+        :data:`FEW_QUESTIONS` questions has no interval; within the question, of fewer that have
+        both kinds of traces.
     """
     size = int(table.question.max(initial=-1)) + 1
     draws = np.random.default_rng(seed).integers(0, size, (resamples, size))
@@ -203,7 +215,8 @@ def _ratio(part: Floats, whole: Floats) -> Floats:
 def _share_estimate(part: Floats, whole: Floats, counts: Floats) -> Estimate:
     """Share of pairs under question weights [R, Q]: both questions of a pair are resampled."""
     shares = _ratio(((counts @ part) * counts).sum(1), ((counts @ whole) * counts).sum(1))
-    return interval(float(_ratio(part.sum(), whole.sum())), shares)
+    taking_part = int((whole.any(0) | whole.any(1)).sum())
+    return interval(float(_ratio(part.sum(), whole.sum())), shares, taking_part)
 
 
 def _mean_estimate(per_question: Floats, counts: Floats) -> Estimate:
@@ -213,13 +226,13 @@ def _mean_estimate(per_question: Floats, counts: Floats) -> Estimate:
         return Estimate(float("nan"), float("nan"), float("nan"))
     with np.errstate(invalid="ignore"):
         resampled = weights @ values / weights.sum(1)
-    return interval(float(values.mean()), resampled)
+    return interval(float(values.mean()), resampled, len(values))
 
 
-def interval(value: float, resampled: Floats) -> Estimate:
-    """A figure with the central 95 % of its resampled values."""
+def interval(value: float, resampled: Floats, questions: int = FEW_QUESTIONS) -> Estimate:
+    """A figure with the central 95 % of its resampled values, if it is one of enough questions."""
     finite = resampled[np.isfinite(resampled)]
-    if not len(finite):
+    if not len(finite) or questions < FEW_QUESTIONS:
         return Estimate(value, float("nan"), float("nan"))
     low, high = np.percentile(finite, [2.5, 97.5])
     return Estimate(value, float(low), float(high))
@@ -243,12 +256,12 @@ def reliability(scores: Floats, correct: Bools, bins: int = 10) -> Reliability:
     used = count > 0
     predicted = np.bincount(index, scores, bins)[used] / count[used]
     observed = np.bincount(index, correct, bins)[used] / count[used]
-    gap = float((np.abs(predicted - observed) * count[used]).sum() / max(1, len(scores)))
+    gap = np.abs(predicted - observed) * count[used]
     return Reliability(
         tuple(predicted.tolist()),
         tuple(observed.tolist()),
         tuple(count[used].tolist()),
-        gap,
+        float(gap.sum() / len(scores)) if len(scores) else float("nan"),
         float(np.mean((scores - correct) ** 2)) if len(scores) else float("nan"),
     )
 

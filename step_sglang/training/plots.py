@@ -113,6 +113,8 @@ def _reliability(evaluation: Evaluation) -> pyplot.Figure:
     if evaluation.weight_calibration is not None:
         lines.append(("calibrated trace score", _PROBABILITY, evaluation.weight_calibration))
     for name, shade, found in lines:
+        if not found.count:
+            continue
         sizes = 6 + 60 * np.asarray(found.count) / max(found.count)
         axis.plot(
             found.predicted, found.observed, "-", color=shade, label=f"{name}, ECE {found.ece:.3f}"

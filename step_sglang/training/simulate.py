@@ -76,8 +76,8 @@ def simulate_votes(
     samples = rng.integers(0, size, (resamples, size))
     return {
         name: VoteSimulation(
-            interval(float(right.mean()), right[samples].mean(1)),
-            interval(float((right - everyone).mean()), (right - everyone)[samples].mean(1)),
+            interval(float(right.mean()), right[samples].mean(1), size),
+            interval(float((right - everyone).mean()), (right - everyone)[samples].mean(1), size),
             float(np.mean([table.correct[rows].mean() for rows in kept])),
         )
         for name, (right, kept) in results.items()

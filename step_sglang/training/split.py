@@ -46,7 +46,11 @@ def split_questions(reader: Reader, validation: float, test: float, seed: int) -
 
 
 def check_classes(reader: Reader, shards: tuple[int, ...], part: str) -> None:
-    """Raise TrainError unless ``shards`` hold both correct and wrong traces that have steps."""
+    """Raise TrainError unless ``shards`` hold both correct and wrong traces that have steps.
+
+    Raises:
+        TrainError: they do not, or nobody knows, because no question has an answer.
+    """
     traces = [trace for shard in shards for trace in reader.traces(shard)]
     scored = [trace for trace in traces if trace.num_steps]
     where = f"the {part} questions of {reader.folder}"
@@ -56,10 +60,25 @@ def check_classes(reader: Reader, shards: tuple[int, ...], part: str) -> None:
             f"none of the {len(traces)} traces of {where} has a step: no token of theirs contains "
             f"a delimiter ({shown}); collect again with the --delimiter this model writes"
         )
+    check_answers(reader, shards, where)
     correct = sum(trace.correct for trace in scored)
     if correct in (0, len(scored)):
         kind = "correct" if correct else "wrong"
         raise TrainError(
             f"all {len(scored)} traces of {where} are {kind}, and a scorer needs both kinds: "
             f"collect more questions, {'harder' if correct else 'easier'} ones"
+        )
+
+
+def check_answers(reader: Reader, shards: tuple[int, ...], where: str) -> None:
+    """Raise TrainError where no question has an answer, so that nobody knows which trace is right.
+
+    Labels by vote need none.
+    """
+    traces = [trace for shard in shards for trace in reader.traces(shard)]
+    if not any(trace.correct or trace.answer for trace in traces):
+        raise TrainError(
+            f"{where}: none has an answer (collect --no-answers), so no trace is known to be "
+            "right: `train --labels vote` takes what a question's traces agree on; to measure or "
+            "to calibrate, give a store with true answers"
         )

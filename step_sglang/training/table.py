@@ -40,6 +40,12 @@ class TraceTable:
         return np.diff(self.offsets)
 
     @property
+    def voting(self) -> NDArray[np.bool_]:
+        """[T] traces with a score and an answer: a vote weighs them by a calibration, no others."""
+        found: NDArray[np.bool_] = (self.num_steps > 0) & (self.answer >= 0)
+        return found
+
+    @property
     def step_trace(self) -> Ints:
         """[S] the trace of each step."""
         return np.repeat(np.arange(len(self.question)), self.num_steps)

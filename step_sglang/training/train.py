@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from step_sglang.data.questions import question_id
 from step_sglang.scoring.calibration import TraceCalibration
-from step_sglang.scoring.locate import SCORER_FILE
-from step_sglang.scoring.scorer import ScorerInfo, load_scorer, save_scorer
-from step_sglang.training.calibrate import check_model, fit_calibration
+from step_sglang.scoring.locate import SCORER_FILE, model_name, same_model
+from step_sglang.scoring.scorer import Scorer, ScorerInfo, load_scorer, save_scorer
+from step_sglang.training.calibrate import check_model, check_steps, fit_calibration
 from step_sglang.training.card import CARD_FILE, card_text, is_card
 from step_sglang.training.errors import TrainError
 from step_sglang.training.evaluate import Evaluation, evaluate, score
@@ -22,6 +22,7 @@ from step_sglang.training.linear_probe import fit_linear_probe
 from step_sglang.training.metrics import RUNNING_MEAN
 from step_sglang.training.reader import Reader
 from step_sglang.training.split import check_classes, split_questions
+from step_sglang.training.trained_on import KEY, question_hashes
 from step_sglang.training.voted import Labels, labels_of
 
 METRICS_FILE = "metrics.json"
@@ -90,15 +91,15 @@ def train_scorer(
     )
     test = split.test if test_store is None else tested.shards
     if test_store is not None:
-        _check_test_store(reader, tested)
+        check_test_store(reader, tested)
     if not test:
         raise TrainError("no test questions: give a test share above 0 or a test store")
+    probe = fit_linear_probe(reader, split.train, recipe.seed)
     fitted = fit(reader, split.train, split.validation, recipe, report)
     fitted.network.round_w1(WEIGHT_DTYPES[recipe.dtype])  # the figures are those of the file
     scored = score(tested, test, fitted.network)
     held = score(reader, split.validation, fitted.network)
-    calibration = fit_calibration(held)
-    probe = fit_linear_probe(reader, split.train, recipe.seed)
+    calibration = fit_calibration(held, labels.source, held_out=True)
     trained = Trained(
         scorer=out / SCORER_FILE,
         metrics=out / METRICS_FILE,
@@ -112,7 +113,7 @@ def train_scorer(
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        summary = _summary(reader, recipe, labels, trained, len(split.train))
+        summary = _summary(reader, recipe, labels, trained, split.train)
         info = ScorerInfo(
             reader.meta.model, tuple(reader.meta.delimiters), reader.meta.think_end, summary,
             reader.meta.revision, calibration,
@@ -146,11 +147,19 @@ def evaluate_file(scorer_file: Path, store: Path, skip_bad: bool = False) -> Eva
     Raises:
         ScorerError: the file is not a scorer.
         StoreError: the store is missing or damaged.
-        TrainError: the scorer is one of another model, or the traces are of one class only.
+        TrainError: the scorer is one of another model or of other steps, or the traces are of one
+            class only.
     """
-    scorer = load_scorer(scorer_file)
-    reader = Reader(store, skip_bad)
-    check_model(scorer, reader, f"scorer {scorer_file}")
+    return evaluate_scorer(load_scorer(scorer_file), Reader(store, skip_bad), scorer_file)
+
+
+def evaluate_scorer(scorer: Scorer, reader: Reader, file: Path) -> Evaluation:
+    """The same of what is read already.
+
+    Raises:
+        TrainError: as for :func:`evaluate_file`.
+    """
+    check_model(scorer, reader, f"scorer {file}")
     check_classes(reader, reader.shards, "stored")
     scored = score(reader, reader.shards, ScorerNetwork.from_scorer(scorer))
     return evaluate(scored, calibration=scorer.info.calibration)
@@ -184,13 +193,16 @@ def _check_folder(out: Path) -> None:
         raise TrainError(f"cannot read {card}: {error.strerror or error}") from error
 
 
-def _check_test_store(reader: Reader, tested: Reader) -> None:
+def check_test_store(reader: Reader, tested: Reader) -> None:
+    """Raise TrainError unless a scorer trained on one store can be measured on the other."""
     ours, theirs = reader.meta, tested.meta
-    if (ours.model, ours.hidden_size) != (theirs.model, theirs.hidden_size):
+    same = same_model(model_name(ours.model), model_name(theirs.model))
+    if not same or ours.hidden_size != theirs.hidden_size:
         raise TrainError(
             f"{reader.folder} holds traces of {ours.model} (hidden size {ours.hidden_size}), "
             f"{tested.folder} of {theirs.model} ({theirs.hidden_size}): a scorer of another model"
         )
+    check_steps(ours.delimiters, ours.think_end, str(reader.folder), tested)
     if labels_of(theirs).source == "vote":
         raise TrainError(
             f"{tested.folder} was collected with --labels vote: its labels are what most of its "
@@ -214,7 +226,7 @@ def _asked(reader: Reader) -> Iterator[set[str]]:
 
 
 def _summary(
-    reader: Reader, recipe: Recipe, labels: Labels, trained: Trained, train_questions: int
+    reader: Reader, recipe: Recipe, labels: Labels, trained: Trained, train: Sequence[int]
 ) -> dict[str, Any]:
     """What the scorer file says of its training; short, the whole is in metrics.json."""
     test = trained.test
@@ -227,11 +239,13 @@ def _summary(
         "sampling": dict(reader.meta.sampling),
         "traces_per_question": reader.meta.n,
         "questions": {
-            "train": train_questions,
+            "train": len(train),
             "validation": trained.validation.questions,
             "test": test.questions,
         },
+        KEY: question_hashes(reader, train),
         "test": {
+            "mixed_questions": test.mixed_questions,
             "single_trace_accuracy": test.accuracy,
             "step_auc": test.step_auc,
             "auc_within_question": {

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from step_sglang.scoring.calibration import LABELS
 from step_sglang.training.errors import TrainError
 from step_sglang.training.reader import Reader
 from step_sglang.training.stored import StoredTrace, StoreMeta
 from step_sglang.training.table import answer_classes
 
-LABELS = ("answers", "vote")  # where a trace's label comes from
 LABELS_BY = "labels"  # in a store's settings, where they are not by true answers
 AGREEMENT = "agreement"  # likewise, the least that was asked for
 DEFAULT_AGREEMENT = 0.5  # measured: docs/training.md

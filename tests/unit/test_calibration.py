@@ -26,7 +26,7 @@ from step_sglang.scoring.calibration import (
 from step_sglang.scoring.scorer import load_scorer, save_scorer
 from step_sglang.training.calibrate import fit_calibration
 from step_sglang.training.card import card_text
-from step_sglang.training.evaluate import Scored
+from step_sglang.training.evaluate import Scored, evaluate
 from step_sglang.training.table import TraceTable
 from step_sglang.voting.session import VoteRules, VoteSession
 from step_sglang.voting.tally import weight_of
@@ -135,6 +135,32 @@ def test_a_scorer_that_ranks_wrongly_makes_all_traces_equal() -> None:
 
 def test_too_few_questions_fit_nothing() -> None:
     assert fit_calibration(scored(2.0, 0.0, questions=9)) is None
+
+
+def cut_off(found: Scored, share: float) -> Scored:
+    """Some of the traces end at the limit: no answer, labelled wrong, whatever they score."""
+    table = found.table
+    cut = np.random.default_rng(1).random(len(table.answer)) < share
+    answer, correct = np.where(cut, -1, table.answer), table.correct & ~cut
+    return Scored(replace(table, answer=answer, correct=correct), found.scores)
+
+
+def test_traces_that_were_cut_off_do_not_change_it() -> None:
+    """They never vote, so what they say of a finished trace's chance is wrong."""
+    whole = scored(2.0, -0.5)
+    found, cut = fit_calibration(whole), fit_calibration(cut_off(whole, 0.5))
+    assert found is not None and cut is not None and 900 < cut.traces < 1100
+    assert cut.slope == pytest.approx(found.slope, abs=0.2)
+    assert cut.bias == pytest.approx(found.bias, abs=0.2)
+    for one, other in ((whole, found), (cut_off(whole, 0.5), cut)):
+        figures = evaluate(one, calibration=other)
+        assert figures.weight_calibration is not None
+        assert figures.weight_calibration.ece < 0.05
+        assert sum(figures.weight_calibration.count) == other.traces
+        assert sum(figures.trace_calibration.count) == other.traces
+    nobody = evaluate(cut_off(whole, 1.0), calibration=found)
+    assert nobody.weight_calibration is not None and np.isnan(nobody.weight_calibration.ece)
+    assert fit_calibration(cut_off(whole, 1.0)) is None
 
 
 def chunk(index: int, text: str, score: float, pair: list[float] | None) -> dict[str, Any]:

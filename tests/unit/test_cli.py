@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -25,9 +26,12 @@ from step_sglang.errors import ConfigError, ScorerError, SourceError, nearest
 from step_sglang.evaluation.methods import ALIASES, METHODS
 from step_sglang.evaluation.setup import DEFAULT_METHODS, QUESTION_SEED
 from step_sglang.reasoner import model_path, questions, scorer_path
+from step_sglang.scoring.scorer import ScorerInfo, save_scorer
+from step_sglang.training.fit import ScorerNetwork
+from step_sglang.training.store import Writer
 from step_sglang.training.train import Shares, train_scorer
 from step_sglang.voting.suffix import BOXED_SUFFIX, default_suffix
-from tests.training_samples import planted_store
+from tests.training_samples import D, meta, planted_store, question
 
 COMMANDS = (
     "serve", "ask", "collect", "train", "inspect", "convert", "push", "bench", "report", "replay",
@@ -181,3 +185,38 @@ def test_few_questions_come_with_a_warning_and_no_interval(tmp_path: Path) -> No
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "far too few" in result.output and "[" not in result.output.split("epoch  1")[-1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "measured on 5 questions: far too few" in card and "intervals" not in card
+    figures = card.split("## Figures")[1]
+    assert not re.search(r"\d \(0?\.?\d+.*-", figures), figures
+
+
+def test_an_interval_within_the_question_counts_those_with_both_kinds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shares = [0.5] + [1.0, 0.0] * 6
+    with Writer(tmp_path / "mixed", meta()) as writer:
+        for i, share in enumerate(shares):
+            writer.add(question(f"q{i}", rng, share=share))
+    scorer = ScorerNetwork(D).as_scorer(ScorerInfo("planted"))
+    save_scorer(scorer, tmp_path / "s.safetensors")
+    arguments = ["inspect", str(tmp_path / "s.safetensors"), "--on", str(tmp_path / "mixed")]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    ranked, votes = result.stdout.split("AUC within the question")[1].split("accuracy")
+    assert "[" not in ranked and "[" in votes  # 13 questions vote
+    assert "measured on 1 question with right and wrong traces: far too few" in result.stderr
+
+
+def test_shares_of_a_trace_are_in_their_order(tmp_path: Path) -> None:
+    """Also of a file that an earlier version wrote, in the order of the alphabet."""
+    at = {share: [float(share[:-1]) / 1000, None, None] for share in ("100%", "25%", "50%", "75%")}
+    training = {"test": {"auc_within_question": {"running mean": at}}}
+    scorer = ScorerNetwork(D).as_scorer(ScorerInfo("planted", training=training))
+    save_scorer(scorer, tmp_path / "s.safetensors")
+    card = str(tmp_path / "card.md")
+    arguments = ["inspect", str(tmp_path / "s.safetensors"), "--card", card]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    for text in (result.stdout, Path(card).read_text()):
+        assert re.search(r"25%.*50%.*75%.*100%", text), text
+        assert re.search(r"0\.025.*0\.050.*0\.075.*0\.100", text), text

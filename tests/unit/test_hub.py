@@ -213,10 +213,15 @@ def test_git_knows_files_by_the_same_id() -> None:
 
 
 def test_a_scorer_of_another_model_or_revision_is_named(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert same_model("Qwen/Qwen3-4B", "/models/qwen3-4b/")
     assert not same_model("Qwen/Qwen3-4B", "other/Qwen3-4B")
+    (tmp_path / "other" / "Qwen3-4B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for copy in ("other/Qwen3-4B", "other/Qwen3-4B/", "./other/Qwen3-4B"):
+        assert same_model("Qwen/Qwen3-4B", copy)
+    assert not same_model("Qwen/Qwen3-4B", "another/Qwen3-4B")
     at = "/c/models--o--n/snapshots/" + "b" * 40
     assert other_model("o/n", "b" * 40, at, None) is None
     assert other_model("o/n", None, at, None) is None

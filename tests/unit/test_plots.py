@@ -11,9 +11,11 @@ from matplotlib import pyplot
 from matplotlib.text import Text
 
 from step_sglang.evaluation.methods import METHODS
-from step_sglang.training.metrics import Estimate, Ranking
+from step_sglang.training.metrics import Estimate, Ranking, rankings
 from step_sglang.training.plots import draw_ranking
 from step_sglang.training.style import Label, colour, label_line_ends, new_figure, put_labels, save
+from step_sglang.training.table import build_table
+from tests.training_samples import question
 
 
 def ranking(auc: float, pairs: float) -> Ranking:
@@ -27,6 +29,20 @@ def test_the_ranking_plot_counts_ties_as_the_tables_do() -> None:
     figure = draw_ranking(found)
     for axis in figure.axes:
         assert axis.lines[0].get_ydata().tolist() == [0.833, 0.9]
+    pyplot.close(figure)
+
+
+def test_the_ranking_plot_shades_no_interval_of_few_questions() -> None:
+    rng = np.random.default_rng(0)
+    # Of 12 questions one has right and wrong traces: pooled there is an interval, within it none.
+    shares = [0.5, *[1.0, 0.0] * 5, 1.0]
+    table = build_table(
+        [question(f"q{i}", rng, share=share).traces for i, share in enumerate(shares)]
+    )
+    figure = draw_ranking(rankings(table, rng.random(len(table.positions))))
+    within, pooled = ([shade.get_paths() for shade in axis.collections] for axis in figure.axes)
+    assert len(within) == len(pooled) == 4
+    assert not any(len(paths) for paths in within) and all(len(paths) for paths in pooled)
     pyplot.close(figure)
 
 

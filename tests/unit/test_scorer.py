@@ -167,6 +167,17 @@ def test_the_reference_without_its_tensors(tmp_path: Path) -> None:
             load_scorer(tmp_path / "s.pt")
 
 
+def test_the_reference_with_another_layer(tmp_path: Path) -> None:
+    """A layer norm in between: without it the network scores something else."""
+    state = {**reference_state(), "net.1.weight": torch.ones(512), "net.1.bias": torch.zeros(512)}
+    for made in (state, {"model_state_dict": state}):
+        torch.save(made, tmp_path / "s.pt")
+        with pytest.raises(ScorerError, match=r"beside the reference's: 'net.1.weight', 'net.1.b"):
+            load_scorer(tmp_path / "s.pt")
+    torch.save({**reference_state(), "epoch": 3}, tmp_path / "s.pt")
+    assert load_scorer(tmp_path / "s.pt").hidden_size == D
+
+
 def test_an_archive_that_unpacks_to_too_much(tmp_path: Path) -> None:
     file = tmp_path / "s.pt"
     with (

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from step_sglang.scoring.scorer import load_scorer, save_scorer
-from step_sglang.training.card import check_card
+from step_sglang.cli.main import app
+from step_sglang.scoring.calibration import calibration_from_json
+from step_sglang.scoring.scorer import ScorerInfo, load_scorer, save_scorer
+from step_sglang.training import trained_on as trained_on_module
+from step_sglang.training.calibrate import BY_VOTE, calibration_on, doubts
+from step_sglang.training.card import card_text, check_card
 from step_sglang.training.data import Chunks, score_steps
 from step_sglang.training.errors import TrainError
 from step_sglang.training.fit import Recipe, ScorerNetwork, fit
@@ -23,7 +29,16 @@ from step_sglang.training.plots import PLOTS
 from step_sglang.training.reader import Reader
 from step_sglang.training.split import split_questions
 from step_sglang.training.store import Writer
-from step_sglang.training.train import Shares, evaluate_file, jsonable, train_scorer
+from step_sglang.training.stored import StoredQuestion
+from step_sglang.training.train import (
+    Shares,
+    check_test_store,
+    evaluate_file,
+    evaluate_scorer,
+    jsonable,
+    train_scorer,
+)
+from step_sglang.training.trained_on import question_hashes, trained_on
 from tests.training_samples import D, meta, planted_store, question
 
 QUICK = {"epochs": 6, "learning_rate": 1e-3}
@@ -201,6 +216,35 @@ def test_one_class_only(tmp_path: Path, share: float, kind: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_questions_without_answers_get_other_advice(store: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with Writer(tmp_path / "s", meta()) as writer:
+        for i in range(12):
+            made = question(f"q{i}", rng)
+            unknown = tuple(replace(trace, answer="", correct=False) for trace in made.traces)
+            writer.add(StoredQuestion(unknown, made.hidden))
+    told = "none has an answer .*`train --labels vote`.* a store with true answers"
+    refused(told, tmp_path / "s", tmp_path / "o", Recipe())
+    refused(told, store, tmp_path / "o", Recipe(), test_store=tmp_path / "s")
+    scorer = ScorerNetwork(D).as_scorer(ScorerInfo("planted"))
+    with pytest.raises(TrainError, match=told):
+        calibration_on(scorer, tmp_path / "s")
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e37])
+def test_states_that_float32_cannot_square(tmp_path: Path, scale: float) -> None:
+    rng = np.random.default_rng(0)
+    with Writer(tmp_path / "s", meta(dtype="bfloat16")) as writer:
+        for i in range(12):
+            made = question(f"q{i}", rng)
+            writer.add(StoredQuestion(made.traces, made.hidden * scale))
+    refused("are as large as .*float32 cannot hold", tmp_path / "s", tmp_path / "o", Recipe())
+    reader = Reader(tmp_path / "s")
+    split = split_questions(reader, 0.3, 0.0, 0)
+    with pytest.raises(TrainError, match=r"loss of epoch \d+ is (nan|inf).*learning rate 1e\+30"):
+        fit(reader, split.train, split.validation, Recipe(learning_rate=1e30))
+
+
 def test_no_boundaries(tmp_path: Path) -> None:
     made = planted_store(tmp_path / "s", 10, steps=(0, 0))
     refused("none of the 48 traces .* has a step.*--delimiter", made, tmp_path / "o", Recipe())
@@ -257,10 +301,99 @@ def test_a_readme_of_something_else_stays(store: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["README.md"]
 
 
+def other_steps(folder: Path, questions: int = 12, **changed: Any) -> Path:
+    rng = np.random.default_rng(9)
+    with Writer(folder, meta(**changed)) as writer:
+        for i in range(questions):
+            writer.add(question(f"other{i}", rng))
+    return folder
+
+
+def test_stores_of_other_steps_and_of_copies(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that end elsewhere are refused wherever a scorer meets a store; a copy is not."""
+    info = ScorerInfo("org/planted", ("\n\n",), "</think>")
+    scorer = ScorerNetwork(D).as_scorer(info)
+    lines = other_steps(tmp_path / "lines", delimiters=("\n",))
+    beyond = other_steps(tmp_path / "beyond", think_end=None)
+    copy = other_steps(tmp_path / "copy", model="/models/planted")
+    for found, message in (
+        (lines, r"ends with '\\n\\n', one in .*lines with '\\n': .* --delimiter '\\n\\n'"),
+        (beyond, "stop at </think>, those in .*beyond go on to the trace's end.*--scope thinking"),
+    ):
+        refused(message, store, tmp_path / "o", Recipe(), test_store=found)
+        for measure in (
+            lambda found=found: evaluate_scorer(scorer, Reader(found), Path("s")),
+            lambda found=found: calibration_on(scorer, found),
+        ):
+            with pytest.raises(TrainError, match=message):
+                measure()
+        unknown = replace(scorer, info=ScorerInfo("org/planted"))  # a file that does not say
+        assert calibration_on(unknown, found).questions == 12
+    everything = replace(info, think_end=None, training={"source": "test"})
+    with pytest.raises(TrainError, match=r"go on to the trace's end, those in .*--scope all"):
+        calibration_on(replace(scorer, info=everything), copy)
+    assert calibration_on(scorer, copy).questions == 12
+    assert evaluate_scorer(scorer, Reader(copy), Path("s")).questions == 12
+    check_test_store(Reader(store), Reader(copy))
+    (tmp_path / "models" / "planted").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    relative = other_steps(tmp_path / "relative", model="models/planted")
+    assert calibration_on(scorer, relative).questions == 12
+    with pytest.raises(TrainError, match="trained for else/planted"):
+        named = replace(scorer, info=replace(info, model="else/planted"))
+        calibration_on(named, other_steps(tmp_path / "named", model="org/planted"))
+
+
+def test_a_calibration_knows_its_questions_and_their_labels(store: Path, tmp_path: Path) -> None:
+    trained = train_scorer(store, tmp_path / "o", Recipe(epochs=1, learning_rate=1e-3))
+    scorer = load_scorer(trained.scorer)
+    with pytest.raises(TrainError, match=r"trained on 48 of the 68 questions in .*new questions"):
+        calibration_on(scorer, store)
+    shown = CliRunner().invoke(app, ["inspect", str(trained.scorer), "--on", str(store)])
+    assert shown.exit_code == 0, shown.output
+    assert "trained on 48 of the 68 questions" in " ".join(shown.stderr.split())
+    assert "question hashes" not in shown.output
+    fresh = planted_store(tmp_path / "fresh", 12, seed=3)
+    found = calibration_on(scorer, fresh)
+    assert found.labels == "answers" and found.held_out
+    assert found == calibration_from_json(json.loads(json.dumps(found.as_json())))
+    assert doubts(scorer, found, Reader(fresh).meta) == ()
+    assert trained.calibration is not None and trained.calibration.held_out
+    assert "fitted on 10 held-out questions;" in (tmp_path / "o" / "README.md").read_text()
+
+    # A file of an earlier version does not say which questions trained it.
+    training = {k: v for k, v in scorer.info.training.items() if k != "question_hashes"}
+    old = replace(scorer, info=replace(scorer.info, training=training))
+    for folder in (store, fresh):
+        found = calibration_on(old, folder)
+        assert not found.held_out
+        (said,) = doubts(old, found, Reader(folder).meta)
+        assert "trained on test, where these traces are from too" in said
+        stated = card_text(replace(old, info=replace(old.info, calibration=found)))
+        assert f"fitted on {found.questions} questions;" in stated
+    damaged = {**training, "question_hashes": "?"}
+    assert trained_on(damaged, Reader(store)) is None
+
+    voted = other_steps(tmp_path / "voted", sampling={"labels": "vote", "agreement": 0.5})
+    found = calibration_on(scorer, voted)
+    assert found.labels == "vote" and doubts(scorer, found, Reader(voted).meta) == (BY_VOTE,)
+    stated = card_text(replace(scorer, info=replace(scorer.info, calibration=found)))
+    assert "fitted on 12 held-out questions to what their traces agree on, not to true" in stated
+
+
+def test_a_scorer_of_many_questions_states_a_sample_of_them(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader(store)
+    monkeypatch.setattr(trained_on_module, "_MOST", 20)
+    stated = {"question_hashes": question_hashes(reader, reader.shards)}
+    assert trained_on(stated, reader) == 20
+
+
 def test_a_scorer_of_another_model(store: Path, tmp_path: Path) -> None:
     wide = tmp_path / "wide.safetensors"
-    from step_sglang.scoring.scorer import ScorerInfo
-
     save_scorer(ScorerNetwork(D + 8).as_scorer(ScorerInfo("other")), wide)
     with pytest.raises(TrainError, match=r"size 24 .*other.* holds 16 .*planted"):
         evaluate_file(wide, store)

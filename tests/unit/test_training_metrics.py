@@ -85,6 +85,17 @@ def test_signals_are_cut_at_the_traces_own_steps() -> None:
     assert running_means(found, scores)[0] == scores[0]
 
 
+@pytest.mark.parametrize("score", [0.5, 0.3, 0.7123, float(np.float32(0.7123)), 1e-7])
+def test_a_constant_scorer_ranks_nothing(score: float) -> None:
+    """All of its traces are tied, whatever their number of steps and what was summed before."""
+    found = table(40, steps=(1, 40))
+    constant = np.full(len(found.positions), score)
+    assert (running_means(found, constant) == score).all()
+    for ranking in rankings(found, constant)[RUNNING_MEAN].values():
+        assert ranking.auc.value == ranking.auc_within.value == 0.5
+        assert ranking.pairs.value == ranking.pairs_within.value == 0
+
+
 def test_recognising_hard_questions_wins_pooled_and_nothing_within() -> None:
     rng = np.random.default_rng(3)
     found = build_table(
