@@ -56,10 +56,11 @@ def create_tokenized_object(result: Any, manager: Any, obj: Any, *args: Any, **k
 
 def _check_prompt(result: Any) -> None:
     """Refuse what would end the scheduler: a prompt without tokens has no last position to read."""
-    generates = hasattr(result, "stream")  # one that is to be embedded has nothing to stream
-    said = (result.input_ids, result.input_embeds) if generates else (True,)
-    in_session = generates and (result.session_id or result.session_params) is not None
-    if not in_session and all(one is None or len(one) == 0 for one in said):
+    if not hasattr(result, "stream"):  # to be embedded, not to be continued
+        return
+    if result.session_id is not None or result.session_params is not None:
+        return
+    if not len(result.input_ids or ()) and not len(result.input_embeds or ()):
         raise RequestError(
             "the prompt has no tokens, and this tokenizer adds none of its own: send some text"
         )
