@@ -154,6 +154,7 @@ class Trace:
     rid: str = ""  # its request's id
     show_text: bool = False  # whoever watches may see the text of its steps
     tokens: int = 0  # generated, known when it ends
+    told: int = 0  # generated, when its vote was told of it while its text is withheld
     refill: str = protocol.REFILL_OFF  # what becomes of its place once it is pruned
     number: int = 0  # of traces that were in its place before it
     origin: BranchOrigin | None = None  # of a branch
