@@ -41,7 +41,7 @@ class Progress:
     def init_incremental_detokenize(self) -> tuple[Any, int]:
         """Where the text will begin, kept here: the request has told the detokenizer nothing."""
         self.output_ids_through_stop = self.output_ids
-        found: tuple[Any, int] = type(self._req).init_incremental_detokenize(self)  # type: ignore[arg-type]
+        found: tuple[Any, int] = type(self._req).init_incremental_detokenize(self)
         return found
 
 

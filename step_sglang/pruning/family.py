@@ -5,32 +5,41 @@ Knows nothing of SGLang. A trace that waits counts as one that shares: it comes 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from step_sglang.pruning.groups import Trace
+
+class Member(Protocol):
+    """A trace of a family."""
+
+    common: int
+
+    @property
+    def parts(self) -> Sequence[tuple[str, int]]:
+        """Of each trace whose text it is made of, the name and where its part ends; last itself."""
+
+    def share(self, tokens: int) -> None:
+        """Set ``common``: the most that it shares with another live trace has changed."""
 
 
 class Family:
-    """The live traces of one root. Keeps each one's ``common``, and tells its standing of it."""
+    """The live traces of one root. Keeps what each has in common with the nearest other."""
 
     __slots__ = ("_live",)
 
     def __init__(self) -> None:
-        self._live: dict[Trace, None] = {}
+        self._live: dict[Member, None] = {}
 
-    def add(self, trace: Trace) -> None:
+    def add(self, trace: Member) -> None:
         """A trace lives."""
         for other in self._live:
             tokens = shared_text(trace, other)
             trace.common = max(trace.common, tokens)
             if tokens > other.common:
-                _set(other, tokens)
+                other.share(tokens)
         self._live[trace] = None
 
-    def remove(self, trace: Trace) -> None:
+    def remove(self, trace: Member) -> None:
         """A trace ended: what only one other had in common with it is that one's own now."""
         self._live.pop(trace, None)
         for other in self._live:
@@ -38,9 +47,9 @@ class Family:
             if 0 < other.common <= shared_text(trace, other):
                 left = self._common(other)
                 if left != other.common:
-                    _set(other, left)
+                    other.share(left)
 
-    def _common(self, trace: Trace) -> int:
+    def _common(self, trace: Member) -> int:
         most = 0
         for other in self._live:
             if other is not trace:
@@ -50,27 +59,13 @@ class Family:
         return most
 
 
-def _set(trace: Trace, tokens: int) -> None:
-    trace.common = tokens
-    if trace.standing is not None:
-        trace.standing.changed()
-
-
-def shared_text(trace: Trace, other: Trace) -> int:
+def shared_text(trace: Member, other: Member) -> int:
     """Output tokens from the beginning that two live traces of a family have from the same one."""
-    tokens: float = 0
-    for (name, end), (other_name, other_end) in zip(_parts(trace), _parts(other), strict=False):
+    tokens = 0
+    for (name, end), (other_name, other_end) in zip(trace.parts, other.parts, strict=False):
         if name != other_name:
             break
         tokens = min(end, other_end)
         if end != other_end:
             break
-    return int(tokens)
-
-
-def _parts(trace: Trace) -> Iterator[tuple[str, float]]:
-    """Of each trace whose text it is made of, the name and where its part ends; last its own."""
-    if trace.origin is not None:
-        for (name, _), end in zip(trace.origin.ancestors, trace.origin.ends, strict=True):
-            yield name, end
-    yield trace.label, math.inf
+    return tokens

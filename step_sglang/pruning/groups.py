@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -185,6 +186,21 @@ class Trace:
     def depth(self) -> int:
         """Branches between it and a trace that is none."""
         return 0 if self.origin is None else len(self.origin.ancestors)
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """Of each trace whose text it is made of, the name and the token where its part ends."""
+        itself = (self.label, sys.maxsize)
+        if self.origin is None:
+            return [itself]
+        names = (name for name, _ in self.origin.ancestors)
+        return [*zip(names, self.origin.ends, strict=True), itself]
+
+    def share(self, tokens: int) -> None:
+        """Take over how many output tokens it shares with another live trace of its family."""
+        self.common = tokens
+        if self.standing is not None:
+            self.standing.changed()
 
     @property
     def is_live(self) -> bool:
