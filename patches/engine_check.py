@@ -199,6 +199,17 @@ BODIES: tuple[Body, ...] = (
         "it keeps what others appended",
     ),
     Body(
+        "sglang.srt.managers.scheduler_components.output_streamer."
+        "_GenerationStreamAccumulator.accept",
+        ("6fc63b18c1b3f3af", "2425cee74eed7420"),
+        "what it reads of a request that streams nothing, its counts apart; see progress",
+    ),
+    Body(
+        f"{_BATCH}.Req.init_incremental_detokenize",
+        ("549d2809adc7e5ac",),
+        "a request's text begins at the same place, however much of it there is",
+    ),
+    Body(
         "sglang.srt.mem_cache.common.release_kv_cache",
         ("79aba39f92f494b0",),
         "it frees what no other shares",

@@ -260,7 +260,8 @@ def fits_ledger(config: StepConfig, batch: Any) -> bool:
 def shared_tokens(req: Any, page: int) -> int:
     """KV tokens of a running request that others share.
 
-    The shared prompt stays, and so does what a branch and its parent share of their text.
+    The shared prompt stays, and so does what a trace shares of its text with another of its family
+    that lives.
     What else the tree holds of it (after a resume) becomes evictable with it, so it counts as its
     own.
     """

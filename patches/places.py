@@ -2,7 +2,7 @@
 
 A pruned trace of a group with refill is neither finished nor answered: it gives its KV back as a
 retracted request does, and its place is kept here until a branch takes it or its group has no live
-trace any more. Nothing of such a request is sent before its end, because its text may still change.
+trace any more. No text of such a request is sent before its end, because it may still change.
 """
 
 from __future__ import annotations
@@ -62,15 +62,18 @@ def places_of(state: SchedulerStep) -> Places:
 
 
 def withheld(req: Any) -> bool:
-    """Whether nothing of a request may be sent yet."""
+    """Whether no text of a request may be sent yet."""
     trace = trace_of(req)
     return trace is not None and trace.refills and not req.finished()
 
 
 def may_be_taken(trace: Trace) -> bool:
-    """Whether a branch may take the place of a trace that is about to be pruned."""
+    """Whether a branch may take the place of a trace that is about to be pruned.
+
+    Not of one that its vote does not need: it needs no other there.
+    """
     group = trace.group
-    if not trace.refills or group.stopped or group.live < 2:
+    if not trace.refills or trace.ending or group.stopped or group.live < 2:
         return False
     return group.branched < RULES[trace.refill].branches * group.joined
 

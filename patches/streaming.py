@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from step_sglang import protocol
+from step_sglang.patches import progress
 from step_sglang.patches.guard import guard
 from step_sglang.patches.places import keep_source, withheld
 from step_sglang.patches.queue import set_limits
@@ -69,6 +70,9 @@ def _step_streamer(base: Any, state: SchedulerStep) -> type:
             self, reqs: list[Any], return_logprob: bool, skip_req: Any | None = None
         ) -> None:
             if groups.families:
+                with guard(protocol.IN_RESPONSES):
+                    if running := progress.due(reqs, skip_req):
+                        super().stream_output([progress.Progress(req) for req in running], False)
                 reqs = [req for req in reqs if not withheld(req)]
             super().stream_output(reqs, return_logprob, skip_req)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from step_sglang import protocol
 from step_sglang.baselines.base import DEFAULT_TOP_K, Baseline, EngineContext, Signal
+from step_sglang.pruning.family import Family
 from step_sglang.pruning.refill import Boundary
 from step_sglang.pruning.timeline import Timeline
 from step_sglang.scoring.calibration import TraceCalibration
@@ -96,12 +98,13 @@ class BranchOrigin:
     """Where a branch comes from.
 
     ``ancestors``: of the traces whose text it begins with, the first one first: the name, and at
-    how many steps of the branch its part ends.
+    how many steps of the branch its part ends; ``ends``: at how many output tokens.
     """
 
     parent: str  # request id
     position: int  # of the last token taken over, in the output
     ancestors: tuple[tuple[str, int], ...]
+    ends: tuple[int, ...]
     tokens: int = 0  # tokens of the traces before it in this place, less those taken over
     reasoning_tokens: int = 0  # likewise
 
@@ -152,6 +155,7 @@ class Trace:
     rid: str = ""  # its request's id
     show_text: bool = False  # whoever watches may see the text of its steps
     tokens: int = 0  # generated, known when it ends
+    told: int = 0  # generated, when its vote was told of it while its text is withheld
     refill: str = protocol.REFILL_OFF  # what becomes of its place once it is pruned
     number: int = 0  # of traces that were in its place before it
     origin: BranchOrigin | None = None  # of a branch
@@ -159,7 +163,8 @@ class Trace:
     start: tuple[float, int] = (0.0, 0)  # score sum and steps of earlier requests of its name
     since: int = 0  # steps: its last branch, or its own begin
     branches: int = 0  # of it
-    common: int = 0  # output tokens that it shares with its branches, or with its parent
+    family: Family | None = None  # live traces of its root, with refill
+    common: int = 0  # output tokens that it shares with another live trace of its family
     standing: Standing | None = None  # while it runs, in `standings`
 
     @property
@@ -181,6 +186,21 @@ class Trace:
     def depth(self) -> int:
         """Branches between it and a trace that is none."""
         return 0 if self.origin is None else len(self.origin.ancestors)
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """Of each trace whose text it is made of, the name and the token where its part ends."""
+        itself = (self.label, sys.maxsize)
+        if self.origin is None:
+            return [itself]
+        names = (name for name, _ in self.origin.ancestors)
+        return [*zip(names, self.origin.ends, strict=True), itself]
+
+    def share(self, tokens: int) -> None:
+        """Take over how many output tokens it shares with another live trace of its family."""
+        self.common = tokens
+        if self.standing is not None:
+            self.standing.changed()
 
     @property
     def is_live(self) -> bool:
@@ -407,6 +427,8 @@ class GroupRegistry:
         self.num_live += 1
         if trace.refills:
             self.families[trace.root] += 1
+            trace.family = Family()
+            trace.family.add(trace)
         if trace.watches_tokens:
             self.watched[trace.top_k] += 1
         before = None if name is None else self._named.pop((group_id, name), None)
@@ -440,11 +462,14 @@ class GroupRegistry:
             reasoning_tokens: likewise.
         """
         group, known = parent.group, parent.boundaries
-        assert place.group is group and place.fate is TraceStatus.PRUNED and known is not None
+        family = parent.family
+        assert place.group is group and place.fate is TraceStatus.PRUNED
+        assert known is not None and family is not None
         steps = [boundary for boundary in known if boundary.position < position]
         ends = len([boundary for boundary in known if boundary.position <= position])
         ends += parent.start[1]
         before = () if parent.origin is None else parent.origin.ancestors
+        cuts = () if parent.origin is None else parent.origin.ends
         trace = Trace(
             group,
             name=place.name,
@@ -461,6 +486,7 @@ class GroupRegistry:
                 parent.rid,
                 position,
                 (*before, (parent.label, ends)),
+                tuple(min(cut, position + 1) for cut in (*cuts, position + 1)),
                 tokens,
                 reasoning_tokens,
             ),
@@ -478,9 +504,10 @@ class GroupRegistry:
             trace.timeline = Timeline()
             if parent.timeline is not None:
                 trace.timeline = parent.timeline.up_to(position + 1)
-        trace.common, parent.common = position + 1, max(parent.common, position + 1)
+        trace.family = family
+        family.add(trace)
         parent.since, parent.branches = ends, parent.branches + 1
-        if parent.standing is not None:
+        if parent.standing is not None:  # more of its text may be in the radix tree
             parent.standing.changed()
         group.live += 1
         group.branched += 1
@@ -536,7 +563,8 @@ class GroupRegistry:
         group = trace.group
         group.live -= 1
         self.num_live -= 1
-        if trace.refills:
+        if trace.family is not None:
+            trace.family.remove(trace)
             self.families[trace.root] -= 1
             self.families = +self.families
         if trace.watches_tokens:

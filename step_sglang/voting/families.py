@@ -60,7 +60,12 @@ class Lineage:
 
 
 def lineage_of(meta_info: Mapping[str, Any]) -> Lineage | None:
-    """Of a trace, by what its response says; None where it says nothing of STEP."""
+    """Of a trace, by what its response says; None where it says nothing of STEP.
+
+    A branch begins with one step fewer than it shares: the last is scored again, in its own first
+    pass. Where that gave no score, and the branch ended soon, it has fewer steps than its ancestors
+    are said to; nothing is shared beyond its own end.
+    """
     step = meta_info.get(protocol.META_KEY)
     name = meta_info.get("id")
     if not step or name is None:
@@ -69,8 +74,10 @@ def lineage_of(meta_info: Mapping[str, Any]) -> Lineage | None:
     end = (str(name), int(step[protocol.META_NUM_STEPS]))
     if branch is None:
         return Lineage((end,))
-    ancestors = tuple((str(n), int(steps)) for n, steps in branch[protocol.BRANCH_LINEAGE])
-    return Lineage((*ancestors, (str(branch[protocol.BRANCH_NAME]), end[1])))
+    path = [(str(branch[protocol.BRANCH_NAME]), end[1])]
+    for ancestor, steps in reversed(branch[protocol.BRANCH_LINEAGE]):
+        path.append((str(ancestor), min(int(steps), path[-1][1])))
+    return Lineage(tuple(reversed(path)))
 
 
 def weight_together(voters: Sequence[tuple[float, Lineage | None]]) -> float:
@@ -100,8 +107,15 @@ def _precision(family: Sequence[tuple[float, Lineage]]) -> float:
     roots = np.sqrt([weight for weight, _ in family])
     correlations = np.array([[a.correlation(b) for _, b in family] for _, a in family])
     np.fill_diagonal(correlations, 1.0)
-    # With y_i = x_i / sqrt(s_i): the maximum is the sum of sqrt(s_i) y_i where y >= 0 minimises
-    # y'Ry / 2 less that sum, which is a least-squares problem by R's factor.
-    factor = np.linalg.cholesky(correlations + _RIDGE * np.eye(len(family)))
-    y, _ = nnls(factor.T, np.linalg.solve(factor, roots))
-    return float(roots @ y)
+    try:
+        # With y_i = x_i / sqrt(s_i): the maximum is the sum of sqrt(s_i) y_i where y >= 0 minimises
+        # y'Ry / 2 less that sum, which is a least-squares problem by R's factor.
+        factor = np.linalg.cholesky(correlations + _RIDGE * np.eye(len(family)))
+        y, _ = nnls(factor.T, np.linalg.solve(factor, roots))
+        return float(roots @ y)
+    except (np.linalg.LinAlgError, RuntimeError):
+        # No tree has such lineages, or the search did not end. A vote does not fail for it: what
+        # the plain weighted mean (x_i = s_i) is worth, or the heaviest alone, is never too much.
+        weights = roots**2
+        plain = weights.sum() ** 2 / (roots @ correlations @ roots)
+        return float(max(plain, weights.max()))

@@ -249,6 +249,9 @@ def test_one_voted_choice_streamed_or_not(server: Server) -> None:
             assert answer.json()["usage"]["completion_tokens"] > 1000
         else:
             assert answer.text.rstrip().endswith("data: [DONE]") and "boxed" in answer.text
+            # The connection lives before a trace has finished, whose text is not sent until then.
+            comments = [line for line in answer.text.splitlines() if line.startswith(": step ")]
+            assert " 0 finished" in comments[0]
     assert metric(server, "step_branches_total") > known
 
 

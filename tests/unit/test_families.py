@@ -76,6 +76,26 @@ def test_it_is_the_best_precision_of_a_weighted_mean(voters) -> None:
     assert found.max() <= best + 1e-4
 
 
+def test_lineages_of_no_tree_weigh_too_little_not_nothing() -> None:
+    """A matrix that cannot be solved, as no tree has it."""
+    odd = [Lineage((("a", 3),)), *(Lineage((("a", 3), (f"t{i}", i))) for i in (2, 6))]
+    matrix = np.array([[a.correlation(b) for b in odd] for a in odd])
+    assert np.linalg.eigvalsh(matrix).min() < -1e-3
+    for weights in ((0.5, 0.5, 0.5), (0.9, 0.1, 0.4)):
+        together = weight_together(list(zip(weights, odd, strict=True)))
+        assert max(weights) - 1e-9 <= together <= sum(weights)
+
+
+def test_a_search_that_does_not_end_costs_no_vote(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(*_: object) -> None:
+        raise RuntimeError("Maximum number of iterations reached.")
+
+    voters = [(0.6, trace) for trace in star(8, 5, 10)]
+    known = weight_together(voters)
+    monkeypatch.setattr("scipy.optimize.nnls", endless)
+    assert weight_together(voters) == pytest.approx(known)  # of equals, the plain mean is the best
+
+
 @given(trees())
 def test_the_order_does_not_matter(voters) -> None:
     assert weight_together(voters) == pytest.approx(weight_together(voters[::-1]), abs=1e-5)
@@ -92,3 +112,43 @@ def test_lineages_of_responses() -> None:
     # The place's next trace is another one, though its request is the same.
     other = lineage_of({"id": "b", "step": step})
     assert other is not None and other.shared(child) == 0
+
+
+@given(st.data())
+def test_a_branch_that_ended_with_fewer_steps_than_it_shares(data) -> None:
+    """Its first pass, which scores the last shared step again, gave no score."""
+
+    def response(name: str, lineage: list[list], steps: int) -> dict:
+        branch = {"parent": "", "position": 1, "depth": 1, "name": name, "lineage": lineage}
+        step = {"num_steps": steps, "score": 0.5, **({"branch": branch} if lineage else {})}
+        return {"id": name, "step": step}
+
+    root = data.draw(st.integers(0, 12))
+    traces: list[tuple[str, list[list], int]] = [("root", [], root)]
+    for number in range(data.draw(st.integers(1, 8))):
+        parent, lineage, steps = data.draw(st.sampled_from(traces))
+        least = lineage[-1][1] if lineage else 1
+        ends = data.draw(st.integers(least, max(least, steps)))
+        own = data.draw(st.integers(max(0, ends - 2), ends + 4))
+        traces.append((f"t{number}", [*lineage, [parent, ends]], own))
+    voters = [(data.draw(st.floats(0, 1)), lineage_of(response(*trace))) for trace in traces]
+    found = [lineage for _, lineage in voters if lineage is not None]
+    matrix = np.array([[a.correlation(b) for b in found] for a in found])
+    np.fill_diagonal(matrix, 1.0)
+    assert np.linalg.eigvalsh(matrix).min() > -1e-9
+    *others, (weight, lineage) = voters
+    before, after = weight_together(others), weight_together([*others, (weight, lineage)])
+    assert before - 1e-5 <= after <= before + weight + 1e-5
+
+
+def test_nothing_is_shared_beyond_a_branchs_own_end() -> None:
+    branch = {"name": "c/2", "lineage": [["a", 3], ["b/1", 7]]}
+    found = [
+        lineage_of({"id": "c", "step": {"num_steps": steps, "score": 0.5, "branch": branch}})
+        for steps in (9, 6, 2)
+    ]
+    assert [lineage and lineage.path for lineage in found] == [
+        (("a", 3), ("b/1", 7), ("c/2", 9)),
+        (("a", 3), ("b/1", 6), ("c/2", 6)),
+        (("a", 2), ("b/1", 2), ("c/2", 2)),
+    ]

@@ -99,11 +99,14 @@ class Engine:
             self.ledger.forget(req)
 
     def share(self, req: Any) -> None:
-        """A branch takes over what a trace has generated."""
+        """A branch takes over what a trace has generated, or the last one to share it ends."""
         if (trace := trace_of(req)) is not None and trace.is_live and not req.finished():
-            trace.common = len(req.output_ids)
-            shared = PROMPT + trace.common
-            req.kv.cache_protected_len = shared // self.page * self.page
+            if trace.common:
+                trace.common = 0
+            else:
+                trace.common = len(req.output_ids)
+                shared = PROMPT + trace.common
+                req.kv.cache_protected_len = shared // self.page * self.page
             if trace.standing is not None:
                 trace.standing.changed()
 
