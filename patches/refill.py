@@ -22,6 +22,7 @@ from step_sglang.patches.state import SchedulerStep, set_trace, trace_of
 from step_sglang.pruning.groups import Group
 from step_sglang.pruning.refill import (
     RULES,
+    Branch,
     RefillRules,
     RefillView,
     Room,
@@ -103,11 +104,11 @@ def _refill_group(
         like_running = [req for req in running if _kind(req) == kind]
         like_finished = [req for req in known.finished if _kind(req) == kind]
         sources = [*like_running, *like_finished]
-        decided: list[tuple[int, int, int]] = []
+        decided: list[Branch] = []
         hopeless = False
         with guard(protocol.IN_REFILL):
             view = _view(state, group, place_reqs, like_running, like_finished, age)
-            decided = [tuple(branch) for branch in choose_branches(view, room, rules, share)]
+            decided = choose_branches(view, room, rules, share)
             hopeless = alone and not decided and not has_parent(view, rules)
         # By number, not by id: a finished one's may be in use again.
         for index, parent, position in agree(scheduler, decided):
