@@ -57,8 +57,7 @@ def _step_adder(base: Any, scheduler: Any) -> type:
             if self.can_run_list and self.can_run_list[-1] is req:
                 with room.credit():
                     return self.budget_state()
-            # Nobody gives for a branch: it waits, for memory was free when it was decided.
-            if _is_branch(req) or not room.make(req):
+            if not room.make(req):
                 state.refused = req
                 return result
             with room.credit():
@@ -177,6 +176,9 @@ class PrefillReclaimer:
             short = need - adder.cur_rem_tokens + 1
             if short > self._coming_free():
                 kv_share = inf  # nobody gives for it
+                # Nobody gives for a branch: it waits, for memory was free when it was decided.
+                if _is_new_branch(req):
+                    return False
                 with guard(protocol.IN_ADMISSION):
                     kv_share = self._kv_share(req, need)
                 self._round.prune_for(kv_share, short)
@@ -213,9 +215,12 @@ class PrefillReclaimer:
         return float((held + admitted + need) / group.weight)
 
 
-def _is_branch(req: Any) -> bool:
+def _is_new_branch(req: Any) -> bool:
+    """Whether it has generated nothing yet; one that comes back is a trace like any other."""
     trace = trace_of(req)
-    return trace is not None and trace.origin is not None
+    if trace is None or trace.origin is None:
+        return False
+    return len(req.output_ids) <= trace.origin.position + 1
 
 
 def _prunable(req: Any) -> bool:

@@ -55,7 +55,12 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "rid", "kv", "output_ids", "origin_input_ids", "sampling_params", "finished_reason",
         "to_finish", "prefix_len", "host_hit_length", "extend_len", "full_untruncated_fill_ids",
         "last_node", "extra_key", "skip_radix_cache_insert", "return_logprob", "time_stats",
-        "priority", "grammar", "session", "beam_group",
+        "priority", "grammar", "session", "beam_group", "lora_id", "cache_salt",
+    ),
+    "sglang.srt.sampling.sampling_params.SamplingParams": (
+        "max_new_tokens", "min_new_tokens", "ignore_eos", "stop_strs", "stop_regex_strs",
+        "stop_token_ids", "temperature", "top_p", "top_k", "min_p", "logit_bias",
+        "frequency_penalty", "presence_penalty", "repetition_penalty",
     ),
     f"{_BATCH}.ReqKvInfo": (
         "req_pool_idx", "cache_protected_len", "kv_allocated_len", "kv_committed_len",

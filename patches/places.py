@@ -7,7 +7,10 @@ trace any more. No text of such a request is sent before its end, because it may
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +27,7 @@ class Place:
 
     req: Any
     message: str
+    kind: bytes = b""  # of its trace
 
 
 @dataclass(eq=False)
@@ -36,6 +40,12 @@ class GroupPlaces:
     began: int | None = None  # forward passes when its first trace did
     decided: int = 0  # likewise, when it was decided about last
     swapped: int = 0  # likewise, of the tournament
+
+    def drop(self, places: Sequence[Place]) -> Sequence[Place]:
+        """Keep these no longer."""
+        gone = set(places)
+        self.places = [place for place in self.places if place not in gone]
+        return places
 
 
 @dataclass(eq=False)
@@ -67,7 +77,36 @@ def withheld(req: Any) -> bool:
     return trace is not None and trace.refills and not req.finished()
 
 
-def may_be_taken(trace: Trace) -> bool:
+# All of SGLang's sampling parameters that a text depends on, the seed aside: each sample has its
+# own. How text is shown (`skip_special_tokens`, `no_stop_trim`) stays the request's.
+_SAMPLED_BY = (
+    *("max_new_tokens", "min_new_tokens", "ignore_eos"),
+    *("stop_strs", "stop_regex_strs", "stop_token_ids"),
+    *("temperature", "top_p", "top_k", "min_p", "logit_bias", "watermark"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty"),
+)
+
+
+def kind_of(req: Any) -> bytes:
+    """Requests of one kind go on alike from the same text: a branch and its parent are of one."""
+    params = req.sampling_params
+    parts = [(name, _plain(getattr(params, name, None))) for name in _SAMPLED_BY]
+    parts += [("from", (req.lora_id, req.extra_key, req.cache_salt))]
+    digest = hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16)
+    digest.update(array("q", req.origin_input_ids).tobytes())
+    return digest.digest()
+
+
+def _plain(value: Any) -> Any:
+    """The same for the same stops and biases, in whatever order they were given."""
+    if isinstance(value, Mapping):
+        return sorted(value.items(), key=repr)
+    if isinstance(value, list | tuple | set | frozenset):
+        return sorted(value, key=repr)
+    return value
+
+
+def may_be_taken(state: SchedulerStep, trace: Trace) -> bool:
     """Whether a branch may take the place of a trace that is about to be pruned.
 
     Not of one that its vote does not need: it needs no other there.
@@ -75,7 +114,17 @@ def may_be_taken(trace: Trace) -> bool:
     group = trace.group
     if not trace.refills or trace.ending or group.stopped or group.live < 2:
         return False
-    return group.branched < RULES[trace.refill].branches * group.joined
+    if group.branched >= RULES[trace.refill].branches * group.joined:
+        return False
+    known = None if state.places is None else state.places.groups.get(group)
+    return group.alike[trace.kind] > 1 or trace.kind in _kinds_finished(known)
+
+
+def _kinds_finished(known: GroupPlaces | None) -> set[bytes]:
+    """Of the finished traces that may still be branched from."""
+    if known is None:
+        return set()
+    return {trace.kind for req in known.finished if (trace := trace_of(req)) is not None}
 
 
 def keep_place(state: SchedulerStep, req: Any, message: str) -> None:
@@ -85,7 +134,7 @@ def keep_place(state: SchedulerStep, req: Any, message: str) -> None:
     retractions = req.retraction_count
     req.reset_for_retract()  # a result may be in flight: it is skipped, as a retracted one's is
     req.retraction_count = retractions
-    places_of(state).of(trace.group).places.append(Place(req, message))
+    places_of(state).of(trace.group).places.append(Place(req, message, trace.kind))
 
 
 def keep_source(state: SchedulerStep, req: Any, trace: Trace) -> None:
@@ -130,6 +179,16 @@ def answer_rest(scheduler: Any, places: Places) -> None:
             known.places = []
         if group.live == 0 or group.stopped:
             del places.groups[group]
+        # None of the traces that are left is like these; whoever else lives may live for ever.
+        lonely = [place for place in known.places if not group.alike[place.kind]]
+        if lonely:
+            kinds = _kinds_finished(known)
+            over += known.drop([place for place in lonely if place.kind not in kinds])
+    answer(scheduler, over)
+
+
+def answer(scheduler: Any, over: Sequence[Place]) -> None:
+    """Answer places that nothing can take any more."""
     if over:
         from sglang.srt.managers.schedule_batch import FINISH_ABORT
 

@@ -210,6 +210,11 @@ def _check(server_args: Any, config: StepConfig) -> None:
             f"not supported with --step-refill {config.refill}: speculative decoding: leave one of "
             "them out"
         )
+    if config.refill != protocol.REFILL_OFF and cfg.strip_thinking_cache:
+        raise ConfigError(
+            f"not supported with --step-refill {config.refill}: --strip-thinking-cache: it frees "
+            "text that branches share: leave one of them out"
+        )
     if config.capture and cfg.speculative_algorithm is not None:
         raise ConfigError(
             "not supported with --step-capture: speculative decoding: collect without it, the "

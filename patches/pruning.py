@@ -468,7 +468,7 @@ def _prune(scheduler: Any, state: SchedulerStep, batch: Any, req: Any, reason: s
             safe_repr(group.group_id, 300),
         )
     trace.reason, trace.tokens = reason, len(req.output_ids)
-    keeps_place = may_be_taken(trace)
+    keeps_place = may_be_taken(state, trace)
     state.groups.end(trace, TraceStatus.PRUNED)
     score = "none" if trace.score is None else f"{trace.score:.4f}"
     message = f"{protocol.PRUNED_MESSAGE}: trace score {score} after {trace.num_steps} steps"
@@ -525,7 +525,12 @@ def prune_for_refill(scheduler: Any, state: SchedulerStep, batch: Any, reqs: Seq
     _dismiss(scheduler, batch, reqs)
 
 
-def held_by_groups(batch: Any) -> int:
-    """KV tokens that pruning could free of all running traces, their groups' minimum left aside."""
+def held_by_groups(batch: Any) -> Counter[Group]:
+    """KV tokens that pruning could free of the running traces, their groups' minimum left aside."""
     page = batch.token_to_kv_pool_allocator.page_size
-    return sum(own_tokens(req, page) for req in batch.reqs if _gives_memory(req))
+    held: Counter[Group] = Counter()
+    for req in batch.reqs:
+        trace = trace_of(req)
+        if trace is not None and _gives_memory(req):
+            held[trace.group] += own_tokens(req, page)
+    return held

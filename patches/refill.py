@@ -8,25 +8,30 @@ first.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from step_sglang import protocol
 from step_sglang.errors import safe_repr
 from step_sglang.patches.guard import guard
-from step_sglang.patches.places import GroupPlaces, Place, answer_rest
+from step_sglang.patches.places import GroupPlaces, Place, answer, answer_rest
 from step_sglang.patches.pruning import agree, held_by_groups, prune_for_refill
 from step_sglang.patches.state import SchedulerStep, set_trace, trace_of
 from step_sglang.pruning.groups import Group
 from step_sglang.pruning.refill import (
     RULES,
+    Branch,
     RefillRules,
     RefillView,
     Room,
     SourceView,
     branch_seed,
+    can_start,
     choose_branches,
     choose_swaps,
+    has_parent,
 )
 
 
@@ -79,31 +84,40 @@ def _refill_group(
     age = scheduler.forward_ct - known.began
     if _swaps(rules) and scheduler.forward_ct - known.swapped >= rules.swap_interval:
         known.swapped = scheduler.forward_ct
-        gone: list[str] = []
+        gone: list[int] = []
         with guard(protocol.IN_REFILL):
             view = _view(state, group, known.places, running, list(known.finished), age)
-            gone = [running[handle].rid for handle in choose_swaps(view, rules)]
+            gone = choose_swaps(view, rules)
         gone = agree(scheduler, gone)
         if gone:
-            prune_for_refill(scheduler, state, batch, [r for r in running if r.rid in set(gone)])
+            prune_for_refill(scheduler, state, batch, [running[i] for i in sorted(gone)])
             return  # their places can be taken in the next iteration
+    share = _share(scheduler, group, batch, room)
+    rooms = [room] if share is None else [room, share]
     for place_reqs in _alike(known.places):
-        first = place_reqs[0].req
-        like_running = [req for req in running if _alike_key(req) == _alike_key(first)]
-        like_finished = [req for req in known.finished if _alike_key(req) == _alike_key(first)]
+        kind = place_reqs[0].kind
+        alone = not group.alike[kind]
+        # Nothing here differs between ranks: they agree on as many choices.
+        counts = (len(place_reqs), group.live, group.joined, group.branched)
+        if not (can_start(*counts, rooms, rules) or alone):
+            continue
+        like_running = [req for req in running if _kind(req) == kind]
+        like_finished = [req for req in known.finished if _kind(req) == kind]
         sources = [*like_running, *like_finished]
-        decided: list[tuple[str, str, int]] = []
+        decided: list[Branch] = []
+        hopeless = False
         with guard(protocol.IN_REFILL):
             view = _view(state, group, place_reqs, like_running, like_finished, age)
-            decided = [
-                (place_reqs[b.place].req.rid, sources[b.parent].rid, b.position)
-                for b in choose_branches(view, room, rules)
-            ]
-        by_rid = {req.rid: req for req in sources}
-        for rid, parent, position in agree(scheduler, decided):
-            place = next(p for p in known.places if p.req.rid == rid)
-            known.places.remove(place)
-            _start(scheduler, state, batch, place.req, by_rid[parent], position)
+            decided = choose_branches(view, room, rules, share)
+            hopeless = alone and not decided and not has_parent(view, rules)
+        # By number, not by id: a finished one's may be in use again.
+        for index, parent, position in agree(scheduler, decided):
+            place = place_reqs[index]
+            known.drop([place])
+            _start(scheduler, state, batch, place.req, sources[parent], position)
+        # As time passes, only later boundaries may be branched from.
+        if alone and agree(scheduler, [hopeless])[0]:
+            answer(scheduler, known.drop(place_reqs))
 
 
 def _swaps(rules: RefillRules) -> bool:
@@ -122,15 +136,15 @@ def _may_branch_from(req: Any, group: Group) -> bool:
     )
 
 
-def _alike_key(req: Any) -> tuple[Any, ...]:
-    """Requests that go on alike from the same text."""
-    return (req.origin_input_ids.tobytes(), req.lora_id, req.extra_key, req.cache_salt)
+def _kind(req: Any) -> bytes | None:
+    trace = trace_of(req)
+    return None if trace is None else trace.kind
 
 
 def _alike(places: Sequence[Place]) -> list[list[Place]]:
-    kinds: dict[tuple[Any, ...], list[Place]] = {}
+    kinds: dict[bytes, list[Place]] = {}
     for place in places:
-        kinds.setdefault(_alike_key(place.req), []).append(place)
+        kinds.setdefault(place.kind, []).append(place)
     return list(kinds.values())
 
 
@@ -148,12 +162,13 @@ def _view(
         assert trace is not None and trace.boundaries is not None
         # A token that ends a step is known before the pass that consumes it has scored it.
         length = len(req.output_ids)
+        known = bisect_left(trace.boundaries, length, key=lambda b: b.position)
         sources.append(
             SourceView(
                 handle,
                 length,
                 handle < len(running),
-                [b for b in trace.boundaries if b.position < length],
+                trace.boundaries[:known],
                 trace.since,
                 trace.depth,
                 trace.branches,
@@ -181,13 +196,21 @@ def _room(scheduler: Any, state: SchedulerStep, batch: Any) -> Room:
     tokens = batch.token_to_kv_pool_allocator.available_size() if running else 0
     tokens += tree.evictable_size()
     if state.kv_limit is not None:
-        tokens = min(tokens, state.kv_limit - held_by_groups(batch))
+        tokens = min(tokens, state.kv_limit - held_by_groups(batch).total())
     requests = scheduler.get_num_allocatable_reqs(running, running_batch=batch)
     if state.max_batch is not None:
         requests = min(requests, state.max_batch - running)
     if scheduler.max_queued_requests is not None:
         requests = min(requests, scheduler.max_queued_requests)
     return Room(tokens, requests, running, scheduler.page_size, _shares(scheduler))
+
+
+def _share(scheduler: Any, group: Group, batch: Any, room: Room) -> Room | None:
+    """What is left of the share of the pool that a group asked for; None: it may have all."""
+    if not group.is_held:
+        return None
+    tokens = int(scheduler.max_total_num_tokens * group.prune_at) - held_by_groups(batch)[group]
+    return replace(room, tokens=tokens, running=group.live)
 
 
 def _shares(scheduler: Any) -> bool:

@@ -17,6 +17,7 @@ from step_sglang.config import StepConfig
 from step_sglang.errors import ConfigError, StepError
 from step_sglang.patches import forward, guard, hooks
 from step_sglang.patches.feed import answer_feed, is_for_feed
+from step_sglang.patches.places import kind_of
 from step_sglang.patches.preflight import (
     load_config_scorer,
     load_tokenizer,
@@ -189,6 +190,8 @@ def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -
     if state is None or step_request is None or params.max_new_tokens == 0:
         return
     capture = _capture(state, step_request, req) if step_request.hidden_states else None
+    # The tokenizer manager decided it, who knows what can have branches.
+    refill = step_request.refill or protocol.REFILL_OFF
     trace = state.groups.join(
         step_request.group or req.rid,
         weight=step_request.weight,
@@ -205,8 +208,8 @@ def create_generation_req(req: Any, scheduler: Any, *args: Any, **kwargs: Any) -
         samples=params.n,
         rid=req.rid,
         show_text=step_request.show_text,
-        # The tokenizer manager decided it, who knows what can have branches.
-        refill=step_request.refill or protocol.REFILL_OFF,
+        refill=refill,
+        kind=b"" if refill == protocol.REFILL_OFF else kind_of(req),
     )
     set_trace(req, trace)
 

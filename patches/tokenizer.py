@@ -92,6 +92,10 @@ def _why_no_branches(result: Any, voted: bool, config: StepConfig, server_args: 
             "this server decodes speculatively, which it does not work with",
         ),
         (
+            server_args.strip_thinking_cache,
+            "this server runs with --strip-thinking-cache, which frees text that branches share",
+        ),
+        (
             # One that is sent as a whole, at its end, may be.
             result.stream and not voted and (params.stream_interval or 1) < protocol.NEVER_STREAMED,
             "a streamed trace's text is out already: do not stream it",

@@ -61,6 +61,7 @@ class Group:
     samples: int = 1  # traces that one request asked for; they do not come all at once
     refill: str = protocol.REFILL_OFF  # of its first trace with refill
     branched: int = 0  # branches so far
+    alike: Counter[bytes] = field(default_factory=Counter)  # live traces with refill, by kind
 
     @property
     def for_memory(self) -> bool:
@@ -157,6 +158,7 @@ class Trace:
     tokens: int = 0  # generated, known when it ends
     told: int = 0  # generated, when its vote was told of it while its text is withheld
     refill: str = protocol.REFILL_OFF  # what becomes of its place once it is pruned
+    kind: bytes = b""  # traces of one go on alike from the same text
     number: int = 0  # of traces that were in its place before it
     origin: BranchOrigin | None = None  # of a branch
     boundaries: list[Boundary] | None = None  # of its steps, with refill
@@ -379,6 +381,7 @@ class GroupRegistry:
         rid: str = "",
         show_text: bool = False,
         refill: str = protocol.REFILL_OFF,
+        kind: bytes = b"",
     ) -> Trace:
         """Add a live trace to a group, which begins with it when it is new.
 
@@ -387,7 +390,7 @@ class GroupRegistry:
         A named trace that ended before starts from its score then, and no longer counts as
         finished. ``alone``: its request named no group. ``samples``: traces of its request, whose
         id is ``rid``. ``show_text``: whoever watches may see the text of its steps. ``refill``:
-        what becomes of its place once it is pruned.
+        what becomes of its place once it is pruned, by a branch of a trace of its ``kind``.
         """
         group = self._groups.get(group_id)
         if group is None:
@@ -405,6 +408,7 @@ class GroupRegistry:
             show_text=show_text,
             certainty=Certainty() if self.by_certainty else None,
             refill=refill,
+            kind=kind,
             boundaries=None if refill == protocol.REFILL_OFF else [],
         )
         if group.baseline is not None and context is not None:
@@ -429,6 +433,7 @@ class GroupRegistry:
             self.families[trace.root] += 1
             trace.family = Family()
             trace.family.add(trace)
+            group.alike[kind] += 1
         if trace.watches_tokens:
             self.watched[trace.top_k] += 1
         before = None if name is None else self._named.pop((group_id, name), None)
@@ -475,6 +480,7 @@ class GroupRegistry:
             name=place.name,
             prompt_tokens=place.prompt_tokens,
             refill=place.refill,
+            kind=place.kind,
             rid=place.rid,
             number=place.number + 1,
             show_text=place.show_text,
@@ -514,6 +520,7 @@ class GroupRegistry:
         self.num_live += 1
         self.changes += 1
         self.families[trace.root] += 1
+        group.alike[trace.kind] += 1
         if trace.watches_tokens:
             self.watched[trace.top_k] += 1
         if trace.name is not None:
@@ -567,6 +574,9 @@ class GroupRegistry:
             trace.family.remove(trace)
             self.families[trace.root] -= 1
             self.families = +self.families
+            group.alike[trace.kind] -= 1
+            if not group.alike[trace.kind]:
+                del group.alike[trace.kind]
         if trace.watches_tokens:
             self.watched[trace.top_k] -= 1
             self.watched = +self.watched

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -134,17 +135,24 @@ class Room:
     def _pages(self, tokens: int) -> int:
         return -(-tokens // self.page) * self.page
 
-    def take(self, source: SourceView, position: int, margin: int, prompt: int = 0) -> bool:
-        """Take the room of one branch, when it and ``margin`` passes of all fit."""
-        need = 1 if self.shares and source.running else position + 2
-        need = self._pages(need + (0 if self.shares else prompt)) + self.page
+    def fits(self, margin: int, tokens: int = 1) -> bool:
+        """Whether a branch that begins with these tokens of its own, and ``margin`` passes, fit."""
         growth = (self.running + 1) * self._pages(margin)
-        if self.requests < 1 or need + growth > self.tokens:
-            return False
-        self.tokens -= need
+        return self.requests >= 1 and self._first(tokens) + growth <= self.tokens
+
+    def take(self, tokens: int) -> None:
+        """Take the room of one branch."""
+        self.tokens -= self._first(tokens)
         self.requests -= 1
         self.running += 1
-        return True
+
+    def own_tokens(self, source: SourceView, position: int, prompt: int) -> int:
+        """Tokens that a branch at this place computes, or that nobody else holds."""
+        own = 1 if self.shares and source.running else position + 2
+        return own + (0 if self.shares else prompt)
+
+    def _first(self, tokens: int) -> int:
+        return self._pages(tokens) + self.page
 
 
 def branch_seed(seed: int | None, number: int) -> int:
@@ -157,29 +165,51 @@ def branch_seed(seed: int | None, number: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def choose_branches(view: RefillView, room: Room, rules: RefillRules) -> list[Branch]:
+def can_start(
+    places: int, running: int, began: int, branched: int, rooms: Sequence[Room], rules: RefillRules
+) -> int:
+    """How many branches a group may start at most; 0 also where not even the smallest one fits.
+
+    Cheap, so that it can be asked before the group is looked at; ``view`` of
+    :func:`choose_branches` says what the numbers are.
+    """
+    free = min(places, began - running, rules.branches * began - branched)
+    return free if free > 0 and all(room.fits(rules.margin) for room in rooms) else 0
+
+
+def choose_branches(
+    view: RefillView, room: Room, rules: RefillRules, share: Room | None = None
+) -> list[Branch]:
     """Fill free places of a group as far as there is room; at most one branch of each parent.
 
     Args:
         view: the group.
         room: what is free for all groups; what is decided here is taken off.
         rules: for its mode.
+        share: what is left of the share of the pool that the group asked for, likewise.
 
     Returns:
         Branches in the order to start. The same views give the same branches.
     """
-    free = min(
-        len(view.places),
-        view.began - view.running,
-        rules.branches * view.began - view.branched,
-    )
+    rooms = [room] if share is None else [room, share]
+    free = can_start(len(view.places), view.running, view.began, view.branched, rooms, rules)
+    if not free:
+        return []
     found: list[Branch] = []
     for source, boundary in _ranked(view, rules):
         if len(found) >= free:
             break
-        if room.take(source, boundary.position, rules.margin, view.prompt):
+        tokens = room.own_tokens(source, boundary.position, view.prompt)
+        if all(one.fits(rules.margin, tokens) for one in rooms):
+            for one in rooms:
+                one.take(tokens)
             found.append(Branch(view.places[len(found)], source.handle, boundary.position))
     return found
+
+
+def has_parent(view: RefillView, rules: RefillRules) -> bool:
+    """Whether any of its traces may be branched from now, were there room."""
+    return bool(_all_open(view, rules))
 
 
 def choose_swaps(view: RefillView, rules: RefillRules) -> list[int]:
@@ -189,6 +219,8 @@ def choose_swaps(view: RefillView, rules: RefillRules) -> list[int]:
     parent stays.
     """
     allowed = min(view.spare, rules.branches * view.began - view.branched, view.running - 1)
+    if allowed < 1:
+        return []
     judged = [
         source
         for source in view.sources
@@ -212,11 +244,7 @@ def choose_swaps(view: RefillView, rules: RefillRules) -> list[int]:
 
 def _ranked(view: RefillView, rules: RefillRules) -> list[tuple[SourceView, Boundary]]:
     """A boundary of every trace that may branch, the best first."""
-    found = []
-    for source in view.sources:
-        boundaries = _open(source, view, rules)
-        if boundaries:
-            found.append((source, boundaries))
+    found = _all_open(view, rules)
     if view.mode == protocol.REFILL_RANDOM:
         # The same on every rank and in every run: drawn from what is decided about.
         seed = hashlib.blake2b(f"{view.group}/{view.branched}".encode(), digest_size=8).digest()
@@ -237,8 +265,24 @@ def _ranked(view: RefillView, rules: RefillRules) -> list[tuple[SourceView, Boun
     return sorted(best, key=lambda pair: (-value(*pair), -pair[1].position, pair[0].handle))
 
 
-def _open(source: SourceView, view: RefillView, rules: RefillRules) -> list[Boundary]:
-    """Boundaries at which it may branch now."""
+def _all_open(view: RefillView, rules: RefillRules) -> list[tuple[SourceView, Sequence[Boundary]]]:
+    """Traces that may be branched from now, and where."""
+    first = 0.0 if rules.at_end else _first_length(view, rules)
+    found = [(source, _open(source, first, rules)) for source in view.sources]
+    return [(source, boundaries) for source, boundaries in found if boundaries]
+
+
+def _first_length(view: RefillView, rules: RefillRules) -> float:
+    """Generated tokens that a branch must begin with, or it would end too late."""
+    running = [source.length for source in view.sources if source.running]
+    # What is left of the group's last trace; one that is overdue may end at any moment.
+    left = max(0.0, view.expected - min(running)) if running else 0.0
+    first = view.expected - left - rules.slack * view.expected
+    return max(first, view.age + view.expected - rules.horizon * view.expected)
+
+
+def _open(source: SourceView, first: float, rules: RefillRules) -> Sequence[Boundary]:
+    """Boundaries at which it may branch now, after at least ``first`` tokens."""
     if not source.boundaries:
         return []
     own = source.boundaries[-1].num_steps - source.since
@@ -247,20 +291,15 @@ def _open(source: SourceView, view: RefillView, rules: RefillRules) -> list[Boun
             return []
         last = source.boundaries[-1]
         return [Boundary(source.length - 1, last.score_sum, last.num_steps)]
-    running = [s.length for s in view.sources if s.running]
-    shortest = min(running, default=0)
-    # What is left of the group's last trace; one that is overdue may end at any moment.
-    left = max(0.0, view.expected - shortest) if running else 0.0
-    first = view.expected - left - rules.slack * view.expected
-    first = max(first, view.age + view.expected - rules.horizon * view.expected)
     # The end of a finished trace is settled by what comes before: it would only come again.
     latest = source.boundaries[-1].num_steps - (0 if source.running else rules.min_steps)
-    return [
-        boundary
-        for boundary in source.boundaries
-        if source.since + rules.min_steps <= boundary.num_steps <= latest
-        and boundary.position + 1 >= first
-    ]
+    earliest = source.since + rules.min_steps
+    known = source.boundaries  # thousands, in order
+    begin = max(
+        bisect_left(known, earliest, key=lambda b: b.num_steps),
+        bisect_left(known, first, key=lambda b: b.position + 1),
+    )
+    return known[begin : bisect_right(known, latest, key=lambda b: b.num_steps)]
 
 
 def _mean(view: RefillView) -> float:

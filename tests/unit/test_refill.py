@@ -20,8 +20,10 @@ from step_sglang.pruning.refill import (
     Room,
     SourceView,
     branch_seed,
+    can_start,
     choose_branches,
     choose_swaps,
+    has_parent,
 )
 
 BEST, RANDOM = protocol.REFILL_BEST, protocol.REFILL_RANDOM
@@ -108,6 +110,49 @@ def test_branches_keep_to_the_pool_the_group_and_the_parents(group, room) -> Non
         assert len(found) <= before.requests
         margin = -(-rules.margin // before.page) * before.page
         assert needed + (before.running + len(found)) * margin <= before.tokens
+
+
+def open_boundaries(group: RefillView, rules: RefillRules) -> dict[int, list[Boundary]]:
+    """By their definition, one after the other."""
+    lengths = [s.length for s in group.sources if s.running]
+    left = max(0.0, group.expected - min(lengths)) if lengths else 0.0
+    first = max(
+        group.expected - left - rules.slack * group.expected,
+        group.age + group.expected - rules.horizon * group.expected,
+    )
+    return {
+        s.handle: [
+            b
+            for b in s.boundaries
+            if b.position + 1 >= first
+            and b.num_steps >= s.since + rules.min_steps
+            and (s.running or b.num_steps <= len(s.boundaries) - rules.min_steps)
+        ]
+        for s in group.sources
+    }
+
+
+@given(views(), rooms, st.integers(0, 400))
+def test_branches_are_the_best_of_all_that_is_open_and_fits(group, room, age) -> None:
+    """What is skipped to save time could not have started; every source is looked at here."""
+    group = replace(group, mode=BEST, age=age)
+    rules, before = RULES[BEST], replace(room)
+    ways = open_boundaries(group, rules)
+    assert has_parent(group, rules) == any(ways.values())
+    counts = (len(group.places), group.running, group.began, group.branched)
+    most = can_start(*counts, [room], rules)
+    chosen = choose_branches(group, room, rules)
+    assert len(chosen) <= most
+    for branch in chosen:
+        assert branch.position in [b.position for b in ways[branch.parent]]
+    free = min(len(group.places), group.began - group.running)
+    free = min(free, rules.branches * group.began - group.branched)
+    if len(chosen) < free:  # whoever was left out did not fit at any of its boundaries
+        left = set(ways) - {b.parent for b in chosen}
+        for source in (s for s in group.sources if s.handle in left and s.running):
+            own = room.own_tokens(source, 0, group.prompt)
+            shared = before.shares and bool(ways[source.handle])
+            assert not (shared and room.fits(rules.margin, own))
 
 
 @given(views(), rooms)
