@@ -175,7 +175,8 @@ def test_whoever_streams_its_end_alone_gets_that_alone(server: Server) -> None:
 def test_no_branch_takes_the_place_of_a_trace_that_its_vote_ends() -> None:
     groups = GroupRegistry()
     traces = [groups.join("g", rid=f"t{i}", refill=protocol.REFILL_BEST) for i in range(4)]
-    assert all(places.may_be_taken(trace) for trace in traces)
+    state: Any = SimpleNamespace(places=None)
+    assert all(places.may_be_taken(state, trace) for trace in traces)
     groups.dismiss(traces[0], protocol.PRUNED_FOR_VOTE)
-    assert not places.may_be_taken(traces[0]) and places.may_be_taken(traces[1])
+    assert not places.may_be_taken(state, traces[0]) and places.may_be_taken(state, traces[1])
     groups.end(traces[1], TraceStatus.PRUNED)
