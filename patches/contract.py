@@ -518,7 +518,7 @@ USED = (
     Target("sglang.srt.managers.io_struct.GenerateReqInput.regenerate_rid", ("self",)),
     Target("sglang.srt.managers.io_struct.GenerateReqInput.__getitem__", ("self", "i")),
     Target("sglang.srt.entrypoints.api_contract.generate_contract_error", ("body",)),
-    Target("sglang.srt.entrypoints.openai.protocol.ChatCompletionMessageContentTextPart.text"),
+    Target("sglang.srt.entrypoints.openai.protocol.ChatCompletionMessageContentTextPart"),
     Target("sglang.srt.entrypoints.http_server._global_state"),
     Target("sglang.srt.entrypoints.http_server.app"),
     Target(

@@ -108,11 +108,17 @@ def _refill_group(
         hopeless = False
         with guard(protocol.IN_REFILL):
             view = _view(state, group, place_reqs, like_running, like_finished, age)
-            decided = choose_branches(view, room, rules, share)
+            whole, *own_share = (replace(one) for one in rooms)
+            decided = choose_branches(view, whole, rules, *own_share)
             hopeless = alone and not decided and not has_parent(view, rules)
         # By number, not by id: a finished one's may be in use again.
         for index, parent, position in agree(scheduler, decided):
             place = place_reqs[index]
+            prompt = len(place.req.origin_input_ids)
+            # Only now: whether there is room for more is to be the same on every rank.
+            own = room.own_tokens(parent < len(like_running), position, prompt)
+            for one in rooms:
+                one.take(own)
             known.drop([place])
             _start(scheduler, state, batch, place.req, sources[parent], position)
         # As time passes, only later boundaries may be branched from.

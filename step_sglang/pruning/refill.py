@@ -146,9 +146,9 @@ class Room:
         self.requests -= 1
         self.running += 1
 
-    def own_tokens(self, source: SourceView, position: int, prompt: int) -> int:
-        """Tokens that a branch at this place computes, or that nobody else holds."""
-        own = 1 if self.shares and source.running else position + 2
+    def own_tokens(self, running: bool, position: int, prompt: int) -> int:
+        """Tokens that a branch computes, or that nobody else holds; ``running``: its parent."""
+        own = 1 if self.shares and running else position + 2
         return own + (0 if self.shares else prompt)
 
     def _first(self, tokens: int) -> int:
@@ -199,7 +199,7 @@ def choose_branches(
     for source, boundary in _ranked(view, rules):
         if len(found) >= free:
             break
-        tokens = room.own_tokens(source, boundary.position, view.prompt)
+        tokens = room.own_tokens(source.running, boundary.position, view.prompt)
         if all(one.fits(rules.margin, tokens) for one in rooms):
             for one in rooms:
                 one.take(tokens)

@@ -150,7 +150,7 @@ def test_branches_are_the_best_of_all_that_is_open_and_fits(group, room, age) ->
     if len(chosen) < free:  # whoever was left out did not fit at any of its boundaries
         left = set(ways) - {b.parent for b in chosen}
         for source in (s for s in group.sources if s.handle in left and s.running):
-            own = room.own_tokens(source, 0, group.prompt)
+            own = room.own_tokens(source.running, 0, group.prompt)
             shared = before.shares and bool(ways[source.handle])
             assert not (shared and room.fits(rules.margin, own))
 

@@ -237,6 +237,46 @@ def test_branches_of_all_kinds_share_their_groups_share(engine: Engine) -> None:
     assert len(engine.branches) == 1
 
 
+def test_ranks_see_the_same_room_when_one_of_them_fails(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They must ask each other as often, or they wait for ever."""
+    rooms: list[list[int]] = []
+    can_start, choose, agreed = refill.can_start, refill.choose_branches, []
+
+    def noted(*args: Any) -> int:
+        rooms[-1] += [room.tokens for room in args[4]]
+        return can_start(*args)
+
+    def chosen(*args: Any) -> list[Any]:
+        found = choose(*args)
+        if len(rooms) == 2:
+            raise RuntimeError("this rank alone")
+        return found
+
+    def agree(scheduler: Any, mine: list[Any]) -> list[Any]:
+        if len(rooms) == 1:
+            agreed.append(mine)
+            return mine
+        return list(agreed.pop(0))
+
+    monkeypatch.setattr(refill, "can_start", noted)
+    monkeypatch.setattr(refill, "choose_branches", chosen)
+    monkeypatch.setattr(refill, "agree", agree)
+    for rank in range(2):
+        rooms.append([])
+        name = f"rank{rank}"
+        reqs = [engine.trace(f"{rank}-{n}", group=name, prompt=1000 * (n % 2)) for n in range(8)]
+        assert engine.prune(reqs[0]) and engine.prune(reqs[1])
+        engine.passes(8)
+        assert len(engine.branches) == 2
+        engine.branches.clear()
+        for req in list(engine.batch.reqs):
+            engine.prune(req)
+        engine.state.places = None
+    assert rooms[0] == rooms[1] and len(rooms[0]) == 2 and rooms[0][1] < rooms[0][0]
+
+
 def test_nobody_is_looked_at_where_nothing_can_start(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
