@@ -41,8 +41,8 @@ def watch(
     ] = None,
 ) -> None:
     """Show a server's groups, traces, memory and votes as they are; Ctrl-C ends it."""
-    if seconds is not None and not seconds > 0:
-        raise SourceError(f"--seconds must be above 0, not {seconds:g}")
+    if seconds is not None and not seconds >= 0:  # 0: what there is at once
+        raise SourceError(f"--seconds must be at least 0, not {seconds:g}")
     known = Known()
     problem: ServerError | None = None
     ends = None if seconds is None else time.monotonic() + seconds

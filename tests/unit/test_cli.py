@@ -136,6 +136,13 @@ def test_serve_leaves_nothing_behind() -> None:
     assert not Path(f"/proc/{left}").exists()
 
 
+@pytest.mark.parametrize("seconds", ["-1", "nan"])
+def test_watch_wants_a_time_that_is_one(seconds: str) -> None:
+    result = CliRunner().invoke(app, ["watch", "--seconds", seconds])
+    assert isinstance(result.exception, SourceError)
+    assert "--seconds must be at least 0" in str(result.exception)
+
+
 def test_a_wrong_value_of_a_server_flag_is_one_line() -> None:
     parser = argparse.ArgumentParser()
     add_cli_arguments(parser)
