@@ -148,9 +148,13 @@ def show_question(found: Answered, pool: int, log: str) -> None:
     used = [int(tokens) for tokens in re.findall(r"pool_used=(\d+)/", log)]
     freed = [int(tokens) for tokens in re.findall(r"tokens_freed=(\d+)", log)]
     peak = max((u + f for u, f in zip(used, freed, strict=True)), default=None)
+    # The log of a server at --url is not here.
+    memory = "" if peak is None else f", peak use {peak}"
+    if not found.pruned:
+        memory = ", never full"
     console.print(
         f"{len(found.traces)} traces, {found.tokens} tokens in {found.seconds:.1f} s; KV pool of "
-        f"{pool}, {'never full' if peak is None else f'peak use {peak}'}; {found.pruned} pruned, "
+        f"{pool}{memory}; {found.pruned} pruned, "
         f"{sum(info['num_retractions'] for info in found.infos)} retracted"
     )
     tallies = found.tallies
@@ -268,6 +272,7 @@ def main() -> None:
     flags = ["--enable-step", "--step-scorer", str(scorer_path())]
     flags += ["--max-total-tokens", str(options.pool), "--max-running-requests", "256"]
     flags += ["--enable-metrics"]  # for the waiting times in the answers
+    flags += ["--step-log", "each"]  # what the pool held when a trace was pruned is read there
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         console.print("[dim]sglang serve --model-path", model_path(), *flags)

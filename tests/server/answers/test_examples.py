@@ -57,6 +57,7 @@ def test_fork(server: Server, question: Question) -> None:
 def test_demo(server: Server) -> None:
     shown = run("demo.py", "--questions", 1, "-n", 8, "--url", server.url)
     assert "vote:" in shown and "traces pruned a question" in shown
+    assert "KV pool of" in shown and ("never full" in shown) is ("; 0 pruned" in shown)
     assert re.search(r"^STEP took \d+% of the time", shown, re.M)
 
 
