@@ -66,6 +66,6 @@ def test_train_scorer(tmp_path: Path) -> None:
     """It starts a server of its own, the only kind here that captures hidden states."""
     shown = run("train_scorer.py", tmp_path, "--questions", 12, "-n", 6, timeout=500)
     assert "12 questions, 72 traces" in shown
-    assert re.search(r"^running mean: AUC 0\.\d+ within a question$", shown, re.M)
+    assert re.search(r"^running mean: AUC [01]\.\d+ within a question$", shown, re.M)
     scorer = load_scorer(tmp_path / "scorer" / "scorer.safetensors")
     assert scorer.info.model == "reasoner"
