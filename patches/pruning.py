@@ -145,13 +145,7 @@ def _held_next(batch: Any, ledger: Ledger | None) -> Mapping[Group, int]:
             known = ledger.standings.held_next()
         if known is not None:
             return known
-    page = batch.token_to_kv_pool_allocator.page_size
-    held: Counter[Group] = Counter()
-    for req in batch.reqs:
-        trace = trace_of(req)
-        if trace is not None and _gives_memory(req):
-            held[trace.group] += own_tokens(req, page, _grows(batch, req))
-    return held
+    return held_by_groups(batch, partial(_grows, batch))
 
 
 def _prune_to(
@@ -525,12 +519,15 @@ def prune_for_refill(scheduler: Any, state: SchedulerStep, batch: Any, reqs: Seq
     _dismiss(scheduler, batch, reqs)
 
 
-def held_by_groups(batch: Any) -> Counter[Group]:
-    """KV tokens that pruning could free of the running traces, their groups' minimum left aside."""
+def held_by_groups(batch: Any, growth: Callable[[Any], int] = lambda req: 0) -> Counter[Group]:
+    """KV tokens that pruning could free of the running traces, their groups' minimum left aside.
+
+    ``growth``: tokens that are allocated to a request before.
+    """
     page = batch.token_to_kv_pool_allocator.page_size
     held: Counter[Group] = Counter()
     for req in batch.reqs:
         trace = trace_of(req)
         if trace is not None and _gives_memory(req):
-            held[trace.group] += own_tokens(req, page)
+            held[trace.group] += own_tokens(req, page, growth(req))
     return held

@@ -9,14 +9,13 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from step_sglang.cli.common import MEMORY, MODEL, SCORER_HELP, err, out
-from step_sglang.client.launch import DIE_WITH_PARENT, plain_cpu, wait_until_healthy
+from step_sglang.client.launch import DIE_WITH_PARENT, plain_cpu, stop, wait_until_healthy
 from step_sglang.config import AUTO
 from step_sglang.errors import ServerError, SourceError
 
@@ -83,8 +82,7 @@ def serve(
 
     threading.Thread(target=greet, daemon=True).start()
     status = process.wait()
-    with suppress(ProcessLookupError):  # one that was ended while it started may leave its children
-        os.killpg(process.pid, signal.SIGKILL)
+    stop(process)  # one that was ended while it started may leave its children
     raise typer.Exit(128 - status if status < 0 else status)
 
 
