@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -53,12 +54,17 @@ def refill(scheduler: Any, state: SchedulerStep, running_batch: Any) -> None:
         for group, known in places.groups.items()
         if passes - known.decided >= RULES[group.refill].interval
     ]
-    # One for all of them: what has been decided does not run yet.
-    room = _room(scheduler, state, running_batch) if due else None
+    if not due:
+        return
+    held: Counter[Group] = Counter()
+    if state.kv_limit is not None or state.groups.num_held:
+        held = held_by_groups(running_batch)
+    # One for all of them, as what they hold: what has been decided does not run yet.
+    room = _room(scheduler, state, running_batch, held)
     for group, known in due:
-        assert room is not None
         known.decided = passes
-        _refill_group(scheduler, state, running_batch, group, known, room)
+        share = _share(scheduler, group, held, room)
+        _refill_group(scheduler, state, running_batch, group, known, room, share)
 
 
 def _somebody_waits(scheduler: Any) -> bool:
@@ -76,6 +82,7 @@ def _refill_group(
     group: Group,
     known: GroupPlaces,
     room: Room,
+    share: Room | None,
 ) -> None:
     rules = RULES[group.refill]
     running = [req for req in batch.reqs if _may_branch_from(req, group)]
@@ -92,7 +99,6 @@ def _refill_group(
         if gone:
             prune_for_refill(scheduler, state, batch, [running[i] for i in sorted(gone)])
             return  # their places can be taken in the next iteration
-    share = _share(scheduler, group, batch, room)
     rooms = [room] if share is None else [room, share]
     for place_reqs in _alike(known.places):
         kind = place_reqs[0].kind
@@ -197,12 +203,12 @@ def _view(
     )
 
 
-def _room(scheduler: Any, state: SchedulerStep, batch: Any) -> Room:
+def _room(scheduler: Any, state: SchedulerStep, batch: Any, held: Counter[Group]) -> Room:
     tree, running = scheduler.tree_cache, len(batch.reqs)
     tokens = batch.token_to_kv_pool_allocator.available_size() if running else 0
     tokens += tree.evictable_size()
     if state.kv_limit is not None:
-        tokens = min(tokens, state.kv_limit - held_by_groups(batch).total())
+        tokens = min(tokens, state.kv_limit - held.total())
     requests = scheduler.get_num_allocatable_reqs(running, running_batch=batch)
     if state.max_batch is not None:
         requests = min(requests, state.max_batch - running)
@@ -211,11 +217,11 @@ def _room(scheduler: Any, state: SchedulerStep, batch: Any) -> Room:
     return Room(tokens, requests, running, scheduler.page_size, _shares(scheduler))
 
 
-def _share(scheduler: Any, group: Group, batch: Any, room: Room) -> Room | None:
+def _share(scheduler: Any, group: Group, held: Counter[Group], room: Room) -> Room | None:
     """What is left of the share of the pool that a group asked for; None: it may have all."""
     if not group.is_held:
         return None
-    tokens = int(scheduler.max_total_num_tokens * group.prune_at) - held_by_groups(batch)[group]
+    tokens = int(scheduler.max_total_num_tokens * group.prune_at) - held[group]
     return replace(room, tokens=tokens, running=group.live)
 
 
